@@ -1,0 +1,86 @@
+# The course in a few commands; `make` alone lists them. The first use installs into .venv, later ones need no network.
+PYTHON ?= python3
+PYTHON313 ?= python3.13
+RUN := .venv/bin/python
+# XLA takes one large buffer for each step: in huge pages it costs no page faults, a quarter of a training step on a CPU
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+INSTALL := -m pip install --quiet --disable-pip-version-check
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+course: .venv/installed  ## run every notebook, write them executed and as HTML to build/course/
+	$(RUN) -m clipid_utils prepare
+	$(RUN) scripts/course.py
+
+test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
+	$(RUN) -m clipid_utils prepare
+	$(RUN) -m ruff check
+	$(RUN) -m pytest
+	$(RUN) -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+
+lab: .venv/installed  ## open JupyterLab
+	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
+
+train-mini: .venv/installed  ## train data/checkpoints/mini again, by the recipe that made it
+	$(RUN) -m clipid_utils train-mini --out data/checkpoints/mini
+
+evaluate: .venv/installed  ## evaluate data/checkpoints/mini again into its metrics.json
+	$(RUN) -m clipid_utils evaluate data/checkpoints/mini
+
+bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch into .venv-bench
+	.venv-bench/bin/python benchmarks/run.py
+
+test-colab: .venv-colab/installed  ## the unit tests against Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
+	.venv-colab/bin/python -m clipid_utils prepare
+	.venv-colab/bin/python -m pytest
+
+notebooks: .venv/installed  ## run every notebook and keep its outputs in notebooks/, as they are committed
+	$(RUN) -m clipid_utils prepare
+	$(RUN) scripts/course.py --in-place
+	$(RUN) scripts/course.py --in-place --out build/solutions notebooks/solutions/*.ipynb
+
+constraints:  ## make constraints.txt anew from requirements.txt, in a new environment; use Python 3.11
+	$(PYTHON) -m venv --clear build/constraints
+	build/constraints/bin/python $(INSTALL) -r requirements.txt
+	{ grep '^#' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip; \
+	  grep '^torch==' constraints.txt; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:  ## remove what make made here: environments and build/; the pictures in data/cache stay
+	rm -rf .venv .venv-bench .venv-colab build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# An environment is finished once its file `installed` is there; a change of what it is made from installs again.
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	$(call environment,$(PYTHON),.venv)
+	$(RUN) $(INSTALL) -r requirements.txt -c constraints.txt
+	$(call package,$(RUN))
+
+.venv-bench/installed: requirements.txt constraints.txt pyproject.toml
+	$(call environment,$(PYTHON),.venv-bench)
+	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch -c constraints.txt
+	$(call package,.venv-bench/bin/python)
+
+# Colab's six as Colab has them, the rest as tested.
+.venv-colab/installed: requirements.txt constraints.txt constraints-colab.txt pyproject.toml
+	@command -v $(PYTHON313) > /dev/null || { echo "make test-colab needs Python 3.13, as Colab has it: install it, or \
+	name it with make test-colab PYTHON313=/path/to/python3.13" >&2; exit 1; }
+	$(call environment,$(PYTHON313),.venv-colab)
+	grep -vE '^(jax|jaxlib|flax|optax|orbax-checkpoint|numpy)==' constraints.txt > .venv-colab/rest.txt
+	.venv-colab/bin/python $(INSTALL) -r requirements.txt -c .venv-colab/rest.txt -c constraints-colab.txt orbax-checkpoint
+	$(call package,.venv-colab/bin/python)
+
+define environment
+	@$(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "the course needs Python \
+	3.11, 3.12 or 3.13 and $(1) is another: name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing the tested set into $(2): a few minutes, once."
+	$(1) -m venv $(2)
+endef
+
+define package
+	$(1) $(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $(dir $(1))../installed
+endef
+
+.PHONY: help course test lab train-mini evaluate bench test-colab notebooks constraints clean
+.DELETE_ON_ERROR:

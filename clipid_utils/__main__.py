@@ -1,0 +1,54 @@
+"""The course's long runs in a shell: `python -m clipid_utils prepare | train-mini | evaluate`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from clipid_utils.paths import CHECKPOINTS
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+
+    for split, rows in load_picture_dictionary().items():
+        print(f"{split:16} {len(rows):5} pictures")
+
+
+def train_mini(options: argparse.Namespace) -> None:
+    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.training.recipes import train_mini
+
+    result = train_mini(load_picture_dictionary(), options.out, seed=options.seed)
+    if result.interrupted:
+        raise SystemExit(f"{options.out} is as it was")
+    print(f"{options.out}: trained; `python -m clipid_utils evaluate {options.out}` measures it")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.inference.evaluate import evaluate_checkpoint
+
+    out = options.checkpoint / "metrics.json"
+    report = evaluate_checkpoint(options.checkpoint, load_picture_dictionary(), out=out)
+    print(json.dumps(report["retrieval"], indent=1))
+    print(f"all figures: {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m clipid_utils", description=__doc__.split(":")[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("prepare", help="fetch and prepare the picture dictionary under data/cache")
+    command.set_defaults(run=prepare)
+    command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
+    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=train_mini)
+    command = commands.add_parser("evaluate", help="measure a checkpoint into its metrics.json")
+    command.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINTS / "mini")
+    command.set_defaults(run=evaluate)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

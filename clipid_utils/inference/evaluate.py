@@ -1,0 +1,163 @@
+"""The whole evaluation of a checkpoint on the picture dictionary, written to `metrics.json`; same input, same file.
+
+    evaluate_checkpoint(CHECKPOINTS / "mini", load_picture_dictionary(), out=CHECKPOINTS / "mini" / "metrics.json")
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from PIL import Image
+
+import clipid_utils
+from clipid_utils.inference.index import fingerprint, write_whole
+from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
+from clipid_utils.metrics import retrieval_summary, same_key
+from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.model.processor import to_rgb
+from clipid_utils.wording import group_phrase, load_wording
+
+SPLITS = ("validation", "unseen_artist", "unseen_concept", "photographs")
+PACKAGES = ("clip-indonesian", "jax", "jaxlib", "flax", "numpy", "pillow", "datasets", "tokenizers")
+PIXEL_SIDE = 32  # pictures are compared pixel by pixel at this size; finer ones only add edges that never coincide
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path | tuple[nnx.Module, object],
+    dictionary,
+    *,
+    splits: Sequence[str] = SPLITS,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Retrieval both ways, zero-shot accuracy and the pixel baseline, with 95% bootstrap intervals, as one dict.
+
+    `checkpoint` is a folder for `load_clip`, or (model, processor); `dictionary` is the DatasetDict of
+    `load_picture_dictionary`. Nothing is drawn at random but the bootstrap, from `seed`. With `out` the dict is written
+    there as JSON; of an empty split it says only that it is. Raises KeyError naming a split that is missing.
+
+    Retrieval: the queries are the distinct (concept, Indonesian name) pairs of a split and the candidates all of its
+    pictures, or the reverse; a picture of the same concept or of the same name (in any case) is right.
+    """
+    absent = [split for split in splits if split not in dictionary]
+    if absent:
+        raise KeyError(f"the dictionary has no split {', '.join(absent)}; it has {', '.join(dictionary)}")
+    given = isinstance(checkpoint, tuple)
+    model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
+    report: dict = {
+        "checkpoint": {"name": None if given else Path(checkpoint).name, "fingerprint": fingerprint(model, processor)},
+        "seed": seed,
+        "versions": versions(),
+        "data": {},
+        "retrieval": {},
+        "zero_shot": {},
+    }
+    for split in splits:
+        rows = dictionary[split]
+        if not len(rows):  # `photographs`, without Debian's packages
+            report["data"][split] = {"pictures": 0}
+            continue
+        images = [to_rgb(image) for image in rows["image"]]
+        report["data"][split] = {"pictures": len(rows), "sha256": data_checksum(rows, images)}
+        image_embeds = embed_images(model, processor, images, batch_size=batch_size, progress=progress)
+        report["retrieval"][split] = retrieval_both_ways(model, processor, rows, image_embeds, seed)
+        report["zero_shot"][split] = zero_shot_both(model, processor, rows, image_embeds, seed)
+    if "train" in dictionary and "unseen_artist" in splits:
+        report["pixel_nearest_neighbour"] = pixel_baseline(dictionary["unseen_artist"], dictionary["train"], seed)
+    report = _rounded(report)
+    if out is not None:
+        text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
+        write_whole(Path(out), lambda file: file.write(text.encode()))
+    return report
+
+
+def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
+    """`{"text_to_image": …, "image_to_text": …}`, each a `metrics.retrieval_summary`, for one split's rows."""
+    concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
+    texts = list(dict.fromkeys(zip(concepts, names, strict=True)))  # in the order of the rows
+    text_concepts, text_names = [concept for concept, _ in texts], [name for _, name in texts]
+    similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
+    positives = same_key(text_concepts, concepts, (text_names, names))
+    return {
+        "text_to_image": retrieval_summary(similarity, positives, seed=seed),
+        "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed),
+    }
+
+
+def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
+    """Zero-shot accuracy of one split, class = group and class = concept within its group, naive and with templates."""
+    wording = load_wording()
+    group_names = {group: group_phrase(name) for group, name in zip(rows["group"], rows["group_id"], strict=True)}
+    groups = sorted(group_names)
+    group_labels = np.array([groups.index(group) for group in rows["group"]])
+    named = list(zip((name.casefold() for name in rows["name_id"]), rows["group"], strict=True))
+    classes = sorted(set(named))  # two concepts of one name and group cannot be told apart by their name
+    names, concept_groups = zip(*classes, strict=True)
+    numbers = {pair: number for number, pair in enumerate(classes)}
+    labels = np.array([numbers[pair] for pair in named])
+    report: dict = {"group": {}, "concept_within_group": {}}
+    for key in ("naive", "templates"):
+        weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key], groups)
+        report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, seed=seed)
+        weights = classifier_weights(model, processor, names, wording[key], concept_groups)
+        report["concept_within_group"][key] = accuracy_within(
+            image_embeds, weights, labels, concept_groups, seed=seed
+        )
+    return report
+
+
+def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
+    """Picture to picture by nearest neighbour in pixels: what a look-alike search without a model reaches.
+
+    Both sides at 32 x 32 RGB, Euclidean distance; right is a picture of the same concept or name. Queries without a
+    right candidate are left out and counted in `without_candidate`.
+    """
+    names = [[name.casefold() for name in rows["name_id"]] for rows in (queries, candidates)]
+    positives = same_key(list(queries["concept"]), list(candidates["concept"]), tuple(names))
+    answerable = positives.any(axis=1)
+    if not answerable.any():
+        raise ValueError("no query picture shares its concept or name with a candidate")
+    left, right = _pixels(queries["image"])[answerable], _pixels(candidates["image"])
+    nearness = 2 * left @ right.T - (right**2).sum(axis=1)  # minus the squared distance, up to the query's own norm
+    summary = retrieval_summary(nearness, positives[answerable], seed=seed)
+    return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
+
+
+def data_checksum(rows, images: Sequence[Image.Image]) -> str:
+    """SHA-256 over concept, artist, size and decoded RGB pixels of every row, in order: what was evaluated, exactly."""
+    digest = hashlib.sha256()
+    for concept, artist, image in zip(rows["concept"], rows["artist"], images, strict=True):
+        digest.update(f"{concept}\0{artist}\0{image.size}\0".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a figure may depend on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _pixels(images) -> Float[np.ndarray, "N pixels"]:
+    size = (PIXEL_SIDE, PIXEL_SIDE)
+    small = [np.asarray(to_rgb(image).resize(size, Image.Resampling.BOX), np.float32) for image in images]
+    return np.stack(small).reshape(len(small), -1) / 255
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 6) if isinstance(value, float) else value

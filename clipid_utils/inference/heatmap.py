@@ -1,0 +1,118 @@
+"""Where in the picture: which squares of it carry what the text says.
+
+Two ways that need nothing but the encoders. `occlusion` asks the model again with each square covered: slow, and true
+to what the model uses. `patch_similarity` compares the text with every patch of one forward pass: fast, and only as
+good as the patches' own vectors, which nothing in training asked to match a text.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from PIL import Image
+
+from clipid_utils.model.embed import embed_texts
+from clipid_utils.model.processor import to_rgb
+
+
+@nnx.jit
+def _similarities(model: nnx.Module, pixel_values: Float[Array, "B H W 3"], text: Float[Array, " E"]):
+    return model.encode_image(pixel_values) @ text
+
+
+@nnx.jit
+def _patches(model: nnx.Module, pixel_values: Float[Array, "B H W 3"]):
+    return model.encode_patches(pixel_values)
+
+
+def middle_square(image: Image.Image) -> Image.Image:
+    """What the model sees of a picture: its middle square, RGB; heat maps lie over this, not over the whole picture."""
+    image = to_rgb(image)
+    left, top = ((side - min(image.size)) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.size), top + min(image.size)))
+
+
+def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pixel_values = np.asarray(processor(images=[image])["pixel_values"], np.float32)[0]  # [H, W, 3]
+    embeds = embed_texts(model, processor, [text])[0] if isinstance(text, str) else np.asarray(text, np.float32)
+    return pixel_values, embeds  # [E]
+
+
+def occlusion(
+    model: nnx.Module,
+    processor: object,
+    image: Image.Image,
+    text: str | Float[np.ndarray, " E"],
+    grid: int | None = None,
+    window: float | int = 2,
+    fill: Float[np.ndarray, " 3"] | None = None,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "grid grid"]:
+    """How much the similarity of picture and text falls when a square around each cell is covered.
+
+    Positive where the model finds what the text says, negative where it finds the contrary (Zeiler & Fergus 2014).
+    `text` is a string or a unit vector; `grid` cells along a side (the model's patches by default); the square is
+    `window` cells wide, more than one because half a cat is still a cat; `fill` is its colour in the processor's
+    values, by default the median colour of the picture's edge: a square of the ground hides, and one of any other
+    colour would itself be seen. Raises ValueError for a grid
+    below 1, a window of 0 or a batch of 1.
+    """
+    vision = model.config.vision
+    grid = vision.image_size // vision.patch_size if grid is None else grid
+    if grid < 1 or window <= 0 or batch_size < 2:
+        raise ValueError(
+            f"grid must be at least 1, window above 0 and batch_size at least 2, not {grid}, {window} and {batch_size}"
+        )
+    pixel_values, embeds = _inputs(model, processor, image, text)
+    covers = occlusion_masks(pixel_values.shape[:2], grid, window)  # [grid * grid, H, W]
+    colour = _edge_colour(pixel_values) if fill is None else np.asarray(fill, np.float32)
+    batch_size = min(batch_size, len(covers) + 1)
+    drops = []
+    for start in range(0, len(covers), batch_size - 1):  # the first of each batch is the picture itself
+        part = covers[start : start + batch_size - 1]
+        covered = np.where(part[..., None], colour, pixel_values)  # [b, H, W, 3]
+        missing = batch_size - 1 - len(part)  # filled up, so that one shape is compiled
+        batch = np.concatenate([pixel_values[None], covered, np.repeat(pixel_values[None], missing, axis=0)])
+        similarity = np.asarray(_similarities(model, jnp.asarray(batch, jnp.float32), jnp.asarray(embeds)))
+        drops.append(similarity[0] - similarity[1 : 1 + len(part)])
+    return np.concatenate(drops).astype(np.float32).reshape(grid, grid)
+
+
+def _edge_colour(pixel_values: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, " 3"]:
+    edges = pixel_values[0], pixel_values[-1], pixel_values[1:-1, 0], pixel_values[1:-1, -1]
+    return np.median(np.concatenate(edges), axis=0)
+
+
+def occlusion_masks(size: tuple[int, int], grid: int, window: float | int = 2) -> np.ndarray:
+    """Boolean masks [grid * grid, H, W], row by row: a square `window` cells wide around the middle of each cell."""
+    edges = []
+    for side in size:
+        middles = (np.arange(grid) + 0.5) * side / grid
+        half = window * side / grid / 2
+        pixels = np.arange(side) + 0.5
+        edges.append(np.abs(pixels - middles[:, None]) < half)  # [grid, side]
+    rows, columns = edges
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid * grid, *size)
+
+
+def patch_similarity(
+    model: nnx.Module,
+    processor: object,
+    image: Image.Image,
+    text: str | Float[np.ndarray, " E"],
+    against: list[str] | None = None,
+) -> Float[np.ndarray, "grid grid"]:
+    """Cosine similarity of the text with every patch of the picture, in one forward pass (Zhou et al. 2022, MaskCLIP).
+
+    With `against`, a list of other texts, their mean similarity is taken off each patch: what all texts have in common
+    with a patch says nothing about this one (Li et al. 2023, CLIP Surgery), and without it the empty ground often wins.
+    """
+    pixel_values, embeds = _inputs(model, processor, image, text)
+    if against:
+        embeds = embeds - embed_texts(model, processor, list(against)).mean(axis=0)
+    patches = np.asarray(jax.device_get(_patches(model, jnp.asarray(pixel_values)[None])))[0]  # [P, E]
+    grid = round(len(patches) ** 0.5)
+    if grid * grid != len(patches):
+        raise ValueError(f"encode_patches gave {len(patches)} patches, which make no square")
+    return (patches @ embeds).astype(np.float32).reshape(grid, grid)

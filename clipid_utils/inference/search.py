@@ -1,0 +1,226 @@
+"""Picture search in Indonesian: by text, by picture, or by both, over an index that `build_index` made.
+
+    index = build_index(model, processor, "foto/", cache=CACHE / "search")   # or a datasets.Dataset
+    scores, rows = search(index, query_embeds(model, processor, text="kucing tidur"), k=10)
+
+The embeddings are one matrix and a query is one product with it; NumPy's exact `top_k` outruns faiss' flat index at the
+sizes of this course (`benchmarks/bench_search.py`), and `faiss_hnsw` is there for millions of pictures.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from PIL import Image
+
+from clipid_utils.inference.index import PictureIndex, open_picture, tidy
+from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.plots import search_grid
+
+Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
+
+
+def query_embeds(
+    model: nnx.Module,
+    processor: object,
+    text: str | None = None,
+    image: Image.Image | str | Path | None = None,
+    text_weight: float | int = 0.5,
+) -> Float[np.ndarray, "1 E"]:
+    """A query by text, by picture, or by both ("seperti ini, tapi merah"): a unit vector, as a matrix of one row.
+
+    By both: unit(text_weight * text + (1 - text_weight) * picture) of the two unit vectors, so 1 is the text alone and
+    0 the picture alone. Pictures lie closer to each other than to texts (the modality gap, Liang et al. 2022), so the
+    picture tends to win at 0.5; 0.6 to 0.8 gives the words a say. Raises ValueError where both are missing.
+    """
+    if text is None and image is None:
+        raise ValueError("a query needs a text, an image, or both")
+    if not 0 <= text_weight <= 1:
+        raise ValueError(f"text_weight lies between 0 (the picture alone) and 1 (the text alone), not {text_weight}")
+    parts = []
+    if text is not None:
+        parts.append((text_weight if image is not None else 1.0) * embed_texts(model, processor, [text]))
+    if image is not None:
+        share = 1 - text_weight if text is not None else 1.0
+        parts.append(share * embed_images(model, processor, [_opened(image)], batch_size=1, progress=False))
+    total = np.sum(parts, axis=0, dtype=np.float32)
+    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    return tidy(image) if isinstance(image, Image.Image) else open_picture(image)
+
+
+def search(
+    index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10, find: Find | None = None
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
+
+    `find` replaces the exact search, for instance by `faiss_hnsw(index.embeds)`. k is cut to the size of the index.
+    """
+    if find is None:
+        return top_k(index.embeds, queries, k)
+    scores, rows = find(queries, min(k, len(index)))
+    if (rows < 0).any():  # how faiss says that it found no more
+        raise ValueError(f"the finder found fewer than {k} pictures for a query: give it more effort, or a smaller k")
+    return scores, rows
+
+
+def top_k(
+    embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10, block: int = 65536
+) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+    """Exact search by inner product: the k largest of `queries @ embeds.T`, best first; equal scores by row number.
+
+    `block` pictures at a time, so a million need no more memory than 65,536 do. Where more than k pictures share the
+    k-th score, which of them are returned is open. Raises ValueError for a NaN, for widths that differ, for k below 1.
+    """
+    if embeds.ndim != 2 or queries.ndim != 2 or embeds.shape[1] != queries.shape[1] or not len(embeds):
+        raise ValueError(f"embeds [N, E] and queries [Q, E] must agree in E, not {embeds.shape} and {queries.shape}")
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, not {k}")
+    if np.isnan(queries).any():
+        raise ValueError("a query holds a NaN")
+    k = min(k, len(embeds))
+    scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    for start in range(0, len(embeds), block):
+        part_scores, part_rows = _largest(queries @ embeds[start : start + block].T, k)
+        scores, rows = np.hstack([scores, part_scores]), np.hstack([rows, part_rows + start])
+    if np.isnan(scores).any():  # np.max and np.argpartition take a NaN for the largest, so none hides further down
+        raise ValueError("a similarity is NaN; look for a NaN in the embeddings of the index")
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest of each row, unsorted. np.argpartition on whole rows takes longer than the product that made them.
+
+    So the columns are dealt into `groups` like cards. The k largest all lie in the k groups with the largest maxima
+    (a group outside has k groups above it, hence k larger scores), and maxima are cheap: np.max over rows is SIMD.
+    """
+    count, size = scores.shape
+    columns = np.broadcast_to(np.arange(size), scores.shape)
+    if k < groups // 4 and size > 4 * groups:
+        deals, rest = divmod(size, groups)
+        maxima = scores[:, : deals * groups].reshape(count, deals, groups).max(axis=1)  # [Q, groups]
+        np.maximum(maxima[:, :rest], scores[:, deals * groups :], out=maxima[:, :rest])
+        best = np.argpartition(maxima, groups - k, axis=1)[:, groups - k :]  # [Q, k]
+        columns = (best[:, :, None] + groups * np.arange(deals + 1)).reshape(count, -1)
+        past_end = columns >= size
+        scores = np.take_along_axis(scores, np.where(past_end, 0, columns), axis=1)
+        scores[past_end] = -np.inf
+    if k >= scores.shape[1]:
+        return scores, columns
+    keep = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :]
+    return np.take_along_axis(scores, keep, axis=1), np.take_along_axis(columns, keep, axis=1)
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("FAISS is not installed: pip install faiss-cpu, or use the exact top_k") from error
+    return faiss
+
+
+def faiss_flat(embeds: Float[np.ndarray, "N E"]) -> Find:
+    """FAISS' exact search (Johnson et al. 2019, IndexFlatIP), for `search(…, find=…)`; ImportError without faiss."""
+    flat = _faiss().IndexFlatIP(embeds.shape[1])
+    flat.add(np.ascontiguousarray(embeds, np.float32))
+    return lambda queries, k: flat.search(np.ascontiguousarray(queries, np.float32), k)
+
+
+def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 64) -> Find:
+    """Approximate search over a graph (HNSW, Malkov & Yashunin 2018), for millions of pictures.
+
+    `links` neighbours a picture (memory), `effort` candidates looked at a query (recall against time).
+    """
+    faiss = _faiss()
+    graph = faiss.IndexHNSWFlat(embeds.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction, graph.hnsw.efSearch = 200, effort
+    graph.add(np.ascontiguousarray(embeds, np.float32))
+    return lambda queries, k: graph.search(np.ascontiguousarray(queries, np.float32), k)
+
+
+def search_figure(
+    index: PictureIndex,
+    model: nnx.Module,
+    processor: object,
+    text: str | None = None,
+    image: Image.Image | str | Path | None = None,
+    text_weight: float | int = 0.5,
+    k: int = 10,
+    columns: int = 5,
+) -> Figure:
+    """One query (as `query_embeds` takes it) and its k best pictures with labels and similarities, as a figure."""
+    scores, rows = search(index, query_embeds(model, processor, text, image, text_weight), k)
+    pictures, labels = [index.picture(i) for i in rows[0]], [index.labels[i] for i in rows[0]]
+    example = image if image is None else _opened(image)
+    query = text if example is None else example if text is None else (text, example)
+    return search_grid(query, pictures, scores[0], labels, columns=columns)
+
+
+def search_widget(
+    index: PictureIndex, model: nnx.Module, processor: object, query: str = "kucing", k: int = 10, columns: int = 5
+) -> Figure | None:
+    """A search box over a grid of results; by picture, or picture and words together, when a file is added.
+
+    In a notebook it displays itself and returns None. What cannot show widgets (GitHub, a printed notebook) shows the
+    first query's figure in its place, and where ipywidgets or the notebook is missing that Figure is returned.
+    """
+
+    def draw(text: str, image: Image.Image | None = None, text_weight: float | int = 0.5) -> Figure:
+        text = text.strip() or (query if image is None else None)
+        return search_figure(index, model, processor, text, image, text_weight, k, columns)
+
+    figure = draw(query)
+    try:
+        import ipywidgets
+        from IPython import display, get_ipython
+    except ImportError:
+        return figure
+    if getattr(get_ipython(), "kernel", None) is None:  # a plain terminal: no front end that could show a widget
+        return figure
+    first = _png(figure)
+    view = {"model_id": _controls(ipywidgets, draw, query, first).model_id, "version_major": 2, "version_minor": 0}
+    bundle = {"application/vnd.jupyter.widget-view+json": view, "image/png": first, "text/plain": repr(figure)}
+    display.display(bundle, raw=True)
+    return None
+
+
+def _controls(ipywidgets, draw: Callable, query: str, first: bytes):
+    """Text box, picture upload, slider and the grid of results, wired together; labels in Indonesian."""
+    text = ipywidgets.Text(value=query, description="Cari:", placeholder="kucing tidur", continuous_update=False)
+    upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Seperti ini…")
+    weight = ipywidgets.FloatSlider(
+        value=0.7, min=0, max=1, step=0.1, description="Bobot kata:", continuous_update=False
+    )
+    results = ipywidgets.Image(value=first, format="png")
+    note = ipywidgets.Label()
+
+    def refresh(_):
+        try:
+            note.value = "Mencari…"
+            results.value = _png(draw(text.value, _uploaded(upload.value), weight.value))
+            note.value = ""
+        except Exception as error:  # shown beside the box: an exception inside a callback is seen nowhere
+            note.value = f"Gagal: {error}"
+
+    for control in (text, upload, weight):
+        control.observe(refresh, names="value")
+    return ipywidgets.VBox([ipywidgets.HBox([text, upload, weight, note]), results])
+
+
+def _uploaded(value) -> Image.Image | None:
+    """The uploaded picture: ipywidgets 8 gives a tuple of files, ipywidgets 7 (Colab) a dict of them by name."""
+    files = list(value.values()) if isinstance(value, dict) else list(value)
+    return Image.open(io.BytesIO(bytes(files[-1]["content"]))) if files else None
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()

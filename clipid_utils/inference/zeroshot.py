@@ -1,0 +1,89 @@
+"""Zero-shot classification in Indonesian: class names become sentences, sentences become the classifier's weights.
+
+People who describe a picture write seekor kucing and sebuah mobil, so templates that fill in the classifier
+(`clipid_utils.wording`) stand closer to real captions than "foto {name}".
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+from PIL import Image
+
+from clipid_utils.metrics import hits_at_k, label_ranks, with_interval
+from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.wording import fill, load_wording
+
+
+def classifier_weights(
+    model: nnx.Module,
+    processor: object,
+    names: Sequence[str],
+    templates: Sequence[str] | None = None,
+    groups: Sequence[str | None] | None = None,
+) -> Float[np.ndarray, "C E"]:
+    """One unit vector a class: the mean of its sentences' unit vectors, renormalised (Radford et al. 2021, 3.1.4).
+
+    `templates` are those of `data/templates.json` by default (`load_wording()["naive"]` is the plain "foto {name}");
+    `groups`, one a name, help to choose classifiers. Raises ValueError for no names, no templates, an empty name.
+    """
+    templates = load_wording()["templates"] if templates is None else list(templates)
+    groups = [None] * len(names) if groups is None else groups
+    if not len(names) or not templates or any(not name.strip() for name in names):
+        raise ValueError("classifier_weights needs names, none of them empty, and at least one template")
+    sentences = [
+        fill(template, name, group) for name, group in zip(names, groups, strict=True) for template in templates
+    ]
+    embeds = embed_texts(model, processor, sentences).reshape(len(names), len(templates), -1)  # [C, templates, E]
+    means = embeds.mean(axis=1)
+    return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def classify(
+    model: nnx.Module, processor: object, images: Sequence[Image.Image], weights: Float[np.ndarray, "C E"]
+) -> Float[np.ndarray, "N C"]:
+    """Probabilities of the classes for each picture: softmax(exp(logit_scale) * image_embeds @ weights.T)."""
+    logits = float(model.scale()) * embed_images(model, processor, images, progress=False) @ weights.T
+    return np.asarray(jax.nn.softmax(logits, axis=-1))
+
+
+def zero_shot_accuracy(
+    image_embeds: Float[np.ndarray, "N E"],
+    weights: Float[np.ndarray, "C E"],
+    labels: Int[np.ndarray, " N"],
+    ks: Sequence[int] = (1, 5),
+    seed: int = 0,
+) -> dict:
+    """Top-k accuracy with 95% bootstrap intervals: `{"top1": {"value", "low", "high"}, "top5": …, "items", "classes"}`.
+
+    The classes may be anything with a row in `weights`: the groups of the dictionary, or its concepts.
+    """
+    return _summary(label_ranks(image_embeds @ weights.T, labels), len(weights), ks, seed)
+
+
+def accuracy_within(
+    image_embeds: Float[np.ndarray, "N E"],
+    weights: Float[np.ndarray, "C E"],
+    labels: Int[np.ndarray, " N"],
+    class_groups: Sequence[object],
+    ks: Sequence[int] = (1, 5),
+    seed: int = 0,
+) -> dict:
+    """As `zero_shot_accuracy`, but each picture chooses among the classes of its own class' group only.
+
+    Which animal, given that it is an animal. `class_groups` is the group of each class; `classes` in the answer is the
+    mean number of classes a picture chooses from.
+    """
+    _, numbers = np.unique(np.asarray([str(group) for group in class_groups]), return_inverse=True)  # [C]
+    if len(numbers) != len(weights):
+        raise ValueError(f"{len(numbers)} class_groups for {len(weights)} classes")
+    allowed = numbers[np.asarray(labels)][:, None] == numbers  # [N, C]
+    scores = np.where(allowed, image_embeds @ weights.T, -np.inf)
+    return _summary(label_ranks(scores, labels), float(allowed.sum(axis=1).mean()), ks, seed)
+
+
+def _summary(rank: np.ndarray, classes: int | float, ks: Sequence[int], seed: int) -> dict:
+    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed) for k in ks}
+    return summary | {"items": len(rank), "classes": classes}

@@ -1,0 +1,172 @@
+"""Retrieval and classification figures with intervals: arrays in, numbers out. NumPy only.
+
+One idea carries the file: the rank of the best positive. A query is a row of similarities to N candidates; its rank is
+the number of wrong candidates that score at least as high as its best right one, so rank 0 is a hit at 1. Recall@K and
+MRR@K are then one line each, and both accept several right answers for one query (two pictures of one concept, five
+captions of one picture), as one right answer among the first K is what a person who searches needs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num, Shaped
+
+CHUNK_BYTES = 64 * 2**20  # of similarities looked at together: 25,000 x 25,000 needs little beyond its own memory
+
+
+def _check_similarity(similarity: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    similarity, positives = np.asarray(similarity), np.asarray(positives)
+    if similarity.ndim != 2 or similarity.shape != positives.shape:
+        raise ValueError(
+            f"similarity and positives must be two matrices [queries, candidates] of one shape, "
+            f"not {similarity.shape} and {positives.shape}; for the other direction transpose both"
+        )
+    if not similarity.size:
+        raise ValueError(f"nothing to rank: similarity has shape {similarity.shape}")
+    if positives.dtype != np.bool_:
+        raise TypeError(f"positives must be boolean (True where the candidate is right), not {positives.dtype}")
+    return similarity, positives
+
+
+def ranks(similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"]) -> Int[np.ndarray, " Q"]:
+    """Rank (0 = first) of each query's best positive; a wrong candidate with the same similarity counts as before it.
+
+    Ties count against us because a model that gives everything the same similarity must not score 1. Raises ValueError
+    for a NaN, for shapes that differ and for a query without a positive. Works in chunks of rows, so `similarity` and
+    `positives` may be memory maps.
+    """
+    similarity, positives = _check_similarity(similarity, positives)
+    queries, candidates = similarity.shape
+    rows = max(1, CHUNK_BYTES // (candidates * max(similarity.itemsize, 4)))
+    found = np.empty(queries, np.int64)
+    for start in range(0, queries, rows):
+        scores, right = similarity[start : start + rows], positives[start : start + rows]
+        if not right.any(axis=1).all():
+            query = start + int(np.argmin(right.any(axis=1)))
+            raise ValueError(f"query {query} has no positive among {candidates} candidates; leave it out or add one")
+        scores = scores if np.issubdtype(scores.dtype, np.inexact) else scores.astype(np.float64)
+        if np.isnan(scores).any():
+            query = start + int(np.argmax(np.isnan(scores).any(axis=1)))
+            raise ValueError(f"query {query} has a NaN similarity; look for a NaN in the embeddings or the parameters")
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        found[start : start + rows] = ((scores >= best) & ~right).sum(axis=1)
+    return found
+
+
+def recall_at_k(
+    similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, float]:
+    """Share of the queries with a positive among the first K candidates, for each K: `{1: 0.41, 5: …}`.
+
+    For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Errors as `ranks`.
+    """
+    return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
+
+
+def mrr_at_k(
+    similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (10,)
+) -> dict[int, float]:
+    """Mean reciprocal rank at K: the mean of 1 / (rank + 1), a query counting 0 where the rank is not below K.
+
+    The figure that clip-italian reports for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
+    """
+    return {k: float(np.mean(reciprocal_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
+
+
+def hits_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
+    """1.0 where the rank (0 = first) is below K, else 0.0: what Recall@K and top-k accuracy average over queries."""
+    return (np.asarray(rank) < k).astype(np.float64)
+
+
+def reciprocal_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
+    """1 / (rank + 1) where the rank (0 = first) is below K, else 0.0: what MRR@K averages over the queries."""
+    return hits_at_k(rank, k) / (np.asarray(rank) + 1.0)
+
+
+def top_k_accuracy(
+    scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"], ks: Sequence[int] = (1, 5)
+) -> dict[int, float]:
+    """Share of the N items whose own class is among the K best of C; ties count against us. Errors as `label_ranks`."""
+    rank = label_ranks(scores, labels)
+    return {k: float(np.mean(hits_at_k(rank, k))) for k in _ks(ks)}
+
+
+def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """Rank (0 = first) of each item's own class; ValueError for a label that is no column, for a NaN, for no items."""
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(f"scores must be [items, classes] and labels [items], not {scores.shape} and {labels.shape}")
+    if len(labels) and not (0 <= labels.min() and labels.max() < scores.shape[1]):
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes")
+    return ranks(scores, labels[:, None] == np.arange(scores.shape[1]))
+
+
+def bootstrap_interval(
+    per_item: Shaped[np.ndarray, "Q ..."],
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of a statistic: items are drawn with replacement, `samples` times.
+
+    `per_item` holds one row a query (for Recall@K: 0 or 1, see `hits_at_k`). Between two models on the same queries,
+    resample the differences. The same seed gives the same interval. Raises ValueError for no items or a NaN.
+    """
+    per_item = np.asarray(per_item)
+    if not len(per_item):
+        raise ValueError("no items to resample")
+    if np.issubdtype(per_item.dtype, np.inexact) and np.isnan(per_item).any():
+        raise ValueError("per_item holds a NaN")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1 (0.95 is usual), not {level}")
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(per_item[rng.integers(len(per_item), size=len(per_item))]) for _ in range(samples)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def with_interval(per_item: Float[np.ndarray, " Q"], seed: int = 0) -> dict[str, float]:
+    """Mean and 95% bootstrap interval, as `metrics.json` and the plots have them: `{"value", "low", "high"}`."""
+    low, high = bootstrap_interval(per_item, seed=seed)
+    return {"value": float(np.mean(per_item)), "low": low, "high": high}
+
+
+def retrieval_summary(
+    similarity: Num[np.ndarray, "Q N"],
+    positives: Bool[np.ndarray, "Q N"],
+    ks: Sequence[int] = (1, 5, 10),
+    mrr_ks: Sequence[int] = (10,),
+    seed: int = 0,
+) -> dict[str, dict[str, float] | int]:
+    """One direction in full: `{"R@1": {"value", "low", "high"}, …, "MRR@10": {…}, "queries": Q, "candidates": N}`."""
+    rank = ranks(similarity, positives)
+    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed) for k in _ks(ks)}
+    summary |= {f"MRR@{k}": with_interval(reciprocal_at_k(rank, k), seed) for k in _ks(mrr_ks)}
+    return summary | {"queries": int(similarity.shape[0]), "candidates": int(similarity.shape[1])}
+
+
+def same_key(
+    queries: Sequence[object], candidates: Sequence[object], *more: tuple[Sequence[object], Sequence[object]]
+) -> Bool[np.ndarray, "Q N"]:
+    """The positives matrix: True where query and candidate share their key (concept), or a key in `more` (name).
+
+    `same_key(concepts, concepts, (names, names))` takes two pictures of one concept, or of one name, as right for each
+    other. Raises ValueError where the numbers of keys differ.
+    """
+    matches = np.zeros((len(queries), len(candidates)), np.bool_)
+    for left, right in ((queries, candidates), *more):
+        if (len(left), len(right)) != matches.shape:
+            raise ValueError(f"keys of {len(left)} queries and {len(right)} candidates; expected {matches.shape}")
+        numbers: dict[object, int] = {}
+        left = np.array([numbers.setdefault(key, len(numbers)) for key in left], np.int64)
+        right = np.array([numbers.get(key, -1) for key in right], np.int64)
+        matches |= left[:, None] == right
+    return matches
+
+
+def _ks(ks: Sequence[int]) -> tuple[int, ...]:
+    ks = (ks,) if isinstance(ks, int) else tuple(ks)
+    if not ks or min(ks) < 1:
+        raise ValueError(f"K must be one or more whole numbers from 1 on, not {ks}")
+    return ks

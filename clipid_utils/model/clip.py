@@ -1,0 +1,350 @@
+"""The hybrid CLIP: a CLIP vision transformer and a BERT text encoder that meet in one embedding space.
+
+Architectures follow the published ones to the letter, so that real weights fit: the image tower is CLIP's ViT (Radford
+et al. 2021: class token, ln_pre, pre-LN blocks, ln_post, projection without bias), the text tower is BERT (Devlin et
+al. 2019: post-LN blocks, pooler) with a projection. Parameters are always float32; `dtype` is the products' type.
+
+Letters in shapes: B batch, H height, W width, P patches, L tokens, D width, E embedding.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from clipid_utils.model import ops
+
+Arrays = Array | np.ndarray  # what the processor gives may go in as it is
+MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image tower; field names and defaults are ViT-B/32's."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower; field names and defaults are IndoBERT base's (`indobenchmark/indobert-base-p2`)."""
+
+    vocab_size: int = 50000
+    max_length: int = 512
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    token_types: int = 2
+    position_offset: int = 0  # RoBERTa counts positions from padding_idx + 1 = 2 and skips padding
+    pooling: str = "pooler"  # or "mean", over the tokens that are not padding
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A whole hybrid CLIP; `logit_bias` is None for the softmax loss and a number for SigLIP's."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    embed_dim: int = 512
+    logit_scale: float = math.log(1 / 0.07)
+    logit_bias: float | None = None
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CLIPConfig":
+        values = dict(values)
+        return cls(vision=VisionConfig(**values.pop("vision")), text=TextConfig(**values.pop("text")), **values)
+
+
+PRESETS = {
+    "mini": CLIPConfig(
+        vision=VisionConfig(image_size=48, patch_size=8, width=128, layers=4, heads=4, mlp_dim=512),
+        text=TextConfig(vocab_size=4000, max_length=64, width=128, layers=2, heads=4, mlp_dim=512),
+        embed_dim=128,
+    ),
+    "vit_b32_indobert_base": CLIPConfig(),
+    "vit_b32_indobert_large": CLIPConfig(
+        text=TextConfig(vocab_size=30522, width=1024, layers=24, heads=16, mlp_dim=4096)
+    ),
+    "vit_b32_indonesian_roberta_base": CLIPConfig(
+        text=TextConfig(vocab_size=50265, max_length=512, norm_eps=1e-5, token_types=1, position_offset=2)
+    ),
+}
+
+
+_module_list = getattr(nnx, "List", list)  # flax 0.11, Colab's, takes plain lists
+
+
+class CLIPOutput(NamedTuple):
+    """What a whole forward pass returns: unit vectors and their scaled products."""
+
+    logits_per_image: Float[Array, "B T"]
+    logits_per_text: Float[Array, "T B"]
+    image_embeds: Float[Array, "B E"]
+    text_embeds: Float[Array, "T E"]
+
+
+def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+    """Vectors of unit length, in float32; a zero vector stays zero."""
+    features = features.astype(jnp.float32)
+    return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
+
+
+def _linear(
+    d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True
+) -> nnx.Linear:
+    """A linear layer whose initial outputs are as large as its inputs, or with a kernel of another `std`.
+
+    Both are the released CLIP's: kernels shrink with the width, and those that end a residual branch also with the
+    depth. BERT's 0.02 is of that size at width 768; at 128 it would let all texts begin as one and the same vector.
+    """
+    init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
+    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def _residual_std(config: VisionConfig | TextConfig) -> float:
+    return (2 * config.width * config.layers) ** -0.5
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate projections, as Hugging Face stores them."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
+        width, self.heads = config.width, config.heads
+        self.q_proj = _linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = _linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = _linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = _linear(width, width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None) -> Float[Array, "B L D"]:
+        q, k, v = (
+            project(x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, K]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(ops.attention(q, k, v, mask).reshape(x.shape))  # [B, L, D]
+
+
+class MLP(nnx.Module):
+    """Two layers with an activation between."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
+        self.fc1 = _linear(config.width, config.mlp_dim, std=(2 * config.width) ** -0.5, dtype=dtype, rngs=rngs)
+        self.fc2 = _linear(config.mlp_dim, config.width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.fc2(ops.ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """One transformer layer; `pre_norm` normalises before each part (CLIP), otherwise after each sum (BERT)."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
+        self.pre_norm = pre_norm
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.ln_1 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.ln_2 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B 1 L"] | None = None,
+        survive: Float[Array, "2 B 1 1"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """`survive` scales the two residual branches: 0 drops one, 1/p keeps its mean (stochastic depth)."""
+        scale_1, scale_2 = (1.0, 1.0) if survive is None else survive
+        if self.pre_norm:
+            x = x + scale_1 * self.attn(self.ln_1(x), mask)
+            return x + scale_2 * self.mlp(self.ln_2(x))
+        x = self.ln_1(x + scale_1 * self.attn(x, mask))
+        return self.ln_2(x + scale_2 * self.mlp(x))
+
+
+def _survivals(key: Array | None, drop_path: float, layers: int, batch: int, dtype) -> list:
+    """Stochastic depth (Huang et al. 2016): for each layer the branch scales, dropped more often the deeper it is."""
+    if key is None or drop_path == 0.0:
+        return [None] * layers
+    if not 0.0 < drop_path < 1.0:
+        raise ValueError(f"drop_path is {drop_path}: it is the last layer's chance of being skipped, below 1")
+    keep = 1.0 - drop_path * jnp.arange(1, layers + 1) / layers
+    alive = jax.random.bernoulli(key, keep[:, None, None, None, None], (layers, 2, batch, 1, 1))
+    return list((alive / keep[:, None, None, None, None]).astype(dtype))
+
+
+class VisionTransformer(nnx.Module):
+    """CLIP's image tower: pixels in, projected features out (not yet of unit length)."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        if config.image_size % config.patch_size:
+            raise ValueError(f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
+        self.config, self.dtype = config, dtype
+        width = config.width
+        init = nnx.initializers.normal(width**-0.5)
+        self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
+        self.position_embedding = nnx.Param(init(rngs.params(), (config.grid**2 + 1, width)))
+        self.patch_embedding = _linear(3 * config.patch_size**2, width, dtype=dtype, rngs=rngs, bias=False)
+        self.ln_pre = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.blocks = _module_list(
+            [Block(config, pre_norm=True, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
+        )
+        self.ln_post = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.projection = _linear(width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+
+    def patchify(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P patch"]:
+        """Non-overlapping patches, row by row, each flattened as (row, column, channel)."""
+        pixel_values = jnp.asarray(pixel_values)
+        size, grid = self.config.patch_size, self.config.grid
+        if pixel_values.shape[1:] != (self.config.image_size, self.config.image_size, 3):
+            raise ValueError(
+                f"pixel_values have shape {pixel_values.shape}; this model wants "
+                f"[B, {self.config.image_size}, {self.config.image_size}, 3]: use the checkpoint's own processor"
+            )
+        x = pixel_values.reshape(-1, grid, size, grid, size, 3).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(x.shape[0], grid**2, 3 * size**2)
+
+    def tokens(
+        self, pixel_values: Float[Arrays, "B H W 3"], *, key: Array | None = None, drop_path: float = 0.0,
+        keep_patches: int | None = None,
+    ) -> Float[Array, "B L D"]:
+        """The class token and the patch tokens after the last block, before ln_post.
+
+        With a `key`, `keep_patches` patches of each picture are drawn at random and the others never computed (FLIP, Li
+        et al. 2023), and `drop_path` is the last layer's chance of being skipped.
+        """
+        patches = self.patchify(pixel_values.astype(self.dtype))  # [B, P, patch]
+        batch, count, _ = patches.shape
+        position = self.position_embedding[...].astype(self.dtype)
+        place = position[None, 1:]
+        if key is not None and keep_patches is not None and keep_patches < count:
+            chosen = jnp.argsort(jax.random.uniform(key, (batch, count)), axis=1)[:, :keep_patches]
+            patches = jnp.take_along_axis(patches, chosen[..., None], axis=1)
+            place = jnp.take(place[0], chosen, axis=0)  # [B, kept, D]
+        x = self.patch_embedding(patches) + place
+        first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype) + position[0], (batch, 1, x.shape[-1]))
+        x = self.ln_pre(jnp.concatenate([first, x], axis=1))  # [B, 1 + P, D]
+        survive_key = None if key is None else jax.random.fold_in(key, 1)
+        for block, survive in zip(
+            self.blocks, _survivals(survive_key, drop_path, len(self.blocks), batch, self.dtype), strict=True
+        ):
+            x = block(x, survive=survive)
+        return x
+
+    def __call__(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
+        return self.projection(self.ln_post(self.tokens(pixel_values, **training)[:, 0]))  # [B, E]
+
+
+class TextEncoder(nnx.Module):
+    """BERT with its pooler and a projection: token ids in, projected features out (not yet of unit length)."""
+
+    def __init__(self, config: TextConfig, embed_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        normal = nnx.initializers.normal(0.02)
+        self.word_embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.width)))
+        rows = config.max_length + config.position_offset
+        self.position_embedding = nnx.Param(normal(rngs.params(), (rows, config.width)))
+        self.token_type_embedding = nnx.Param(normal(rngs.params(), (config.token_types, config.width)))
+        self.ln = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.blocks = _module_list(
+            [Block(config, pre_norm=False, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
+        )
+        self.pooler = _linear(config.width, config.width, dtype=dtype, rngs=rngs)
+        self.projection = _linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+
+    def positions(self, attention_mask: Int[Arrays, "B L"]) -> Int[Array, "#B L"]:
+        """Position ids: 0, 1, 2, … for BERT; RoBERTa counts only the tokens that are not padding, from its offset."""
+        if self.config.position_offset == 0:
+            return jnp.arange(attention_mask.shape[1])[None]
+        return jnp.cumsum(attention_mask, axis=1) * attention_mask + self.config.position_offset - 1
+
+    def __call__(
+        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], *, key: Array | None = None,
+        drop_path: float = 0.0,
+    ) -> Float[Array, "B E"]:
+        if input_ids.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"input_ids have {input_ids.shape[1]} tokens; this text tower holds {self.config.max_length}: "
+                "truncate in the processor"
+            )
+        x = self.word_embedding[input_ids] + self.position_embedding[self.positions(attention_mask)]
+        x = self.ln((x + self.token_type_embedding[0]).astype(self.dtype))  # [B, L, D]
+        mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
+        for block, survive in zip(
+            self.blocks, _survivals(key, drop_path, len(self.blocks), x.shape[0], self.dtype), strict=True
+        ):
+            x = block(x, mask, survive)
+        if self.config.pooling == "mean":
+            weight = attention_mask[..., None].astype(x.dtype)
+            pooled = (x * weight).sum(1) / weight.sum(1)
+        else:
+            pooled = jnp.tanh(self.pooler(x[:, 0]))
+        return self.projection(pooled)  # [B, E]
+
+
+class HybridCLIP(nnx.Module):
+    """An image tower and a text tower with a learned scale between them.
+
+    `logit_scale` is stored as a logarithm, as in CLIP, and used clamped at ln 100.
+    """
+
+    def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTransformer(config.vision, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.text = TextEncoder(config.text, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale, jnp.float32))
+        self.logit_bias = None if config.logit_bias is None else nnx.Param(jnp.asarray(config.logit_bias, jnp.float32))
+
+    def encode_image(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
+        """Unit vectors of normalised pixels; `key`, `drop_path` and `keep_patches` are for training only."""
+        return normalize(self.vision(pixel_values, **training))
+
+    def encode_text(
+        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training
+    ) -> Float[Array, "B E"]:
+        """Unit vectors of tokenised texts; `key` and `drop_path` are for training only."""
+        return normalize(self.text(input_ids, attention_mask, **training))
+
+    def encode_patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P E"]:
+        """Unit vectors of every patch, row by row: last tokens, projected as the class token is (Zhou et al. 2022)."""
+        tower = self.vision
+        return normalize(tower.projection(tower.ln_post(tower.tokens(pixel_values)[:, 1:])))
+
+    def scale(self) -> Float[Array, ""]:
+        """exp(logit_scale), at most 100."""
+        return jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))
+
+    def __call__(
+        self,
+        pixel_values: Float[Arrays, "B H W 3"],
+        input_ids: Int[Arrays, "T L"],
+        attention_mask: Int[Arrays, "T L"],
+    ) -> CLIPOutput:
+        image_embeds = self.encode_image(pixel_values)
+        text_embeds = self.encode_text(input_ids, attention_mask)
+        logits = self.scale() * image_embeds @ text_embeds.T  # [B, T]
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias[...]
+        return CLIPOutput(logits, logits.T, image_embeds, text_embeds)

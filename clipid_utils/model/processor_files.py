@@ -1,0 +1,127 @@
+"""What a checkpoint folder, ours or one of transformers, says of pictures and texts, as CLIPProcessor's arguments.
+
+CLIP's and ViT's preprocessor_config.json, new and old; the tokenizers of BERT, RoBERTa and XLM-RoBERTa.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+# The mean and standard deviation that OpenAI's CLIP normalises by (Radford et al. 2021), in RGB
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+NO_SIDES = (0, 0)
+NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no length of its own
+
+
+def read_preprocessor(folder: Path) -> dict:
+    """How pictures are resized and normalised; without preprocessor_config.json as CLIP does, at config.json's size.
+
+    Raises FileNotFoundError where neither file says it, and ValueError for pictures that would not be square.
+    """
+    path, newest = folder / "preprocessor_config.json", folder / "processor_config.json"
+    images = read_json(path)
+    if not images and (images := read_json(newest).get("image_processor") or {}):
+        path = newest
+    if not images:
+        return {"image_size": _vision_size(folder)}
+    # a null is not stated, but do_…: null is false
+    images = {name: value for name, value in images.items() if value is not None or name.startswith("do_")}
+    kind = images.get("image_processor_type") or images.get("feature_extractor_type") or ""
+    crops = images.get("do_center_crop", "crop_size" in images or "CLIP" in kind)
+    like_clip = "CLIP" in kind or (not kind and crops)  # what a file leaves out is CLIP's or ViT's
+    resize, crop = images.get("size", 224), images.get("crop_size", 224)
+    if isinstance(resize, int) and not like_clip:
+        resize = (resize, resize)
+    elif isinstance(resize, dict):
+        resize = resize["shortest_edge"] if set(resize) == {"shortest_edge"} else _sides(resize)
+    elif isinstance(resize, list):
+        resize = tuple(resize)
+    made = ((crop, crop) if isinstance(crop, int) else _sides(crop)) if crops else resize
+    known = images.get("do_resize", True) and resize != NO_SIDES and isinstance(made, tuple) and made != NO_SIDES
+    if not known or made[0] != made[1]:
+        raise ValueError(f"{path}: size {images.get('size')}, crop_size {images.get('crop_size')}, do_center_crop "
+                         f"{crops}, do_resize {images.get('do_resize', True)} make no squares, which the model takes")
+    means = images.get("image_mean", IMAGE_MEAN if like_clip else 0.5)
+    stds = images.get("image_std", IMAGE_STD if like_clip else 0.5)
+    if not images.get("do_normalize", True):
+        means, stds = 0.0, 1.0
+    # CLIPProcessor divides by 255; a file with another factor, or none, has it in the mean and deviation instead
+    scale = 255 * (images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1)
+    means, stds = (tuple(float(value) / scale for value in np.broadcast_to(values, 3)) for values in (means, stds))
+    return {"image_size": made[0], "resize": resize, "resample": images.get("resample", 3 if like_clip else 2),
+            "image_mean": means, "image_std": stds}
+
+
+def _sides(size: dict) -> tuple[int, int]:
+    return (size["height"], size["width"]) if {"height", "width"} <= set(size) else NO_SIDES
+
+
+def _vision_size(folder: Path) -> int:
+    config = read_json(folder / "config.json")
+    vision = config.get("vision", config)
+    while "vision_config" in vision:  # a whole CLIP may stand where its vision part should
+        vision = vision["vision_config"]
+    if vision is config and not {"image_size", "patch_size"} & set(config):
+        raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing, and no vision part in "
+                                f"config.json tells a picture's size: is {folder} a checkpoint?")
+    return vision.get("image_size", 224)
+
+
+def read_tokenizer(folder: Path) -> dict:
+    """The tokenizer, by AutoTokenizer where it is not our own, and how many tokens a text may have.
+
+    That is model_max_length or what the position table holds, whichever is less. Raises FileNotFoundError for missing
+    files and ValueError for those that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: is {folder} a checkpoint?")
+    settings, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+    if not settings and not config:
+        raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
+    text = config.get("text_config", config)
+    tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
+    ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
+    try:
+        if ours and config.get("model_type", "clip-indonesian") == "clip-indonesian":  # transformers loads for seconds
+            found = {side: settings[side] for side in ("padding_side", "truncation_side") if side in settings}
+            found |= {"tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")), "special_tokens": tokens}
+            stated = settings.get("model_max_length")
+        else:
+            from transformers import AutoTokenizer
+
+            # where config.json has two towers, AutoTokenizer must be told which of them it serves
+            unnamed = text is not config and "model_type" in text and "tokenizer_class" not in settings
+            kind = {"tokenizer_type": text["model_type"]} if unnamed else {}
+            found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **kind)}
+            stated = found["tokenizer"].model_max_length
+    except Exception as error:  # whatever the two libraries raise for a broken file
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({error}): fetch the checkpoint again") from error
+    return {**found, "max_length": _max_length(folder, text, stated)}
+
+
+def _max_length(folder: Path, text: dict, stated: int | float | None) -> int:
+    rows = text.get("max_position_embeddings")
+    if rows and "roberta" in text.get("model_type", ""):
+        rows -= text.get("pad_token_id", 1) + 1  # RoBERTa's positions begin after that of its padding
+    lengths = [length for length in (stated, rows) if length and length < NO_LENGTH]
+    if not lengths:
+        raise ValueError(f"{folder}: neither tokenizer_config.json (model_max_length) nor config.json "
+                         "(max_position_embeddings) tells how many tokens a text may have: add one")
+    return int(min(lengths))
+
+
+def read_json(path: Path) -> dict:
+    """The file's object, {} where there is no file; ValueError that names it where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): fetch or save the checkpoint again") from error
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes an object to a file, as `read_json` reads it."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,278 @@
+"""Run the course: every notebook in order, each in a fresh kernel, written executed and as HTML, then one table.
+
+    python scripts/course.py                     # notebooks/*.ipynb to build/course/
+    python scripts/course.py notebooks/04*.ipynb # some of them
+    python scripts/course.py --in-place          # and write the outputs into notebooks/ too, as they are committed
+
+A notebook names its key figure by tagging a code cell `key-figure`: the last line of text which that cell prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import os
+import re
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import psutil
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+# The course needs no hub; without these a library asks one anyway, and waits for it in a room without network.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass
+class Result:
+    """What one notebook took and showed; `error` is the report of the cell that failed, empty where none did."""
+
+    name: str
+    title: str
+    seconds: float
+    peak_bytes: int
+    key_figure: str
+    error: str = ""
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """The row of the table: notebook, minutes, peak memory, key figure."""
+        figure = "FAILED" if self.error else self.key_figure
+        return self.name, f"{self.seconds / 60:.1f}", f"{self.peak_bytes / 1e6:.0f} MB", figure
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts kernels with the very interpreter that runs this script, whatever kernels the user has installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+class MemoryWatch:
+    """Samples, while entered, the resident memory of all this process's descendants together; `peak` in bytes."""
+
+    def __init__(self, interval: float = 0.2):
+        self.interval, self.peak = interval, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.is_set():
+            total = 0
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.Error:  # it ended between the listing and the question
+                    pass
+            self.peak = max(self.peak, total)
+            self._stop.wait(self.interval)
+
+
+def output_text(cell) -> str:
+    """The text that a code cell shows: what it printed, then the plain form of its result."""
+    printed = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"]
+    results = [o.data.get("text/plain", "") for o in cell.outputs if o.output_type == "execute_result"]
+    return "\n".join(printed + results)
+
+
+def key_figure(notebook) -> str:
+    """The last line of text from the last cell tagged `key-figure`; empty where there is none."""
+    for cell in reversed(notebook.cells):
+        if cell.cell_type == "code" and "key-figure" in cell.metadata.get("tags", ()):
+            lines = output_text(cell).strip().splitlines()
+            return lines[-1].strip() if lines else ""
+    return ""
+
+
+def title(notebook) -> str:
+    """The notebook's first heading, without its marks."""
+    for cell in notebook.cells:
+        found = re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        if found:
+            return found[1].strip()
+    return ""
+
+
+def failure(name: str, notebook, index: int, error: Exception) -> str:
+    """What a person needs to find the mistake: notebook, cell (counted from 1), its first lines, the error."""
+    cell = notebook.cells[index]
+    lines = cell.source.splitlines()
+    source = "\n".join("    " + line for line in lines[:6] + (["…"] if len(lines) > 6 else []))
+    if isinstance(error, CellExecutionError):
+        reason = f"{error.ename}: {error.evalue}"
+    elif isinstance(error, DeadKernelError):
+        reason = f"the kernel died, most often for want of memory: lower the knobs; its last words are in {name}.log"
+    else:
+        reason = str(error).strip().splitlines()[0]
+    return f"{name}, cell {index + 1} of {len(notebook.cells)}:\n{source}\n{reason}"
+
+
+def run_notebook(path: Path, out: Path, timeout: float, on_cell=lambda index, count: None) -> tuple[object, Result]:
+    """Execute one notebook in a kernel of its own and return it with its `Result`; an error in a cell ends it there.
+
+    `timeout` is a cell's, in seconds; `on_cell(index, count)` is called before each cell. What the kernel itself says
+    beside the notebook goes to a log in the folder `out`.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    at = 0
+
+    def start(cell, cell_index):
+        nonlocal at
+        at = cell_index
+        on_cell(cell_index, len(notebook.cells))
+
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=ThisPython,
+        timeout=timeout,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=start,
+    )
+    # MPLBACKEND, where the shell has one, would keep figures out of the notebook.
+    environment = {**OFFLINE, **{k: v for k, v in os.environ.items() if k != "MPLBACKEND"}}
+    error, began = "", time.monotonic()
+    with MemoryWatch() as memory, open(out / f"{path.name}.log", "w") as log:
+        try:
+            client.execute(env=environment, stdout=log, stderr=log)
+        except (CellControlSignal, CellTimeoutError, DeadKernelError) as e:
+            error = failure(path.name, notebook, at, e)
+    seconds = time.monotonic() - began
+    return notebook, Result(path.stem, title(notebook), seconds, memory.peak, key_figure(notebook), error)
+
+
+def drop_widgets(notebook) -> None:
+    """Take out widgets, which show nothing without a kernel and make a page ask the network for their code."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", ())]
+
+
+def shrink_pictures(notebook) -> None:
+    """Reduce figures to 256 colours where that makes them smaller: to a third, with no difference to the eye."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", ()):
+                with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
+                    small = io.BytesIO()
+                    picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+                encoded = base64.b64encode(small.getvalue()).decode()
+                output.data["image/png"] = min(output.data["image/png"], encoded, key=len)
+
+
+def clean_metadata(notebook) -> None:
+    """Leave nothing in the notebook's metadata that differs from machine to machine or run to run."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+def table(results: list[Result]) -> str:
+    """The results as lines of text in aligned columns, the last line the sum of the minutes and the greatest peak."""
+    total = Result("all", "", sum(r.seconds for r in results), max(r.peak_bytes for r in results), "")
+    rows = [("notebook", "minutes", "peak memory", "key figure")] + [r.cells() for r in [*results, total]]
+    name, minutes, memory = (max(len(row[i]) for row in rows) for i in range(3))
+    lines = [f"{a:{name}}  {b:>{minutes}}  {c:>{memory}}  {d}".rstrip() for a, b, c, d in rows]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def index_page(results: list[Result]) -> str:
+    """An HTML page with one row a notebook, linked to its page."""
+    rows = []
+    for r in results:
+        name, minutes, memory, figure = map(html.escape, r.cells())
+        link = f'<a href="{name}.html">{name}</a><br>{html.escape(r.title)}'
+        rows.append(f"<tr><td>{link}</td><td>{minutes}</td><td>{memory}</td><td>{figure}</td></tr>")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>CLIP-Indonesian: the course, executed</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem; border-bottom: 1px solid #ccc }}
+</style></head><body>
+<h1>CLIP-Indonesian: the course, executed</h1>
+<table><tr><th>notebook</th><th>minutes</th><th>peak memory</th><th>key figure</th></tr>
+{chr(10).join(rows)}
+</table></body></html>
+"""
+
+
+def run_course(notebooks: list[Path], out: Path, timeout: float, in_place: bool = False) -> list[Result]:
+    """Execute the notebooks in order into `out`, telling a line each; the first that fails is the last that runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    to_html, results = HTMLExporter(embed_images=True), []
+    for number, path in enumerate(notebooks, 1):
+        line = f"[{number}/{len(notebooks)}] {path.stem}"
+
+        def on_cell(index, count, line=line):
+            if sys.stdout.isatty():
+                print(f"\r{line}: cell {index + 1} of {count}", end="", flush=True)
+
+        notebook, result = run_notebook(path, out, timeout, on_cell)
+        drop_widgets(notebook)
+        shrink_pictures(notebook)
+        nbformat.write(notebook, out / path.name)
+        (out / f"{path.stem}.html").write_text(to_html.from_notebook_node(notebook)[0], encoding="utf-8")
+        results.append(result)
+        (out / "index.html").write_text(index_page(results), encoding="utf-8")
+        print(("\r" if sys.stdout.isatty() else "") + f"{line}: " + ", ".join(result.cells()[1:]), flush=True)
+        if result.error:
+            break
+        if in_place:
+            clean_metadata(notebook)
+            nbformat.write(notebook, path)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 1 where a notebook failed and 2 where there is none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: notebooks/*.ipynb in order")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "course", help="default: build/course")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one cell may take; default: 1800")
+    parser.add_argument("--in-place", action="store_true", help="write the outputs back into the notebooks too")
+    options = parser.parse_args(arguments)
+    notebooks = options.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if not notebooks:
+        print(f"no notebook in {ROOT / 'notebooks'}: is the clone complete?", file=sys.stderr)
+        return 2
+    try:
+        results = run_course(notebooks, options.out, options.timeout, options.in_place)
+    except KeyboardInterrupt:
+        print("\nstopped by hand", file=sys.stderr)
+        return 130
+    print("\n" + table(results))
+    print(f"\nTo read: {options.out / 'index.html'}")
+    if results[-1].error:
+        print(f"\nStopped at {results[-1].error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

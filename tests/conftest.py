@@ -1,0 +1,24 @@
+"""What all tests share: eight simulated devices, no hub, and the shapes of every call into the library checked."""
+
+import os
+
+# Before the libraries that read them; the notebooks' kernels, which tests start too, get them as well.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+
+import hypothesis
+import jax
+import matplotlib
+from jaxtyping import install_import_hook
+
+# Through jax.config, not XLA_FLAGS, which would reach the kernels that tests start.
+if not os.environ.get("JAX_PLATFORMS"):
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+matplotlib.use("Agg")
+
+# The same examples in each run, and no deadline: the first example of a test often waits for a compilation.
+hypothesis.settings.register_profile("course", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("course")
+
+install_import_hook("clipid_utils", "beartype.beartype")

@@ -1,0 +1,364 @@
+"""The towers, stage by stage, against recorded PyTorch references; then what they promise beside that."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from tiny import CONFIG, SIZE, tiny_batch, tiny_clip, tiny_processor
+
+from clipid_utils.model.clip import (
+    MAX_LOGIT_SCALE,
+    PRESETS,
+    CLIPConfig,
+    HybridCLIP,
+    TextConfig,
+    TextEncoder,
+    VisionConfig,
+    VisionTransformer,
+    _module_list,
+    normalize,
+)
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+# Hugging Face name -> nnx path; a kernel is the transposed weight. The library's own converter has a fuller table.
+LINEAR, NORM, TABLE = {"weight": "kernel", "bias": "bias"}, {"weight": "scale", "bias": "bias"}, {"weight": None}
+NAMES = [
+    (r"vision_model\.embeddings\.class_embedding", "class_embedding", None),
+    (r"vision_model\.embeddings\.position_embedding\.(\w+)", "position_embedding", TABLE),
+    (r"vision_model\.embeddings\.patch_embedding\.(\w+)", "patch_embedding", LINEAR),
+    (r"vision_model\.pre_layrnorm\.(\w+)", "ln_pre", NORM),
+    (r"vision_model\.post_layernorm\.(\w+)", "ln_post", NORM),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.(\w+)\.(\w+)", r"blocks.\1.attn.\2", LINEAR),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"blocks.\1.ln_\2", NORM),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(\w+)\.(\w+)", r"blocks.\1.mlp.\2", LINEAR),
+    (r"(?:visual|text)_projection\.(\w+)", "projection", LINEAR),
+    (r"embeddings\.word_embeddings\.(\w+)", "word_embedding", TABLE),
+    (r"embeddings\.(position|token_type)_embeddings\.(\w+)", r"\1_embedding", TABLE),
+    (r"embeddings\.LayerNorm\.(\w+)", "ln", NORM),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(\w+)", r"blocks.\1.attn.q_proj", LINEAR),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(\w+)", r"blocks.\1.attn.k_proj", LINEAR),
+    (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(\w+)", r"blocks.\1.attn.v_proj", LINEAR),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.out_proj", LINEAR),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)", r"blocks.\1.ln_1", NORM),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"blocks.\1.mlp.fc1", LINEAR),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"blocks.\1.mlp.fc2", LINEAR),
+    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"blocks.\1.ln_2", NORM),
+    (r"pooler\.dense\.(\w+)", "pooler", LINEAR),
+]
+
+
+def translate(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
+    for pattern, target, leaves in NAMES:
+        if found := re.fullmatch(pattern, name):
+            leaf = leaves and leaves[found.groups()[-1]]
+            if leaf == "kernel":  # a patch is flattened as (row, column, channel)
+                weight = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight.T
+            return ".".join(filter(None, [found.expand(target), leaf])), weight
+    raise KeyError(f"no rule for {name}")
+
+
+def load_golden(name: str, tower: nnx.Module) -> dict[str, np.ndarray]:
+    """Fills the tower with the recorded weights, each used once and no leaf left, and returns the other arrays."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        recorded = dict(file)
+    weights = dict(translate(k.removeprefix("weight:"), v) for k, v in recorded.items() if k.startswith("weight:"))
+    graph, state = nnx.split(tower)
+    leaves = nnx.to_flat_state(state)
+    assert {".".join(map(str, path)) for path, _ in leaves} == weights.keys()
+    filled = []
+    for path, leaf in leaves:
+        weight = weights[".".join(map(str, path))]
+        assert weight.shape == leaf.shape, path
+        filled.append((path, leaf.replace(jnp.asarray(weight))))
+    nnx.update(tower, nnx.from_flat_state(filled))
+    return {k: v for k, v in recorded.items() if not k.startswith("weight:")}
+
+
+def close(ours, recorded):
+    np.testing.assert_allclose(ours, recorded, atol=1e-5)
+
+
+# --- Against PyTorch -----------------------------------------------------------------------------------------------
+
+
+def test_image_tower_is_that_of_clip():
+    config = VisionConfig(image_size=24, patch_size=8, width=32, layers=2, heads=4, mlp_dim=64)
+    tower = VisionTransformer(config, 16, rngs=nnx.Rngs(0))
+    golden = load_golden("vision", tower)
+    pixels = jnp.asarray(golden["pixel_values"].transpose(0, 2, 3, 1))
+    close(tower.patch_embedding(tower.patchify(pixels)), golden["stage:patches"])
+    blocks, tower.blocks = tower.blocks, _module_list([])
+    x = tower.tokens(pixels)
+    close(x, golden["stage:hidden_0"])
+    for number, block in enumerate(blocks, 1):
+        x = block(x)
+        close(x, golden[f"stage:hidden_{number}"])
+    tower.blocks = blocks
+    close(tower.ln_post(tower.tokens(pixels)[:, 0]), golden["stage:pooled"])
+    close(tower(pixels), golden["stage:image_embeds"])
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("bert", TextConfig(vocab_size=50, max_length=10, width=32, layers=2, heads=4, mlp_dim=64)),
+        ("roberta", TextConfig(vocab_size=50, max_length=10, width=32, layers=2, heads=4, mlp_dim=64, norm_eps=1e-5,
+                               token_types=1, position_offset=2)),
+    ],
+)
+def test_text_tower_is_that_of_bert_and_of_roberta(name, config):
+    tower = TextEncoder(config, 16, rngs=nnx.Rngs(0))
+    golden = load_golden(name, tower)
+    ids, mask = (jnp.asarray(golden[key], jnp.int32) for key in ("input_ids", "attention_mask"))
+    real = np.asarray(mask, bool)  # what stands at a padded place is never used
+    x = tower.word_embedding[ids] + tower.position_embedding[tower.positions(mask)] + tower.token_type_embedding[0]
+    x = tower.ln(x)
+    close(np.asarray(x)[real], golden["stage:hidden_0"][real])
+    for number, block in enumerate(tower.blocks, 1):
+        x = block(x, mask[:, None, :].astype(bool))
+        close(np.asarray(x)[real], golden[f"stage:hidden_{number}"][real])
+    close(jnp.tanh(tower.pooler(x[:, 0])), golden["stage:pooled"])
+    close(tower(ids, mask), golden["stage:text_embeds"])
+
+
+@pytest.mark.parametrize(
+    "preset, vision, text",
+    [
+        # CLIPVisionModelWithProjection of ViT-B/32; BertModel or RobertaModel of transformers, and a projection
+        ("vit_b32_indobert_base", 87_849_216, 124_441_344 + 768 * 512),
+        ("vit_b32_indobert_large", 87_849_216, 335_141_888 + 1024 * 512),
+        ("vit_b32_indonesian_roberta_base", 87_849_216, 124_645_632 + 768 * 512),
+    ],
+)
+def test_presets_have_the_published_sizes(preset, vision, text):
+    model = nnx.eval_shape(lambda: HybridCLIP(PRESETS[preset], rngs=nnx.Rngs(0)))
+
+    def count(part):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(part, nnx.Param)))
+
+    assert (count(model.vision), count(model.text)) == (vision, text)
+
+
+# --- Shapes, units and errors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny_clip()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    inputs = tiny_batch(tiny_processor(), 6)
+    pixels = np.random.default_rng(0).normal(size=(6, SIZE, SIZE, 3)).astype(np.float32)
+    return {"pixel_values": jnp.asarray(pixels), "input_ids": jnp.asarray(inputs["input_ids"]),
+            "attention_mask": jnp.asarray(inputs["attention_mask"])}
+
+
+def assert_unit(vectors, *shape):
+    assert vectors.shape == shape and vectors.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), np.ones(shape[:-1]), atol=1e-5)
+
+
+def test_everything_that_is_called_embeds_has_unit_length(clip, batch):
+    model, _ = clip
+    out = model(**batch)
+    assert_unit(out.image_embeds, 6, 8)
+    assert_unit(out.text_embeds, 6, 8)
+    assert_unit(model.encode_patches(batch["pixel_values"]), 6, 4, 8)
+    cosines = out.image_embeds @ out.text_embeds.T
+    np.testing.assert_allclose(out.logits_per_image, cosines / 0.07, atol=1e-4)
+    np.testing.assert_array_equal(out.logits_per_text, out.logits_per_image.T)
+
+
+def test_the_model_takes_what_the_processor_gives(clip):
+    """numpy arrays as they come, and not as many texts as pictures."""
+    from PIL import Image
+
+    model, processor = clip
+    inputs = processor(images=[Image.new("RGB", (20, 30), "red")] * 2, text=["kucing tidur", "mobil merah", "ikan"])
+    assert model(**inputs).logits_per_image.shape == (2, 3)
+    assert_unit(model.encode_image(inputs["pixel_values"]), 2, 8)
+    assert_unit(model.encode_text(inputs["input_ids"], inputs["attention_mask"]), 3, 8)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3))
+def test_normalize(values):
+    vector = jnp.asarray(values, jnp.float32)
+    once = normalize(vector)
+    norm = float(jnp.linalg.norm(vector))
+    assert float(jnp.linalg.norm(once)) <= 1 + 1e-5
+    if norm > 1e-2:
+        np.testing.assert_allclose(once * norm, vector, rtol=1e-4, atol=1e-4)
+    if not vector.any():
+        assert not once.any()
+
+
+def test_patchify_is_the_double_loop(clip, batch):
+    model, _ = clip
+    pixels = np.asarray(batch["pixel_values"])
+    naive = [[picture[row : row + 8, column : column + 8].ravel() for row in (0, 8) for column in (0, 8)]
+             for picture in pixels]
+    np.testing.assert_array_equal(model.vision.patchify(batch["pixel_values"]), naive)
+
+
+@pytest.mark.parametrize("shape", [(2, SIZE, SIZE + 8, 3), (2, SIZE + 8, SIZE + 8, 3)])
+def test_another_picture_size_is_refused(clip, shape):
+    with pytest.raises(ValueError, match=rf"wants \[B, {SIZE}, {SIZE}, 3\].*processor"):
+        clip[0].encode_image(jnp.zeros(shape))
+
+
+def test_a_patch_must_divide_the_picture():
+    with pytest.raises(ValueError, match="image_size 50 is not a multiple of patch_size 8"):
+        VisionTransformer(VisionConfig(image_size=50, patch_size=8), 4, rngs=nnx.Rngs(0))
+
+
+def test_too_many_tokens_are_refused(clip):
+    with pytest.raises(ValueError, match="have 17 tokens; this text tower holds 16: truncate in the processor"):
+        clip[0].encode_text(jnp.ones((1, 17), jnp.int32), jnp.ones((1, 17), jnp.int32))
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, logit_bias=-10.0), *PRESETS.values()])
+def test_a_config_survives_its_dict(config):
+    assert CLIPConfig.from_dict(config.to_dict()) == config
+
+
+def test_scale_is_the_exponential_and_never_above_100(clip):
+    model, _ = tiny_clip(logit_scale=2.0)
+    assert float(model.scale()) == pytest.approx(np.exp(2.0), rel=1e-6)
+    model, _ = tiny_clip(logit_scale=9.0)
+    assert float(model.scale()) == pytest.approx(100.0, rel=1e-5)
+    assert pytest.approx(np.log(100.0)) == MAX_LOGIT_SCALE
+
+
+def test_a_bias_is_added_to_the_logits(batch):
+    plain, _ = tiny_clip()
+    biased, _ = tiny_clip(logit_bias=-10.0)
+    np.testing.assert_allclose(biased(**batch).logits_per_image, plain(**batch).logits_per_image - 10, atol=1e-4)
+
+
+def test_the_same_seed_is_the_same_model():
+    leaves = [jax.tree.leaves(nnx.state(tiny_clip(seed)[0])) for seed in (1, 1, 2)]
+    assert all((a == b).all() for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert any((a != b).any() for a, b in zip(leaves[0], leaves[2], strict=True))
+
+
+# --- Texts ---------------------------------------------------------------------------------------------------------
+
+
+def test_roberta_counts_from_its_offset_and_skips_padding():
+    config = dataclasses.replace(CONFIG.text, position_offset=2)
+    tower = TextEncoder(config, 8, rngs=nnx.Rngs(0))
+    mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    assert tower.positions(mask).tolist() == [[2, 3, 4, 1], [2, 1, 1, 1], [2, 3, 4, 5]]
+    assert tower.position_embedding.shape == (CONFIG.text.max_length + 2, CONFIG.text.width)
+    assert tiny_clip()[0].text.positions(mask).tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("change", [{}, {"position_offset": 2}, {"pooling": "mean"}])
+def test_padding_does_not_change_a_text(change):
+    tower = TextEncoder(dataclasses.replace(CONFIG.text, **change), 8, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(5, 50, (3, 6)), jnp.int32)
+    grown = jnp.concatenate([ids, jnp.asarray(rng.integers(5, 50, (3, 4)), jnp.int32)], axis=1)
+    mask = jnp.concatenate([jnp.ones((3, 6), jnp.int32), jnp.zeros((3, 4), jnp.int32)], axis=1)
+    np.testing.assert_allclose(tower(grown, mask), tower(ids, mask[:, :6]), atol=1e-5)
+
+
+def test_mean_pooling_is_another_pooling(batch):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    mean, _ = tiny_clip(text=dataclasses.replace(CONFIG.text, pooling="mean"))
+    assert float(jnp.abs(mean.encode_text(ids, mask) - tiny_clip()[0].encode_text(ids, mask)).max()) > 0.1
+
+
+@settings(max_examples=10)
+@given(st.permutations(range(6)))
+def test_no_row_knows_of_another(clip, batch, order):
+    """An embedding does not depend on what else is in the batch, nor on where it stands."""
+    model, _ = clip
+    out, shuffled = model(**batch), model(**{key: value[np.array(order)] for key, value in batch.items()})
+    np.testing.assert_allclose(shuffled.image_embeds, out.image_embeds[np.array(order)], atol=1e-5)
+    np.testing.assert_allclose(shuffled.text_embeds, out.text_embeds[np.array(order)], atol=1e-5)
+
+
+# --- Precision and training's own switches -------------------------------------------------------------------------
+
+
+def test_bfloat16_computes_with_float32_parameters(batch):
+    exact, rough = tiny_clip()[0], tiny_clip(dtype=jnp.bfloat16)[0]
+    for leaf in jax.tree.leaves(nnx.state(rough, nnx.Param)):
+        assert leaf.dtype == jnp.float32
+    assert rough.vision.tokens(batch["pixel_values"]).dtype == jnp.bfloat16
+    one, other = exact(**batch), rough(**batch)
+    assert_unit(other.image_embeds, 6, 8)
+    assert_unit(other.text_embeds, 6, 8)
+    assert other.logits_per_image.dtype == jnp.float32
+    np.testing.assert_allclose(other.image_embeds, one.image_embeds, atol=0.03)
+    np.testing.assert_allclose(other.text_embeds, one.text_embeds, atol=0.03)
+    assert (other.image_embeds != one.image_embeds).any()
+
+
+def test_kept_patches_are_drawn_and_the_others_never_computed(clip, batch):
+    tower, pixels, key = clip[0].vision, batch["pixel_values"], jax.random.key(0)
+    assert tower.tokens(pixels, key=key, keep_patches=3).shape == (6, 4, 16)
+    assert (tower.tokens(pixels, key=key, keep_patches=3) == tower.tokens(pixels, key=key, keep_patches=3)).all()
+    assert (tower(pixels, key=key, keep_patches=3) != tower(pixels, key=jax.random.key(1), keep_patches=3)).any()
+    # All of them, or no key (inference): the plain tower
+    np.testing.assert_allclose(tower(pixels, key=key, keep_patches=4), tower(pixels), atol=1e-6)
+    np.testing.assert_array_equal(tower(pixels, keep_patches=2), tower(pixels))
+
+
+def test_a_kept_patch_keeps_its_place(clip):
+    """One patch is left: the tower must say what it says when all others are the same picture's, wherever it stood."""
+    tower = clip[0].vision
+    picture = jnp.asarray(np.random.default_rng(1).normal(size=(1, SIZE, SIZE, 3)), jnp.float32)
+    patches, place = tower.patchify(picture)[0], tower.position_embedding[...]
+    alone = []  # by hand: the class token and one patch with its own position
+    for p in range(4):
+        x = jnp.stack([tower.class_embedding[...] + place[0], tower.patch_embedding(patches[p]) + place[1 + p]])[None]
+        x = tower.ln_pre(x)
+        for block in tower.blocks:
+            x = block(x)
+        alone.append(np.asarray(tower.projection(tower.ln_post(x[:, 0]))[0]))
+    seen = set()
+    for seed in range(12):
+        out = np.asarray(tower(picture, key=jax.random.key(seed), keep_patches=1)[0])
+        fits = [p for p in range(4) if np.allclose(out, alone[p], atol=1e-5)]
+        assert len(fits) == 1
+        seen.update(fits)
+    assert len(seen) >= 3
+
+
+def test_stochastic_depth(clip, batch):
+    tower, pixels = clip[0].vision, batch["pixel_values"]
+    plain = tower(pixels)
+    np.testing.assert_array_equal(tower(pixels, drop_path=0.5), plain)  # no key: inference
+    np.testing.assert_array_equal(tower(pixels, key=jax.random.key(0)), plain)  # no chance: nothing is skipped
+    one, again, other = (tower(pixels, key=jax.random.key(seed), drop_path=0.5) for seed in (0, 0, 1))
+    assert (one == again).all() and (one != other).any() and (one != plain).any()
+    text = clip[0].text
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert (text(ids, mask, key=jax.random.key(0), drop_path=0.5) != text(ids, mask)).any()
+
+
+def test_a_skipped_branch_is_skipped_for_that_row_and_the_others_are_scaled_up(clip):
+    from clipid_utils.model.clip import _survivals
+
+    scales = np.stack(_survivals(jax.random.key(0), 0.5, 4, 2000, jnp.float32))  # [layers, 2, B, 1, 1]
+    for layer, keep in enumerate([0.875, 0.75, 0.625, 0.5]):
+        assert set(np.unique(scales[layer]).round(4)) == {0, np.float32(1 / keep).round(4)}
+        assert abs(float(scales[layer].mean()) - 1) < 0.06  # so that inference needs no other scale
+    block, x = clip[0].vision.blocks[0], jax.random.normal(jax.random.key(1), (3, 5, 16))
+    survive = jnp.array([[0.0, 1, 1], [0, 0, 1]])[..., None, None]
+    out = block(x, survive=survive)
+    np.testing.assert_array_equal(out[0], x[0])
+    np.testing.assert_allclose(out[1], (x + block.attn(block.ln_1(x)))[1], atol=1e-6)
+    np.testing.assert_allclose(out[2], block(x)[2], atol=1e-6)

@@ -1,0 +1,150 @@
+"""scripts/course.py on small notebooks made here, and the lists of packages against each other."""
+
+import base64
+import io
+import re
+import sys
+import tomllib
+
+import course
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
+
+
+def write(folder, name, *cells, heading="# A notebook", tagged=None):
+    """A notebook of one heading and the given code cells; the one numbered `tagged` shows the key figure."""
+    code = [new_code_cell(source) for source in cells]
+    if tagged is not None:
+        code[tagged].metadata["tags"] = ["key-figure"]
+    path = folder / name
+    nbformat.write(new_notebook(cells=[new_markdown_cell(heading), *code]), path)
+    return path
+
+
+def test_course_executes_in_order_in_fresh_kernels_of_this_python(tmp_path, capsys):
+    first = write(
+        tmp_path,
+        "00_a.ipynb",
+        "import os, sys\nx = 1\nprint(sys.executable)",
+        "print('ignored')\nprint('R@1: 0.52')",
+        "os.environ['HF_HUB_OFFLINE'], os.getcwd()",
+        heading="# Start & search",
+        tagged=1,
+    )
+    second = write(tmp_path, "01_b.ipynb", "'x' in globals()", tagged=0)
+    out = tmp_path / "build"
+    assert course.main(["--out", str(out), str(first), str(second)]) == 0
+
+    a, b = (nbformat.read(out / path.name, as_version=4) for path in (first, second))
+    assert a.cells[1].outputs[0].text.strip() == sys.executable
+    assert a.cells[3].outputs[0].data["text/plain"] == str(("1", str(tmp_path)))
+    assert b.cells[1].outputs[0].data["text/plain"] == "False"  # the first notebook's x is not here
+    assert not nbformat.read(first, as_version=4).cells[1].outputs  # the source stays as it was
+
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].startswith("[1/2] 00_a: ") and lines[0].endswith("R@1: 0.52")
+    assert lines[1].startswith("[2/2] 01_b: ") and lines[1].endswith("False")
+    assert re.search(r"^00_a +0\.\d +\d+ MB +R@1: 0\.52$", printed, re.MULTILINE)
+    index = (out / "index.html").read_text()
+    assert 'href="00_a.html"' in index and "Start &amp; search" in index and "R@1: 0.52" in index
+    assert "Start &amp; search" in (out / "00_a.html").read_text()
+
+
+def test_failing_notebook_names_its_cell_and_ends_the_course(tmp_path, capsys):
+    bad = write(tmp_path, "00_bad.ipynb", "x = 1", "# divide\ny = x / 0", "never = 1")
+    after = write(tmp_path, "01_after.ipynb", "1")
+    assert course.main(["--out", str(tmp_path / "build"), str(bad), str(after)]) == 1
+    told = capsys.readouterr()
+    assert "00_bad.ipynb, cell 3 of 4:" in told.err
+    assert "    # divide\n    y = x / 0\nZeroDivisionError: division by zero" in told.err
+    assert "FAILED" in told.out
+    assert (tmp_path / "build" / "00_bad.html").exists() and not (tmp_path / "build" / "01_after.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("import os\nos._exit(1)", "the kernel died"), ("import time\ntime.sleep(60)", "timed out")],
+    ids=["dead kernel", "too long"],
+)
+def test_dead_kernel_and_endless_cell_are_reported_as_such(tmp_path, capsys, source, reason):
+    path = write(tmp_path, "00_bad.ipynb", "x = 1", source)
+    assert course.main(["--out", str(tmp_path / "build"), "--timeout", "2", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert "00_bad.ipynb, cell 3 of 3:" in told and source.splitlines()[0] in told and reason in told
+
+
+def test_peak_memory_counts_the_kernel_and_its_children(tmp_path):
+    plain = write(tmp_path, "plain.ipynb", "1")
+    hungry = write(
+        tmp_path,
+        "hungry.ipynb",
+        "import subprocess, sys\n"
+        "hold = \"import time; x = b'1' * 400_000_000; time.sleep(1.5)\"\n"
+        "subprocess.run([sys.executable, '-c', hold], check=True)",
+    )
+    _, before = course.run_notebook(plain, tmp_path, timeout=60)
+    _, after = course.run_notebook(hungry, tmp_path, timeout=60)
+    assert before.peak_bytes < 400e6 < after.peak_bytes < 800e6
+
+
+def test_in_place_keeps_outputs_and_nothing_of_the_run(tmp_path):
+    path = write(tmp_path, "00_a.ipynb", "1 + 1", "print('a')\nprint('b')")
+    assert course.main(["--in-place", "--out", str(tmp_path / "build"), str(path)]) == 0
+    kept = nbformat.read(path, as_version=4)
+    assert [cell.get("execution_count") for cell in kept.cells] == [None, 1, 2]
+    assert kept.cells[1].outputs[0].data["text/plain"] == "2" and kept.cells[2].outputs[0].text == "a\nb\n"
+    assert dict(kept.metadata.language_info) == {"name": "python"}
+    assert all(not cell.metadata for cell in kept.cells)
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_figures_are_made_small_and_widgets_left_out(tmp_path):
+    path = write(
+        tmp_path,
+        "00_a.ipynb",
+        "import io\nimport numpy as np\nfrom IPython.display import Image\nfrom PIL import Image as P\n"
+        "rng = np.random.default_rng(0)\nfile = io.BytesIO()\n"
+        "P.fromarray(rng.integers(0, 256, (64, 64, 3), dtype='uint8')).save(file, 'PNG')\nImage(file.getvalue())",
+        "import ipywidgets\nipywidgets.Text('kucing')",
+    )
+    assert course.main(["--in-place", "--out", str(tmp_path / "build"), str(path)]) == 0
+    kept = nbformat.read(path, as_version=4)
+    picture = base64.b64decode(kept.cells[1].outputs[0].data["image/png"])
+    assert len(picture) < 64 * 64 * 2  # of 3 bytes a pixel, random colours
+    assert Image.open(io.BytesIO(picture)).size == (64, 64)
+    assert not kept.cells[2].outputs and "widgets" not in kept.metadata
+    assert "widget-view" not in (tmp_path / "build" / "00_a.html").read_text()
+
+
+def requirements(lines):
+    """Names, as packages normalise them, to what follows the name."""
+    found = {}
+    for line in lines:
+        line = line.split("#")[0].strip()
+        if line:
+            name, rest = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
+            found[re.sub(r"[-_.]+", "-", name).lower()] = rest.strip()
+    return found
+
+
+def test_lists_of_packages_agree():
+    def read(name):
+        return (course.ROOT / name).read_text(encoding="utf-8")
+
+    wanted, pinned = (requirements(read(name).splitlines()) for name in ("requirements.txt", "constraints.txt"))
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    library = requirements(project["dependencies"])
+    assert library == {name: wanted.get(name) for name in library}, "pyproject.toml and requirements.txt differ"
+    assert requirements(project["optional-dependencies"]["bench"])["torch"] == pinned["torch"]
+    assert set(wanted) <= set(pinned), "constraints.txt lacks a direct dependency: make constraints"
+    assert all(re.fullmatch(r"==[\w.+!]+", version) for version in pinned.values())
+
+    colab = requirements(read("constraints-colab.txt").splitlines())
+    kept = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert kept < set(colab)
+    assert {name: colab[name] for name in colab if name not in kept} == {
+        name: pinned[name] for name in colab if name not in kept
+    }

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+from colour_model import COLOURS, PATCH, SIZE, colour_clip, spot
+from PIL import Image
+
+from clipid_utils.inference import heatmap
+
+GRID = SIZE // PATCH
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return colour_clip()
+
+
+def two_spots() -> Image.Image:
+    """Red in the cell of row 0, column 3; blue in the cell of row 2, column 1."""
+    image = Image.new("RGB", (SIZE, SIZE), "white")
+    image.paste(COLOURS["merah"], (24, 0, 32, 8))
+    image.paste(COLOURS["biru"], (8, 16, 16, 24))
+    return image
+
+
+@pytest.mark.parametrize(("text", "place", "other"), [("merah", (0, 3), (2, 1)), ("biru", (2, 1), (0, 3))])
+def test_both_maps_peak_where_the_colour_is(clip, text, place, other):
+    covered = heatmap.occlusion(*clip, two_spots(), text, window=1)
+    patches = heatmap.patch_similarity(*clip, two_spots(), text)
+    for heat in (covered, patches):
+        assert heat.shape == (GRID, GRID) and heat.dtype == np.float32
+        assert np.unravel_index(heat.argmax(), heat.shape) == place
+    assert covered[place] > 0 > covered[other]  # without the other colour the text fits better
+
+
+def test_batches_of_any_size_give_the_same(clip):
+    whole = heatmap.occlusion(*clip, two_spots(), "merah", window=1.5)
+    parts = heatmap.occlusion(*clip, two_spots(), "merah", window=1.5, batch_size=5)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+
+
+def test_a_finer_grid_and_a_vector_for_a_text(clip):
+    text = np.array([1, 0, 0, 0], np.float32)
+    heat = heatmap.occlusion(*clip, spot("merah", (0, 0, 8, 8)), text, grid=8, window=1, fill=np.ones(3))
+    assert heat.shape == (8, 8) and heat[:2, :2].min() > heat[2:, 2:].max()
+
+
+def test_taking_other_texts_off_flattens_what_they_share(clip):
+    plain = heatmap.patch_similarity(*clip, two_spots(), "merah")
+    same = heatmap.patch_similarity(*clip, two_spots(), "merah", against=["merah"])
+    assert plain.max() > 0.5 and np.abs(same).max() < 1e-6
+
+
+def test_masks_cover_the_picture_and_nothing_else():
+    masks = heatmap.occlusion_masks((32, 32), 4, window=1)
+    assert masks.shape == (16, 32, 32) and (masks.sum(axis=0) == 1).all()
+    assert heatmap.occlusion_masks((32, 32), 4, window=2).any(axis=0).all()
+
+
+def test_the_middle_square_is_what_the_processor_keeps(clip):
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste(COLOURS["merah"], (0, 0, 16, 32))
+    assert heatmap.middle_square(image).size == (32, 32)
+    assert np.asarray(heatmap.middle_square(image)).min() == 255
+    assert clip[1](images=[image])["pixel_values"].min() == 1.0
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned by a quarter: upright, the red edge is at the top
+    image.info["exif"] = exif.tobytes()
+    assert np.asarray(heatmap.middle_square(image)).min() == 255
+
+
+def test_bad_sizes(clip):
+    for sizes in ({"window": 0}, {"grid": 0}, {"batch_size": 1}):
+        with pytest.raises(ValueError, match="grid"):
+            heatmap.occlusion(*clip, two_spots(), "merah", **sizes)

@@ -1,0 +1,45 @@
+"""What can be said of the committed notebooks without running them; `make test` runs them too, through nbval."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import clipid_utils
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+# A home, a temporary folder, or a drive: what another machine has not.
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt)/|\b[A-Z]:\\\\")
+
+
+def cells(path, kind="code"):
+    """The notebook's cells of one kind, empty ones left out."""
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind and "".join(c["source"]).strip()]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lesson_is_executed_once_from_top_to_bottom(path):
+    counts = [cell["execution_count"] for cell in cells(path)]
+    assert counts == list(range(1, len(counts) + 1)), "make notebooks"
+
+
+@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda p: p.stem)
+def test_notebook_shows_no_error_and_no_path_of_a_machine(path):
+    outputs = [o for cell in cells(path) for o in cell["outputs"]]
+    assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
+    found = MACHINE_PATH.search(path.read_text())
+    assert not found, path.read_text()[max(0, found.start() - 60) : found.end() + 60]
+    assert path.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lesson_has_the_parts_of_a_lesson(path):
+    code = cells(path)
+    assert code[0]["source"] == cells(LESSONS[0])[0]["source"], "the set-up cell is the same in all notebooks"
+    assert f'RELEASE = "v{clipid_utils.__version__}"' in "".join(code[0]["source"])
+    assert max(len(cell["source"]) for cell in code) <= 35, "one idea a cell"
+    assert any("Ringkasan" in "".join(cell["source"]) for cell in cells(path, "markdown"))
+    assert len([c for c in code if "key-figure" in c["metadata"].get("tags", ())]) == 1

@@ -1,0 +1,111 @@
+"""The operations against their textbook forms: loops, and derivatives by finite differences or by JAX itself."""
+
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from clipid_utils.model import ops
+
+
+def naive_attention(q, k, v, mask):
+    """One number at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, queries, heads, size = q.shape
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(batch, queries, heads):
+        seen = [j for j in range(k.shape[1]) if mask is None or mask[b, min(i, mask.shape[1] - 1), j]]
+        scores = [sum(q[b, i, h, c] * k[b, j, h, c] for c in range(size)) / math.sqrt(size) for j in seen]
+        weights = np.exp(np.array(scores) - max(scores))
+        out[b, i, h] = sum(w * v[b, j, h] for w, j in zip(weights / weights.sum(), seen, strict=True))
+    return out
+
+
+def random_qkv(seed, shape=(2, 5, 2, 4), keys=5):
+    rng = np.random.default_rng(seed)
+    other = (shape[0], keys, *shape[2:])
+    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, other, other)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_double_loop(monkeypatch, backend, masked):
+    q, k, v = random_qkv(0, keys=6)
+    mask = jnp.asarray([[[1, 1, 1, 1, 0, 0]], [[1, 0, 1, 1, 1, 1]]], bool) if masked else None
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    np.testing.assert_allclose(ops.attention(q, k, v, mask), naive_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_attention_takes_a_mask_for_each_query():
+    q, k, v = random_qkv(1)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
+    np.testing.assert_allclose(ops.attention(q, k, v, causal), naive_attention(q, k, v, causal), atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_what_is_masked_cannot_matter(seed):
+    """However far off a masked key and value are, the result does not move."""
+    q, k, v = random_qkv(seed)
+    mask = jnp.asarray([[[1, 1, 0, 1, 0]], [[1, 0, 0, 0, 0]]], bool)
+    hidden = ~mask[:, 0, :, None, None]
+    same = ops.attention(q, jnp.where(hidden, k + 1e3, k), jnp.where(hidden, v - 1e3, v), mask)
+    np.testing.assert_array_equal(same, ops.attention(q, k, v, mask))
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), order=st.permutations(range(5)))
+def test_attention_does_not_know_the_order_of_its_keys(seed, order):
+    q, k, v = random_qkv(seed)
+    order = np.array(order)
+    np.testing.assert_allclose(ops.attention(q, k[:, order], v[:, order]), ops.attention(q, k, v), atol=1e-5)
+
+
+def test_attention_gradient_is_that_of_jax():
+    q, k, v = random_qkv(2)
+    mask = jnp.asarray([[[1, 1, 1, 1, 0]], [[1, 1, 1, 0, 0]]], bool)
+    weight = jax.random.normal(jax.random.key(0), q.shape)
+
+    def ours(q, k, v):
+        return (weight * ops.attention(q, k, v, mask)).sum()
+
+    def reference(q, k, v):
+        return (weight * jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])).sum()
+
+    for one, other in zip(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(reference, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_attention_keeps_bfloat16(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(3))
+    out = ops.attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), naive_attention(q, k, v, None), atol=0.03)
+
+
+TEXTBOOK = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
+
+
+@pytest.mark.parametrize("name", TEXTBOOK)
+def test_activation_and_its_kept_slope(name):
+    x = jnp.concatenate([jnp.linspace(-6, 6, 241), jnp.array([-1e4, -40.0, 40.0, 1e4])])
+    ours, textbook = ops.ACTIVATIONS[name], TEXTBOOK[name]
+    np.testing.assert_allclose(ours(x), textbook(x), atol=1e-6)
+    slope = jax.vmap(jax.grad(ours))(x)
+    assert np.isfinite(slope).all()
+    np.testing.assert_allclose(slope, jax.vmap(jax.grad(textbook))(x), atol=2e-6)
+    assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@settings(max_examples=50)
+@given(x=st.floats(-5, 5), name=st.sampled_from(sorted(TEXTBOOK)))
+def test_slope_is_the_finite_difference(x, name):
+    step, ours = 1e-2, ops.ACTIVATIONS[name]
+    difference = (float(ours(jnp.float32(x + step))) - float(ours(jnp.float32(x - step)))) / (2 * step)
+    assert abs(float(jax.grad(ours)(jnp.float32(x))) - difference) < 2e-3

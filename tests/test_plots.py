@@ -1,0 +1,59 @@
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from clipid_utils import plots
+
+rng = np.random.default_rng(0)
+PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+NAMES = ["kucing tidur", "anak laki-laki yang sedang tersenyum lebar sekali", "rumah"]
+CELL = {"value": 0.5, "low": 0.45, "high": 0.56}
+FIGURES = {
+    "gallery": lambda: plots.gallery(PICTURES, NAMES, title="Kamus"),
+    "gallery_one": lambda: plots.gallery(PICTURES[:1]),
+    "search_text": lambda: plots.search_grid("kucing", PICTURES, np.array([0.9, 0.5, 0.1]), NAMES, [True, False, True]),
+    "search_image": lambda: plots.search_grid(PICTURES[0], PICTURES, np.array([0.9, 0.5, 0.1])),
+    "search_both": lambda: plots.search_grid(("tapi merah", PICTURES[0]), PICTURES, np.array([0.9, 0.5, 0.1])),
+    "counts": lambda: plots.counts_by_group({"hewan": {"noto": 4, "twemoji": 2}, "orang": {"noto": 1}}),
+    "lengths_odd": lambda: plots.caption_lengths({"nama": [1, 151]}),
+    "lengths": lambda: plots.caption_lengths({"nama": [1, 2, 3, 2], "keduanya": [5, 9, 30]}, limit=16),
+    "curves": lambda: plots.training_curves(range(90), np.linspace(5, 1, 90), 256, [30, 60], {"R@1": [0.1, 0.2]}),
+    "history": lambda: plots.training_history(
+        [{"step": 9, "loss": 3.0, "log_batch": 5.5}, {"step": 9, **{f"text_to_picture_R@{k}": 0.3 for k in (1, 5, 10)}}]
+    ),
+    "history_empty": lambda: plots.training_history([]),
+    "curve_short": lambda: plots.training_curves([0, 1], [2.0, 1.9]),
+    "similarity": lambda: plots.similarity_matrix(rng.random((3, 3)), NAMES, NAMES, PICTURES, "Kemiripan"),
+    "heatmap": lambda: plots.heatmap_overlay(PICTURES[0], {"penutupan": rng.normal(size=(4, 4))}, "kucing"),
+    "heatmap_flat": lambda: plots.heatmap_overlay(PICTURES[0], {"nol": np.zeros((4, 4))}),
+    "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}, reference={"acak": 0.1}),
+    "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
+    "parameters": lambda: plots.parameter_bars({"image": 1_200_000, "text": 800_000}),
+    "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),
+    "augmentations": lambda: plots.augmentations(PICTURES[:2], [PICTURES, [np.full((8, 8, 3), 1.2)] * 3], NAMES[:2]),
+    "projection": lambda: plots.projection(rng.normal(size=(9, 5)), NAMES * 3, np.arange(9) < 3, title="Peta"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_drawn_and_left_off_pyplots_list(name):
+    figure = FIGURES[name]()
+    assert isinstance(figure, Figure) and not matplotlib.pyplot.get_fignums()
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        assert file.tell() > 300
+
+
+def test_the_style_does_not_leak():
+    before = matplotlib.rcParams["axes.spines.top"]
+    FIGURES["schedule"]()
+    assert matplotlib.rcParams["axes.spines.top"] == before
+
+
+def test_long_captions_are_cut():
+    text = plots._cut(" ".join(["kata"] * 30), 20)
+    assert text.count("\n") == 1 and text.endswith("…") and max(map(len, text.split("\n"))) <= 22
