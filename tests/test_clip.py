@@ -119,8 +119,7 @@ def test_text_tower_is_that_of_bert_and_of_roberta(name, config):
     golden = load_golden(name, tower)
     ids, mask = (jnp.asarray(golden[key], jnp.int32) for key in ("input_ids", "attention_mask"))
     real = np.asarray(mask, bool)  # what stands at a padded place is never used
-    x = tower.word_embedding[ids] + tower.position_embedding[tower.positions(mask)] + tower.token_type_embedding[0]
-    x = tower.ln(x)
+    x = tower.embeddings(ids)
     close(np.asarray(x)[real], golden["stage:hidden_0"][real])
     for number, block in enumerate(tower.blocks, 1):
         x = block(x, mask[:, None, :].astype(bool))
@@ -257,10 +256,10 @@ def test_the_same_seed_is_the_same_model():
 def test_roberta_counts_from_its_offset_and_skips_padding():
     config = dataclasses.replace(CONFIG.text, position_offset=2)
     tower = TextEncoder(config, 8, rngs=nnx.Rngs(0))
-    mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    assert tower.positions(mask).tolist() == [[2, 3, 4, 1], [2, 1, 1, 1], [2, 3, 4, 5]]
+    ids = jnp.array([[0, 7, 2, 1], [0, 1, 1, 1], [0, 7, 7, 2], [1, 1, 0, 2]])  # 1 is RoBERTa's padding, on any side
+    assert tower.positions(ids).tolist() == [[2, 3, 4, 1], [2, 1, 1, 1], [2, 3, 4, 5], [1, 1, 2, 3]]
     assert tower.position_embedding.shape == (CONFIG.text.max_length + 2, CONFIG.text.width)
-    assert tiny_clip()[0].text.positions(mask).tolist() == [[0, 1, 2, 3]]
+    assert tiny_clip()[0].text.positions(ids).tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("change", [{}, {"position_offset": 2}, {"pooling": "mean"}])

@@ -1,8 +1,10 @@
-"""The hybrid CLIP: a CLIP vision transformer and a BERT text encoder that meet in one embedding space.
+"""The hybrid CLIP: a vision transformer and a BERT text encoder that meet in one embedding space.
 
 Architectures follow the published ones to the letter, so that real weights fit: the image tower is CLIP's ViT (Radford
-et al. 2021: class token, ln_pre, pre-LN blocks, ln_post, projection without bias), the text tower is BERT (Devlin et
-al. 2019: post-LN blocks, pooler) with a projection. Parameters are always float32; `dtype` is the products' type.
+et al. 2021: class token, ln_pre, pre-LN blocks, ln_post, projection without bias) or the first ViT (Dosovitskiy et al.
+2021: no ln_pre, biased patches, a pooler), the text tower is BERT (Devlin et al. 2019: post-LN blocks, pooler) or
+RoBERTa (Liu et al. 2019: BERT with other positions) with a projection. `dtype` is the products' type; parameters are
+made in float32, and used in it unless they were loaded in another.
 
 Letters in shapes: B batch, H height, W width, P patches, L tokens, D width, E embedding.
 """
@@ -36,6 +38,9 @@ class VisionConfig:
     mlp_dim: int = 3072
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
+    ln_pre: bool = True  # these three are CLIP's; ViT has no norm before its blocks, a bias in its patches, a pooler
+    patch_bias: bool = False
+    pooling: str = "class"  # the class token as ln_post leaves it, or "pooler": through tanh(linear) too
 
     @property
     def grid(self) -> int:
@@ -56,19 +61,23 @@ class TextConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-12
     token_types: int = 2
-    position_offset: int = 0  # RoBERTa counts positions from padding_idx + 1 = 2 and skips padding
-    pooling: str = "pooler"  # or "mean", over the tokens that are not padding
+    position_offset: int = 0  # RoBERTa counts positions from its padding's id + 1 = 2 and skips padding
+    pooling: str = "pooler"  # tanh(linear) of the first token, or "mean" over the tokens that are not padding
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """A whole hybrid CLIP; `logit_bias` is None for the softmax loss and a number for SigLIP's."""
+    """A whole hybrid CLIP; `logit_bias` is None for the softmax loss and a number for SigLIP's.
+
+    `logit_scale` is where training starts from, `max_logit_scale` what it may not pass.
+    """
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = 512
     logit_scale: float = math.log(1 / 0.07)
     logit_bias: float | None = None
+    max_logit_scale: float = MAX_LOGIT_SCALE
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -113,7 +122,7 @@ def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
     return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
 
 
-def _linear(
+def linear(
     d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True
 ) -> nnx.Linear:
     """A linear layer whose initial outputs are as large as its inputs, or with a kernel of another `std`.
@@ -134,10 +143,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
         width, self.heads = config.width, config.heads
-        self.q_proj = _linear(width, width, dtype=dtype, rngs=rngs)
-        self.k_proj = _linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = _linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = _linear(width, width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(width, width, std=_residual_std(config), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None) -> Float[Array, "B L D"]:
         q, k, v = (
@@ -151,8 +160,8 @@ class MLP(nnx.Module):
     """Two layers with an activation between."""
 
     def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
-        self.fc1 = _linear(config.width, config.mlp_dim, std=(2 * config.width) ** -0.5, dtype=dtype, rngs=rngs)
-        self.fc2 = _linear(config.mlp_dim, config.width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.fc1 = linear(config.width, config.mlp_dim, std=(2 * config.width) ** -0.5, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(config.mlp_dim, config.width, std=_residual_std(config), dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -195,8 +204,14 @@ def _survivals(key: Array | None, drop_path: float, layers: int, batch: int, dty
     return list((alive / keep[:, None, None, None, None]).astype(dtype))
 
 
+def _pooling(config: VisionConfig | TextConfig, *known: str) -> str:
+    if config.pooling not in known:
+        raise ValueError(f"{type(config).__name__}.pooling is {config.pooling!r}, not one of {', '.join(known)}")
+    return config.pooling
+
+
 class VisionTransformer(nnx.Module):
-    """CLIP's image tower: pixels in, projected features out (not yet of unit length)."""
+    """CLIP's image tower, or ViT's: pixels in, projected features out (not yet of unit length)."""
 
     def __init__(self, config: VisionConfig, embed_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         if config.image_size % config.patch_size:
@@ -206,13 +221,18 @@ class VisionTransformer(nnx.Module):
         init = nnx.initializers.normal(width**-0.5)
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         self.position_embedding = nnx.Param(init(rngs.params(), (config.grid**2 + 1, width)))
-        self.patch_embedding = _linear(3 * config.patch_size**2, width, dtype=dtype, rngs=rngs, bias=False)
-        self.ln_pre = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.patch_embedding = linear(
+            3 * config.patch_size**2, width, dtype=dtype, rngs=rngs, bias=config.patch_bias
+        )
+        norm = {"epsilon": config.norm_eps, "dtype": dtype, "rngs": rngs}
+        self.ln_pre = nnx.LayerNorm(width, **norm) if config.ln_pre else None
         self.blocks = _module_list(
             [Block(config, pre_norm=True, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )
-        self.ln_post = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = _linear(width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+        self.ln_post = nnx.LayerNorm(width, **norm)
+        pooler = _pooling(config, "class", "pooler") == "pooler"
+        self.pooler = linear(width, width, dtype=dtype, rngs=rngs) if pooler else None
+        self.projection = linear(width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
 
     def patchify(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P patch"]:
         """Non-overlapping patches, row by row, each flattened as (row, column, channel)."""
@@ -245,7 +265,8 @@ class VisionTransformer(nnx.Module):
             place = jnp.take(place[0], chosen, axis=0)  # [B, kept, D]
         x = self.patch_embedding(patches) + place
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype) + position[0], (batch, 1, x.shape[-1]))
-        x = self.ln_pre(jnp.concatenate([first, x], axis=1))  # [B, 1 + P, D]
+        x = jnp.concatenate([first, x], axis=1)  # [B, 1 + P, D]
+        x = x if self.ln_pre is None else self.ln_pre(x)
         survive_key = None if key is None else jax.random.fold_in(key, 1)
         for block, survive in zip(
             self.blocks, _survivals(survive_key, drop_path, len(self.blocks), batch, self.dtype), strict=True
@@ -253,12 +274,17 @@ class VisionTransformer(nnx.Module):
             x = block(x, survive=survive)
         return x
 
+    def features(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        """What `tokens` returns, normed, pooled and projected into the common space."""
+        x = self.ln_post(tokens)
+        return self.projection(x if self.pooler is None else jnp.tanh(self.pooler(x)))
+
     def __call__(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
-        return self.projection(self.ln_post(self.tokens(pixel_values, **training)[:, 0]))  # [B, E]
+        return self.features(self.tokens(pixel_values, **training)[:, 0])  # [B, E]
 
 
 class TextEncoder(nnx.Module):
-    """BERT with its pooler and a projection: token ids in, projected features out (not yet of unit length)."""
+    """BERT or RoBERTa and a projection: token ids in, projected features out (not yet of unit length)."""
 
     def __init__(self, config: TextConfig, embed_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
@@ -271,43 +297,60 @@ class TextEncoder(nnx.Module):
         self.blocks = _module_list(
             [Block(config, pre_norm=False, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )
-        self.pooler = _linear(config.width, config.width, dtype=dtype, rngs=rngs)
-        self.projection = _linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+        pooler = _pooling(config, "pooler", "mean") == "pooler"
+        self.pooler = linear(config.width, config.width, dtype=dtype, rngs=rngs) if pooler else None
+        self.projection = linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
 
-    def positions(self, attention_mask: Int[Arrays, "B L"]) -> Int[Array, "#B L"]:
+    def positions(self, input_ids: Int[Arrays, "B L"]) -> Int[Array, "#B L"]:
         """Position ids: 0, 1, 2, … for BERT; RoBERTa counts only the tokens that are not padding, from its offset."""
         if self.config.position_offset == 0:
-            return jnp.arange(attention_mask.shape[1])[None]
-        return jnp.cumsum(attention_mask, axis=1) * attention_mask + self.config.position_offset - 1
+            return jnp.arange(input_ids.shape[1])[None]
+        padding = self.config.position_offset - 1  # the id of the padding token is the position it gets
+        seen = jnp.asarray(input_ids != padding, jnp.int32)
+        return jnp.cumsum(seen, axis=1) * seen + padding
 
-    def __call__(
-        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], *, key: Array | None = None,
-        drop_path: float = 0.0,
-    ) -> Float[Array, "B E"]:
+    def embeddings(
+        self, input_ids: Int[Arrays, "B L"], token_type_ids: Int[Arrays, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """What enters the first block: words, positions and token types (0 where none are given), summed and normed."""
+        types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None else token_type_ids
+        parts = ((self.word_embedding, input_ids), (self.position_embedding, self.positions(input_ids)),
+                 (self.token_type_embedding, types))
+        words, places, kinds = (table[...][rows].astype(jnp.float32) for table, rows in parts)
+        return self.ln((words + places + kinds).astype(self.dtype))
+
+    def tokens(
+        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], *,
+        token_type_ids: Int[Arrays, "B L"] | None = None, key: Array | None = None, drop_path: float = 0.0,
+    ) -> Float[Array, "B L D"]:
+        """The tokens after the last block; with a `key`, `drop_path` is the last layer's chance of being skipped."""
         if input_ids.shape[1] > self.config.max_length:
             raise ValueError(
                 f"input_ids have {input_ids.shape[1]} tokens; this text tower holds {self.config.max_length}: "
                 "truncate in the processor"
             )
-        x = self.word_embedding[input_ids] + self.position_embedding[self.positions(attention_mask)]
-        x = self.ln((x + self.token_type_embedding[0]).astype(self.dtype))  # [B, L, D]
+        x = self.embeddings(input_ids, token_type_ids)
         mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
         for block, survive in zip(
             self.blocks, _survivals(key, drop_path, len(self.blocks), x.shape[0], self.dtype), strict=True
         ):
             x = block(x, mask, survive)
-        if self.config.pooling == "mean":
-            weight = attention_mask[..., None].astype(x.dtype)
-            pooled = (x * weight).sum(1) / weight.sum(1)
-        else:
-            pooled = jnp.tanh(self.pooler(x[:, 0]))
-        return self.projection(pooled)  # [B, E]
+        return x
+
+    def __call__(
+        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training
+    ) -> Float[Array, "B E"]:
+        x = self.tokens(input_ids, attention_mask, **training)  # [B, L, D]
+        if self.pooler is None:
+            weight = jnp.asarray(attention_mask)[..., None].astype(x.dtype)
+            return self.projection((x * weight).sum(1) / weight.sum(1))
+        return self.projection(jnp.tanh(self.pooler(x[:, 0])))  # [B, E]
 
 
 class HybridCLIP(nnx.Module):
     """An image tower and a text tower with a learned scale between them.
 
-    `logit_scale` is stored as a logarithm, as in CLIP, and used clamped at ln 100.
+    `logit_scale` is stored as a logarithm, as in CLIP, and used clamped at `config.max_logit_scale`, ln 100.
     """
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -329,12 +372,11 @@ class HybridCLIP(nnx.Module):
 
     def encode_patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P E"]:
         """Unit vectors of every patch, row by row: last tokens, projected as the class token is (Zhou et al. 2022)."""
-        tower = self.vision
-        return normalize(tower.projection(tower.ln_post(tower.tokens(pixel_values)[:, 1:])))
+        return normalize(self.vision.features(self.vision.tokens(pixel_values)[:, 1:]))
 
     def scale(self) -> Float[Array, ""]:
         """exp(logit_scale), at most 100."""
-        return jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))
+        return jnp.exp(jnp.minimum(self.logit_scale[...], self.config.max_logit_scale))
 
     def __call__(
         self,
