@@ -11,6 +11,7 @@ Letters in shapes: B batch, H height, W width, P patches, L tokens, D width, E e
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -359,6 +360,30 @@ class HybridCLIP(nnx.Module):
         self.text = TextEncoder(config.text, config.embed_dim, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale, jnp.float32))
         self.logit_bias = None if config.logit_bias is None else nnx.Param(jnp.asarray(config.logit_bias, jnp.float32))
+
+    @classmethod
+    def from_towers(
+        cls, vision: str | os.PathLike, text: str | os.PathLike, *, embed_dim: int | None = None,
+        pooling: str = "pooler", image_size: int | None = None, vision_revision: str | None = None,
+        text_revision: str | None = None, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None,
+    ) -> "HybridCLIP":
+        """A hybrid CLIP of two pretrained towers, each a folder or an id on the Hugging Face hub.
+
+        `vision` is one of transformers' CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection or ViTModel, also
+        with a head, `text` one of BERT, RoBERTa or XLM-RoBERTa. What pretraining has not made is drawn with `rngs`
+        (seed 0 without): the text projection, the image projection where `vision` has none of `embed_dim` (its own, or
+        512), a pooler that a masked language model lacks (with a warning). `pooling` may be "mean" instead;
+        `image_size` is another picture size, to which the position embeddings are interpolated. `dtype` is what the
+        model computes in, `param_dtype` what weights are kept in. `CLIPProcessor.from_towers` is the processor to it.
+
+        Raises FileNotFoundError for what is not there, ValueError for towers of another kind and for weights that do
+        not fit their config.json, with the keys' names.
+        """
+        from clipid_utils.model.convert import join_towers  # which knows this file
+
+        return join_towers(vision, text, embed_dim=embed_dim, pooling=pooling, image_size=image_size,
+                           vision_revision=vision_revision, text_revision=text_revision, dtype=dtype,
+                           param_dtype=param_dtype, rngs=rngs or nnx.Rngs(0))
 
     def encode_image(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
         """Unit vectors of normalised pixels; `key`, `drop_path` and `keep_patches` are for training only."""

@@ -1,24 +1,45 @@
-"""The way in and out of the model: `load_clip` and `save_clip`, so far in this project's own format.
+"""The way in and out of the model: `load_clip`, `save_clip`, and the two towers of `HybridCLIP.from_towers`.
 
-A checkpoint folder holds `config.json`, `model.safetensors` (float32, one key a parameter, named by its nnx path with
-dots), the tokenizer and the image processor's config.
+A checkpoint folder of this project holds `config.json`, `model.safetensors` (float32, one key a parameter, named by its
+nnx path with dots), the tokenizer and the image processor's config. What transformers and this project's ancestor wrote
+is read through the table of `towers.py`.
 """
 
-import json
+import contextlib
+import dataclasses
 import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from clipid_utils.model.clip import CLIPConfig, HybridCLIP
+from clipid_utils.model.clip import CLIPConfig, HybridCLIP, linear
+from clipid_utils.model.hub import fetch_checkpoint
 from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.model.processor_files import read_json, write_json
+from clipid_utils.model.towers import (
+    TRANSFORMS,
+    ConfigError,
+    Key,
+    canonical,
+    clip_config,
+    key_table,
+    resize_positions,
+    text_config,
+    to_hf_config,
+    unused,
+    vision_config,
+)
+from clipid_utils.model.weights import read_weights
 
 MODEL_TYPE = "clip-indonesian"
+WHOLE_MODELS = ("vision-text-dual-encoder", "hybrid-clip")
 
 
 def flatten_params(state: nnx.State) -> dict[str, jax.Array]:
@@ -26,58 +47,231 @@ def flatten_params(state: nnx.State) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
+# --- Out --------------------------------------------------------------------------------------------------------------
+
+
 def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLike, format: str = "native") -> None:
-    """Writes a checkpoint folder; the weights replace an older file only once they are whole on disk."""
-    if format != "native":
-        raise ValueError(f"format {format!r} is not known: this version writes 'native'")
+    """Writes a checkpoint folder; the weights replace an older file only once they are whole on disk.
+
+    `format` is "native", or "vision-text-dual-encoder" for transformers' VisionTextDualEncoderModel and -Processor,
+    whose config.json, weights and processor files are then written instead. ValueError for another format and for a
+    model that VisionTextDualEncoderModel cannot hold, before anything is written.
+    """
+    params = flatten_params(nnx.state(model, nnx.Param))
+    if format == "native":
+        config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+        tensors = {key: np.asarray(value, np.float32) for key, value in params.items()}
+    elif format == "vision-text-dual-encoder":
+        config = to_hf_config(model.config)
+        tensors = _to_torch(params, model.config)
+    else:
+        raise ValueError(f"format {format!r} is not known: there are 'native' and 'vision-text-dual-encoder'")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: np.asarray(value) for key, value in flatten_params(nnx.state(model, nnx.Param)).items()}
     partial = folder / "model.safetensors.partial"
     partial.touch()
     mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "flax"})
+    save_file(tensors, partial, metadata={"format": "flax" if format == "native" else "pt"})
     partial.chmod(mode)  # safetensors writes for the owner alone
     partial.replace(folder / "model.safetensors")
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     processor.save(folder)
 
 
-def load_clip(path: str | os.PathLike, *, dtype=jnp.float32) -> tuple[HybridCLIP, CLIPProcessor]:
-    """The model and processor of a checkpoint folder written by `save_clip`.
+def _to_torch(params: dict[str, jax.Array], config: CLIPConfig) -> dict[str, np.ndarray]:
+    """The parameters as VisionTextDualEncoderModel names and lays them; it has no limit for logit_scale."""
+    limited = params | {"logit_scale": jnp.minimum(params["logit_scale"], config.max_logit_scale)}
+    arrays = {key: TRANSFORMS[key.transform].to_torch(np.asarray(limited[key.nnx_path]), config.vision)
+              for key in key_table(config)}
+    return {key.hf_name: np.asarray(array, np.float32, order="C") for key, array in arrays.items()}
 
-    `dtype` is what the model computes in; weights stay float32. Raises FileNotFoundError for a folder that is not a
-    checkpoint and ValueError for one whose keys or shapes do not fit its config, with the keys' names.
+
+# --- In ---------------------------------------------------------------------------------------------------------------
+
+
+def load_clip(
+    path: str | os.PathLike, *, revision: str | None = None, tokenizer: str | os.PathLike | None = None,
+    dtype=jnp.float32, param_dtype=jnp.float32,
+) -> tuple[HybridCLIP, CLIPProcessor]:
+    """The model and processor of a checkpoint: a folder or an id on the Hugging Face hub, there of a `revision`.
+
+    Read are this project's own checkpoints, transformers' VisionTextDualEncoderModel of the towers that `from_towers`
+    names, and the ancestor's hybrid-clip (2021). `tokenizer` is the folder or id to take the tokenizer from where the
+    checkpoint has none, as the ancestor's. `dtype` is what the model computes in, `param_dtype` what its weights are
+    kept in: float32, or bfloat16 for half the memory.
+
+    Raises FileNotFoundError for what is not a checkpoint and ValueError for one whose config cannot be followed or
+    whose keys or shapes do not fit it, with their names.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} not found: give load_clip a folder written by save_clip")
-    config = _read_config(folder / "config.json")
+    folder = fetch_checkpoint(path, revision=revision)
+    values = _read_config(folder)
+    kind = values.pop("model_type", None)
+    with _naming(folder):
+        if kind == MODEL_TYPE:
+            source, config = _Source(folder), CLIPConfig.from_dict(values)
+            leaves = source.leaves(Key(name, name, "same") for name in _shapes(config))
+        elif kind in WHOLE_MODELS:
+            source = _Source(folder, "vision", "text")
+            config = clip_config(values, source.names.keys(), own_positions=kind != "hybrid-clip")
+            leaves = source.leaves(key_table(config))
+            config = _with_scale(config, leaves, linear_scale=kind == "hybrid-clip")
+        else:
+            raise ConfigError(f"model_type is not {MODEL_TYPE!r} or one of {', '.join(WHOLE_MODELS)}, but {kind!r}; "
+                              "one tower alone is for HybridCLIP.from_towers")
+    model = _filled(config, leaves, source.unknown(leaves, config), folder, dtype, param_dtype)
+    if tokenizer is not None:
+        return model, CLIPProcessor.load(folder, fetch_checkpoint(tokenizer, weights=False))
+    return model, CLIPProcessor.load(folder, needs_tokenizer=kind == MODEL_TYPE)
+
+
+def join_towers(
+    vision: str | os.PathLike, text: str | os.PathLike, *, embed_dim: int | None, pooling: str,
+    image_size: int | None, vision_revision: str | None, text_revision: str | None, dtype, param_dtype, rngs: nnx.Rngs,
+) -> HybridCLIP:
+    """What `HybridCLIP.from_towers` does."""
+    folders = [fetch_checkpoint(vision, revision=vision_revision), fetch_checkpoint(text, revision=text_revision)]
+    sources = [_Source(folder, side) for folder, side in zip(folders, ("vision", "text"), strict=True)]
+    with _naming(folders[0]):
+        vision_tower = vision_config(_read_config(folders[0]), "vision_model.pooler.dense.weight" in sources[0].names)
+    with _naming(folders[1]):
+        text_tower = dataclasses.replace(text_config(_read_config(folders[1])), pooling=pooling)
+    learned = sources[0].leaves([Key("visual_projection.weight", "vision.projection.kernel", "transpose")])
+    own_dim = next((leaf.array().shape[1] for leaf in learned.values()), None)
+    config = CLIPConfig(vision=vision_tower, text=text_tower, embed_dim=embed_dim or own_dim or CLIPConfig.embed_dim)
+    table = [key for key in key_table(config) if key.hf_name.startswith(("vision_model.", "text_model."))]
+    leaves = {path: leaf for source in sources for path, leaf in source.leaves(table).items()}
+    leaves |= learned
+    unknown = [name for source in sources for name in source.unknown(leaves, config)]
+    if own_dim != config.embed_dim:
+        leaves.pop("vision.projection.kernel", None)
+    if image_size is not None and "vision.position_embedding" in leaves:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+        name, file, array = leaves["vision.position_embedding"]
+        resized = resize_positions(array(), config.vision.grid)
+        leaves["vision.position_embedding"] = _Leaf(name, file, lambda: resized)
+    if pooling == "pooler" and "text.pooler.kernel" not in leaves:
+        warnings.warn(f"{folders[1]} has no pooler, as masked language models do not: it is newly initialised, to be "
+                      "trained; or take pooling='mean'", stacklevel=3)
+    leaves = _new_leaves(config, rngs) | leaves
+    return _filled(config, leaves, unknown, f"{folders[0]} or {folders[1]}", dtype, param_dtype)
+
+
+class _Leaf(NamedTuple):
+    """An array on its way into the model; it is made when it is asked for, so that one at a time is held twice."""
+
+    name: str  # what its file calls it
+    file: Path | None
+    array: Callable[[], np.ndarray]
+
+
+class _Source:
+    """A folder's weights under the names of `key_table`; with no `sides`, under their own."""
+
+    def __init__(self, folder: Path, *sides: str):
+        self.folder, self.sides, self.weights = folder, sides, read_weights(folder)
+        self.names: dict[str, tuple[str, bool]] = {}  # by the table's name: the file's, and whether Flax wrote it
+        for name in self.weights:
+            known_as, flax = canonical(name, sides) if sides else (name, False)
+            if known_as in self.names:
+                raise ValueError(f"{folder} holds {known_as!r} twice, as {self.names[known_as][0]!r} and {name!r}")
+            self.names[known_as] = (name, flax)
+
+    def leaves(self, table: Iterable[Key]) -> dict[str, _Leaf]:
+        """The table's weights that are here, by nnx path."""
+        return {key.nnx_path: self._leaf(key) for key in table if key.hf_name in self.names}
+
+    def _leaf(self, key: Key) -> _Leaf:
+        name, flax = self.names[key.hf_name]
+        change = TRANSFORMS[key.transform].from_flax if flax else TRANSFORMS[key.transform].from_torch
+
+        def array() -> np.ndarray:
+            try:
+                return change(self.weights[name])
+            except (IndexError, ValueError):  # it has another rank, which `_filled` finds
+                return self.weights[name]
+
+        return _Leaf(name, self.folder, array)
+
+    def unknown(self, leaves: dict[str, _Leaf], config: CLIPConfig) -> list[str]:
+        """The file's keys that are neither in a leaf nor knowingly unused."""
+        used = {leaf.name for leaf in leaves.values() if leaf.file == self.folder}
+        return [name for known_as, (name, _) in self.names.items()
+                if name not in used and not (self.sides and unused(known_as, config, self.sides))]
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: give load_clip a folder written by save_clip, or by transformers' "
+                                "save_pretrained")
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} cannot be read (it holds no object): fetch or save the checkpoint again")
+    return values
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Names config.json in what is wrong with it."""
     try:
-        tensors = load_file(folder / "model.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} cannot be read ({error}): fetch or train it again") from error
+        yield
+    except ConfigError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read ({error}): fetch or save the checkpoint again"
+                         ) from error
+
+
+def _with_scale(config: CLIPConfig, leaves: dict[str, _Leaf], *, linear_scale: bool) -> CLIPConfig:
+    """The config whose limit lets the stored scale be; the ancestor's is linear, a twentieth of what it used."""
+    if "logit_scale" not in leaves:
+        return config
+    name, file, array = leaves["logit_scale"]
+    value = array().reshape(())
+    if linear_scale:
+        if not value > 0:
+            raise ConfigError(f"the weights' logit_scale is {value}, and the ancestor's is linear: it must be above 0")
+        value = np.log(20 * np.asarray(value, np.float64)).astype(np.float32)
+        config = dataclasses.replace(config, logit_scale=float(value))
+    leaves["logit_scale"] = _Leaf(name, file, lambda: value)
+    above = float(value) > config.max_logit_scale + 1e-6  # ln 100 itself may be rounded up
+    return dataclasses.replace(config, max_logit_scale=float(value)) if above else config
+
+
+def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs) -> dict[str, _Leaf]:
+    """What joins two towers, and a pooler, with initial values."""
+    layers = {"text.projection": linear(config.text.width, config.embed_dim, dtype=None, rngs=rngs, bias=False),
+              "vision.projection": linear(config.vision.width, config.embed_dim, dtype=None, rngs=rngs, bias=False)}
+    if config.text.pooling == "pooler":
+        layers["text.pooler"] = linear(config.text.width, config.text.width, dtype=None, rngs=rngs)
+    arrays = {f"{name}.{part}": np.asarray(value) for name, layer in layers.items()
+              for part, value in flatten_params(nnx.state(layer)).items()}
+    arrays["logit_scale"] = np.float32(config.logit_scale)
+    return {path: _Leaf(path, None, lambda array=array: array) for path, array in arrays.items()}
+
+
+def _shapes(config: CLIPConfig) -> dict[str, tuple]:
+    """The shape of every parameter by its path; nothing is allocated."""
+    model = nnx.eval_shape(lambda: HybridCLIP(config, rngs=nnx.Rngs(0)))
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _filled(
+    config: CLIPConfig, leaves: dict[str, _Leaf], unknown: list[str], where: Path | str, dtype, param_dtype
+) -> HybridCLIP:
+    """A model with these parameters, each used and none left open, or a ValueError that lists the keys."""
     model = nnx.eval_shape(lambda: HybridCLIP(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    expected = nnx.to_flat_state(state)
-    shapes = {".".join(map(str, key)): leaf.shape for key, leaf in expected}
-    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    wrong = [f"{key} {tensors[key].shape} instead of {shape}" for key, shape in shapes.items()
-             if key in tensors and tensors[key].shape != shape]
+    wanted = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    native = any(path == leaf.name for path, leaf in leaves.items() if leaf.file and path != "logit_scale")
+    names = {path: path for path in wanted} if native else {key.nnx_path: key.hf_name for key in key_table(config)}
+    missing = sorted(names[path] for path in wanted.keys() - leaves.keys())
+    shapes = {path: leaves[path].array().shape for path in sorted(wanted.keys() & leaves.keys())}
+    wrong = [f"{leaves[path].name} {shape} instead of {wanted[path]}" for path, shape in shapes.items()
+             if shape != wanted[path]]
     if missing or unknown or wrong:
-        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: "
-                         f"missing {missing}, unknown {unknown}, wrong shape {wrong}")
-    filled = [(key, leaf.replace(jnp.asarray(tensors[".".join(map(str, key))]))) for key, leaf in expected]
-    return nnx.merge(graph, nnx.from_flat_state(filled)), CLIPProcessor.load(folder)
-
-
-def _read_config(path: Path) -> CLIPConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind = values.pop("model_type", None)
-        if kind == MODEL_TYPE:
-            return CLIPConfig.from_dict(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): fetch or save the checkpoint again") from error
-    raise ValueError(f"{path}: model_type is not {MODEL_TYPE!r}, the one format read so far, but {kind!r}")
+        raise ValueError(f"the weights in {where} do not fit config.json: missing {missing}, unknown "
+                         f"{sorted(unknown)}, wrong shape {wrong}")
+    filled = [(path, leaf.replace(jnp.array(leaves[".".join(map(str, path))].array(), param_dtype)))
+              for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

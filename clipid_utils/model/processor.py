@@ -4,6 +4,7 @@ The folder is a standard one: `transformers.AutoTokenizer` and `CLIPImageProcess
 opens theirs of CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,16 @@ from jaxtyping import Float, Int, UInt8
 from PIL import ExifTags, Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipid_utils.model.processor_files import IMAGE_MEAN, IMAGE_STD, read_preprocessor, read_tokenizer, write_json
+from clipid_utils.model.hub import fetch_checkpoint
+from clipid_utils.model.processor_files import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    NO_LENGTH,
+    TOKENIZER_FILES,
+    read_preprocessor,
+    read_tokenizer,
+    write_json,
+)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MOST_PIXELS = 2**24
@@ -109,13 +119,13 @@ def resize_and_crop(
 class CLIPProcessor:
     """Images and texts to numpy arrays.
 
-    `tokenizer` is one of `tokenizers` (with its `special_tokens` where they are not BERT's) or of transformers, which
-    brings them along. `truncated` counts the texts cut to `max_length` tokens since the processor was made; the first
-    cut warns. For `resize` and `resample` see `resize_and_crop`.
+    `tokenizer` is one of `tokenizers` (with its `special_tokens` where they are not BERT's), one of transformers, which
+    brings them along, or None, which refuses texts. `truncated` counts the texts cut to `max_length` tokens since the
+    processor was made; the first cut warns. For `resize` and `resample` see `resize_and_crop`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | Any, image_size: int, max_length: int,
+        self, tokenizer: Tokenizer | Any | None, image_size: int, max_length: int,
         image_mean: Sequence[float] = IMAGE_MEAN, image_std: Sequence[float] = IMAGE_STD, *,
         resize: int | tuple[int, int] | None = None, resample: int = Image.Resampling.BICUBIC,
         special_tokens: dict[str, str] | None = None, padding_side: str = "right", truncation_side: str = "right",
@@ -131,12 +141,14 @@ class CLIPProcessor:
         self.special_tokens = special_tokens or {token[1:-1].lower() + "_token": token for token in SPECIAL_TOKENS}
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self.tokenizer = tokenizer
+        self.truncated = 0
+        if tokenizer is None:
+            return
         self.pad_token = self.special_tokens.get("pad_token")
         self.pad_id = None if self.pad_token is None else tokenizer.token_to_id(self.pad_token)
         if self.pad_id is None:
             raise ValueError(f"the tokenizer has no padding token {self.pad_token!r}: name the one it has, "
                              "special_tokens={'pad_token': …}")
-        self.truncated = 0
 
     def __call__(
         self, images: Sequence[Image.Image] | Image.Image | None = None, text: Sequence[str] | str | None = None
@@ -173,6 +185,8 @@ class CLIPProcessor:
 
         The ids are AutoTokenizer's, padded and cut on the sides it would; an empty text raises ValueError.
         """
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint came without a tokenizer: name where its is, load_clip(…, tokenizer=…)")
         if not len(texts):
             raise ValueError("text is empty: give the processor at least one string")
         for row, text in enumerate(texts):
@@ -217,11 +231,12 @@ class CLIPProcessor:
         """Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._whole().save(str(folder / "tokenizer.json"))
-        write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
-            "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,
-        })
+        if self.tokenizer is not None:
+            self._whole().save(str(folder / "tokenizer.json"))
+            write_json(folder / "tokenizer_config.json", {
+                "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
+                "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,
+            })
         stretched = not isinstance(self.resize, int)
         size = {"height": self.resize[0], "width": self.resize[1]} if stretched else {"shortest_edge": self.resize}
         write_json(folder / "preprocessor_config.json", {
@@ -232,13 +247,33 @@ class CLIPProcessor:
         })
 
     @classmethod
-    def load(cls, folder: Path, text_folder: Path | None = None) -> "CLIPProcessor":
+    def load(
+        cls, folder: Path, text_folder: Path | None = None, *, needs_tokenizer: bool = True
+    ) -> "CLIPProcessor":
         """The processor of a checkpoint folder: what `save` wrote, or one of transformers with its own tokenizer.
 
         `text_folder` holds the tokenizer where the two towers come from two folders. Without preprocessor_config.json
         pictures are made as CLIP's, at the size that config.json states. A missing file raises FileNotFoundError and
-        one that cannot be followed ValueError; both name it.
+        one that cannot be followed ValueError; both name it. Where no tokenizer is there and `needs_tokenizer` is
+        False, only texts will be refused.
         """
         folder = Path(folder)
-        texts = read_tokenizer(folder if text_folder is None else Path(text_folder))
-        return cls(**texts, **read_preprocessor(folder))
+        images, text_folder = read_preprocessor(folder), Path(folder if text_folder is None else text_folder)
+        if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
+            return cls(None, max_length=NO_LENGTH, **images)
+        return cls(**read_tokenizer(text_folder), **images)
+
+    @classmethod
+    def from_towers(
+        cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None,
+        vision_revision: str | None = None, text_revision: str | None = None,
+    ) -> "CLIPProcessor":
+        """The processor to `HybridCLIP.from_towers`: pictures as the one tower takes them, texts as the other."""
+        folder = fetch_checkpoint(vision, revision=vision_revision, weights=False)
+        processor = cls.load(folder, fetch_checkpoint(text, revision=text_revision, weights=False))
+        if image_size is not None:
+            old, resize = processor.image_size, processor.resize
+            sides = (resize,) if isinstance(resize, int) else resize
+            scaled = tuple(round(side * image_size / old) for side in sides)
+            processor.image_size, processor.resize = image_size, scaled[0] if isinstance(resize, int) else scaled
+        return processor

@@ -1,0 +1,91 @@
+"""Loading a checkpoint: the memory that it takes at its peak, beside the size of its weights, and the time.
+
+    python benchmarks/bench_load.py [--out build/bench/load.json]
+
+ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, written once in each form that `read_weights`
+knows without torch, and loaded in a new process; then the shipped mini checkpoint from a cold start of Python to its
+first answer, imports and compilation included. Memory is the process's largest resident set, whole, and less what it
+was after the imports.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MINI = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "mini"
+LOAD = """
+import json, pathlib, sys, time
+import jax, jax.numpy as jnp
+from transformers import BertConfig, CLIPVisionConfig
+from clipid_utils import load_clip
+jnp.zeros(1).block_until_ready()
+def peak():  # of this program: ru_maxrss begins with that of the one which started it
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+before, start = peak(), time.perf_counter()
+model, _ = load_clip(sys.argv[1], param_dtype=jnp.dtype(sys.argv[2]))
+jax.block_until_ready(jax.tree.leaves(model))
+print(json.dumps({"peak": peak(), "before": before, "seconds": time.perf_counter() - start}))
+"""
+FIRST_ANSWER = """
+import sys
+from clipid_utils import load_clip
+model, processor = load_clip(sys.argv[1])
+batch = processor(text=["seekor kucing"])
+assert model.encode_text(batch["input_ids"], batch["attention_mask"]).shape == (1, 128)
+"""
+
+
+def write_large(folder: Path) -> int:
+    """Random weights of ViT-B/32 and IndoBERT-large in transformers' form; returns their bytes."""
+    import numpy as np
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    from clipid_utils import PRESETS, HybridCLIP
+    from clipid_utils.model.towers import TRANSFORMS, key_table, to_hf_config
+
+    config = PRESETS["vit_b32_indobert_large"]
+    shapes = nnx.eval_shape(lambda: HybridCLIP(config, rngs=nnx.Rngs(0)))
+    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(shapes, nnx.Param))}
+    rng = np.random.default_rng(0)
+    arrays = {key.hf_name: np.asarray(TRANSFORMS[key.transform].to_torch(
+        rng.standard_normal(shapes[key.nnx_path], np.float32), config.vision), order="C") for key in key_table(config)}
+    folder.mkdir(parents=True)
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    return sum(array.nbytes for array in arrays.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/load.json"))
+    options = parser.parse_args()
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_large(Path(folder) / "large")
+        for dtype in ("float32", "bfloat16"):
+            answer = subprocess.run([sys.executable, "-c", LOAD, f"{folder}/large", dtype], check=True,
+                                    capture_output=True, text=True)
+            found = report[f"large {dtype}"] = {"bytes": size, **json.loads(answer.stdout)}
+            print(f"ViT-B/32 + IndoBERT-large ({size / 1e9:.2f} GB in float32) as {dtype}: peak "
+                  f"{found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} times the float32 weights "
+                  f"({(found['peak'] - found['before']) / size:.2f} beyond the imports), {found['seconds']:.1f} s")
+    times = []
+    for _ in range(options.rounds):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", FIRST_ANSWER, str(MINI)], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    report["mini, cold start to first answer"] = times
+    print(f"mini, from a cold start of Python to the first answer: {min(times):.1f} to {max(times):.1f} s")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
