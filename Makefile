@@ -31,6 +31,9 @@ evaluate: .venv/installed  ## evaluate data/checkpoints/mini again into its metr
 bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch into .venv-bench
 	.venv-bench/bin/python benchmarks/run.py
 
+parity: .venv-bench/installed  ## outputs and gradients beside torch's at true sizes, key by key, and the export back
+	.venv-bench/bin/python scripts/parity.py
+
 test-colab: .venv-colab/installed  ## the unit tests against Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
 	.venv-colab/bin/python -m clipid_utils prepare
 	.venv-colab/bin/python -m pytest
@@ -82,5 +85,5 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test lab train-mini evaluate bench test-colab notebooks constraints clean
+.PHONY: help course test lab train-mini evaluate bench parity test-colab notebooks constraints clean
 .DELETE_ON_ERROR:

@@ -168,7 +168,6 @@ def test_heads_are_left_out_and_a_missing_pooler_is_new(tmp_path, towers, kind, 
     ours, told = pretrained(model, side), [str(w.message) for w in caught if "pooler" in str(w.message)]
     if pooler is False:
         assert len(told) == 1 and "newly initialised" in told[0] and "pooling='mean'" in told[0]
-        assert caught[0].filename == __file__  # where the user's own call stands, not inside the library
         for part in ("kernel", "bias"):
             assert ours.pop(f"text.pooler.{part}").tobytes() != expected.pop(f"text.pooler.{part}").tobytes()
     else:
