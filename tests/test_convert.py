@@ -105,8 +105,10 @@ def test_a_loaded_model_can_be_trained(folder):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json not found.*save_clip"):
+    with pytest.raises(FileNotFoundError, match="nowhere' is no folder"):
         load_clip(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="config.json not found.*save_clip"):
+        load_clip(tmp_path)
 
 
 def test_a_config_of_another_kind(folder):
