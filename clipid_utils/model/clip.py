@@ -122,11 +122,21 @@ def _linear(
     depth. BERT's 0.02 is of that size at width 768; at 128 it would let all texts begin as one and the same vector.
     """
     init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs,
+                      dot_general=ops.dot_general)
 
 
 def _residual_std(config: VisionConfig | TextConfig) -> float:
     return (2 * config.width * config.layers) ** -0.5
+
+
+class LayerNorm(nnx.LayerNorm):
+    """nnx's, by the form of it that is fast on this machine."""
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+            return super().__call__(x)
+        return ops.layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -165,9 +175,9 @@ class Block(nnx.Module):
     def __init__(self, config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
         self.pre_norm = pre_norm
         self.attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.ln_1 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_1 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-        self.ln_2 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -207,11 +217,11 @@ class VisionTransformer(nnx.Module):
         self.class_embedding = nnx.Param(init(rngs.params(), (width,)))
         self.position_embedding = nnx.Param(init(rngs.params(), (config.grid**2 + 1, width)))
         self.patch_embedding = _linear(3 * config.patch_size**2, width, dtype=dtype, rngs=rngs, bias=False)
-        self.ln_pre = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_pre = LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = _module_list(
             [Block(config, pre_norm=True, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )
-        self.ln_post = nnx.LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_post = LayerNorm(width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.projection = _linear(width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
 
     def patchify(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P patch"]:
@@ -267,7 +277,7 @@ class TextEncoder(nnx.Module):
         rows = config.max_length + config.position_offset
         self.position_embedding = nnx.Param(normal(rngs.params(), (rows, config.width)))
         self.token_type_embedding = nnx.Param(normal(rngs.params(), (config.token_types, config.width)))
-        self.ln = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = _module_list(
             [Block(config, pre_norm=False, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )

@@ -13,6 +13,7 @@ process: transparent huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which 
 buffer that XLA takes anew for each step.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,11 +36,38 @@ def attention(
         )
         return jax.nn.dot_product_attention(query, key, value, mask=full_mask, implementation=flash)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B, H, L, K]
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(0, 1, 3, 2)  # [B, H, L, M]
+    full = None if mask is None else mask[:, None]
+    return _attention(q / math.sqrt(q.shape[-1]), k, v, full).transpose(0, 2, 1, 3)  # [B, L, H, K]
+
+
+def _attention_weights(q, k, mask):
+    scores = jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return (weights @ v).transpose(0, 2, 1, 3)  # [B, L, H, K]
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (powers / powers.sum(axis=-1, keepdims=True)).astype(q.dtype)
+
+
+@jax.custom_vjp
+def _attention(q, k, v, mask):
+    return _attention_weights(q, k, mask) @ v  # [B, H, L, K]
+
+
+def _attention_forward(q, k, v, mask):
+    weights = _attention_weights(q, k, mask)
+    return weights @ v, (q, k, v, weights)
+
+
+def _attention_backward(kept, g):
+    q, k, v, weights = kept
+    g_weights = jnp.einsum("bhlk,bhmk->bhlm", g, v)
+    g_scores = weights * (g_weights - (weights * g_weights).sum(axis=-1, keepdims=True))
+    g_v = jnp.einsum("bhlm,bhlk->bhmk", weights, g)
+    g_k = jnp.einsum("bhlm,bhlk->bhmk", g_scores, q)
+    return g_scores @ k, g_k, g_v, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _cudnn_takes(query, key, mask) -> bool:
@@ -75,3 +103,48 @@ gelu = _with_saved_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form
 quick_gelu = _with_saved_slope(_quick_gelu)  # x * sigmoid(1.702 x), as OpenAI's CLIP
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # the names that Hugging Face configs use
+
+
+def dot_general(x, kernel, dimension_numbers, **options):
+    """A linear layer's product."""
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return x @ kernel
+
+
+def _product_backward(kept, g):
+    x, kernel = kept
+    return g @ kernel.T, x.T @ g
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, epsilon):
+    return _norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _norm_forward(x, scale, bias, epsilon):
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum((x * x).mean(axis=-1, keepdims=True) - mean * mean, 0.0)
+    factor = jax.lax.rsqrt(variance + epsilon)
+    return (x - mean) * factor * scale + bias, (x, scale, mean, factor)
+
+
+def _norm_backward(epsilon, kept, g):
+    x, scale, mean, factor = kept
+    unit = (x - mean) * factor
+    g_unit = g * scale
+    along = (g_unit * unit).mean(axis=-1, keepdims=True)
+    g_x = factor * (g_unit - g_unit.mean(axis=-1, keepdims=True) - unit * along)
+    rows = tuple(range(x.ndim - 1))
+    return g_x, (g * unit).sum(axis=rows), g.sum(axis=rows)
+
+
+layer_norm.defvjp(_norm_forward, _norm_backward)
