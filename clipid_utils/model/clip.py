@@ -122,8 +122,9 @@ def _linear(
     depth. BERT's 0.02 is of that size at width 768; at 128 it would let all texts begin as one and the same vector.
     """
     init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs,
-                      dot_general=ops.dot_general)
+    return nnx.Linear(
+        d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=ops.dot_general, rngs=rngs
+    )
 
 
 def _residual_std(config: VisionConfig | TextConfig) -> float:
@@ -131,12 +132,13 @@ def _residual_std(config: VisionConfig | TextConfig) -> float:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """nnx's, by the form of it that is fast on this machine."""
+    """nnx's, on a CPU in the form of `ops`."""
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
-            return super().__call__(x)
-        return ops.layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        if ops.xla_cpu(x) and self.dtype == jnp.float32:
+            scale, bias = (part[...].astype(x.dtype) for part in (self.scale, self.bias))
+            return ops.layer_norm(x, scale, bias, self.epsilon)
+        return super().__call__(x)
 
 
 class Attention(nnx.Module):
