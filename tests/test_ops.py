@@ -109,3 +109,38 @@ def test_slope_is_the_finite_difference(x, name):
     step, ours = 1e-2, ops.ACTIVATIONS[name]
     difference = (float(ours(jnp.float32(x + step))) - float(ours(jnp.float32(x - step)))) / (2 * step)
     assert abs(float(jax.grad(ours)(jnp.float32(x))) - difference) < 2e-3
+
+
+def gradients(function, x, *parameters):
+    """Of a weighted sum of what `function` returns, by each argument."""
+    weight = jax.random.normal(jax.random.key(1), function(x, *parameters).shape)
+    places = tuple(range(1 + len(parameters)))
+    return jax.grad(lambda *arguments: (weight * function(*arguments)).sum(), places)(x, *parameters)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 6)])
+def test_layer_norm_and_its_gradient_are_the_textbooks(shape):
+    rng = np.random.default_rng(4)
+    x, scale, bias = (jnp.asarray(rng.normal(2.0, 3.0, size), jnp.float32) for size in (shape, 6, 6))
+
+    def ours(x, scale, bias):
+        return ops.layer_norm(x, scale, bias, 1e-5)
+
+    def textbook(x, scale, bias):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+
+    np.testing.assert_allclose(ours(x, scale, bias), textbook(x, scale, bias), atol=1e-5)
+    for one, other in zip(gradients(ours, x, scale, bias), gradients(textbook, x, scale, bias), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 6)])
+def test_a_linear_layers_product_and_its_gradient_are_those_of_jax(shape):
+    rng = np.random.default_rng(5)
+    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, (6, 4)))
+    dimensions = (((len(shape) - 1,), (0,)), ((), ()))
+    both = [lambda x, kernel, product=product: product(x, kernel, dimensions)
+            for product in (ops.dot_general, jax.lax.dot_general)]
+    np.testing.assert_allclose(*(product(x, kernel) for product in both), atol=1e-5)
+    for one, other in zip(*(gradients(product, x, kernel) for product in both), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -132,11 +132,23 @@ def linear(
     depth. BERT's 0.02 is of that size at width 768; at 128 it would let all texts begin as one and the same vector.
     """
     init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.Linear(
+        d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=ops.dot_general, rngs=rngs
+    )
 
 
 def _residual_std(config: VisionConfig | TextConfig) -> float:
     return (2 * config.width * config.layers) ** -0.5
+
+
+class LayerNorm(nnx.LayerNorm):
+    """nnx's, on a CPU in the form of `ops`."""
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        if ops.xla_cpu(x) and self.dtype == jnp.float32:
+            scale, bias = (part[...].astype(x.dtype) for part in (self.scale, self.bias))
+            return ops.layer_norm(x, scale, bias, self.epsilon)
+        return super().__call__(x)
 
 
 class Attention(nnx.Module):
@@ -175,9 +187,9 @@ class Block(nnx.Module):
     def __init__(self, config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
         self.pre_norm = pre_norm
         self.attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.ln_1 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_1 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-        self.ln_2 = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -226,11 +238,11 @@ class VisionTransformer(nnx.Module):
             3 * config.patch_size**2, width, dtype=dtype, rngs=rngs, bias=config.patch_bias
         )
         norm = {"epsilon": config.norm_eps, "dtype": dtype, "rngs": rngs}
-        self.ln_pre = nnx.LayerNorm(width, **norm) if config.ln_pre else None
+        self.ln_pre = LayerNorm(width, **norm) if config.ln_pre else None
         self.blocks = _module_list(
             [Block(config, pre_norm=True, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )
-        self.ln_post = nnx.LayerNorm(width, **norm)
+        self.ln_post = LayerNorm(width, **norm)
         pooler = _pooling(config, "class", "pooler") == "pooler"
         self.pooler = linear(width, width, dtype=dtype, rngs=rngs) if pooler else None
         self.projection = linear(width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
@@ -294,7 +306,7 @@ class TextEncoder(nnx.Module):
         rows = config.max_length + config.position_offset
         self.position_embedding = nnx.Param(normal(rngs.params(), (rows, config.width)))
         self.token_type_embedding = nnx.Param(normal(rngs.params(), (config.token_types, config.width)))
-        self.ln = nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.ln = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = _module_list(
             [Block(config, pre_norm=False, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
         )

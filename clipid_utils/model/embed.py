@@ -1,8 +1,10 @@
 """Whole collections through a tower: batched, compiled once, with progress."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -13,14 +15,19 @@ from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor
 
 
-@nnx.jit
-def _encode_image(model, pixel_values):
-    return model.encode_image(pixel_values)
+@functools.lru_cache(maxsize=16)
+def _compiled(graph: nnx.GraphDef, method: str) -> Callable:
+    return jax.jit(lambda params, *batch: getattr(nnx.merge(graph, params), method)(*batch))
 
 
-@nnx.jit
-def _encode_text(model, input_ids, attention_mask):
-    return model.encode_text(input_ids, attention_mask)
+def encoder(model: HybridCLIP, method: str) -> Callable[..., np.ndarray]:
+    """The model's "encode_image" or "encode_text", compiled, with the weights that the model has now.
+
+    Not `nnx.jit`: it would take the model apart for every batch and return, so copy, every one of its weights.
+    """
+    graph, params = nnx.split(model)
+    function = _compiled(graph, method)
+    return lambda *batch: np.asarray(function(params, *batch))
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
@@ -34,19 +41,20 @@ def embed_images(
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of pictures, in their order."""
     total = len(images) if hasattr(images, "__len__") else None
-    rows, source = [], iter(images)
+    rows, source, encode = [], iter(images), encoder(model, "encode_image")
     with tqdm(total=total, desc="pictures", unit=" pictures", disable=not progress) as bar:
         while chunk := list(islice(source, batch_size)):
             pixels = processor(images=chunk)["pixel_values"]
-            rows.append(np.asarray(_encode_image(model, _pad(pixels, batch_size)))[: len(chunk)])
+            rows.append(encode(_pad(pixels, batch_size))[: len(chunk)])
             bar.update(len(chunk))
     return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
 
 
 def embed_pixels(model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64):
     """Unit vectors [N, E] of pictures that the processor has already made into pixel values."""
+    encode = encoder(model, "encode_image")
     rows = [
-        np.asarray(_encode_image(model, _pad(part, batch_size)))[: len(part)]
+        encode(_pad(part, batch_size))[: len(part)]
         for part in (pixel_values[start : start + batch_size] for start in range(0, len(pixel_values), batch_size))
     ]
     return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
@@ -61,9 +69,8 @@ def embed_texts(
     tokens = processor.tokenize(list(texts), multiple=8)  # few widths, so few compilations
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     batch_size = min(batch_size, 1 << max(0, len(texts) - 1).bit_length())
-    rows = []
+    rows, encode = [], encoder(model, "encode_text")
     for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress):
         part = slice(start, start + batch_size)
-        vectors = _encode_text(model, _pad(ids[part], batch_size), _pad(mask[part], batch_size))
-        rows.append(np.asarray(vectors)[: len(ids[part])])
+        rows.append(encode(_pad(ids[part], batch_size), _pad(mask[part], batch_size))[: len(ids[part])])
     return np.concatenate(rows)

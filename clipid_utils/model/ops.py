@@ -1,18 +1,24 @@
 """The few operations whose fastest form depends on the machine, kept in one place.
 
-Everything in `clip.py` calls these three functions and is otherwise written plainly. What each does about speed:
+Everything in `clip.py` calls these functions and is otherwise written plainly. What each does about speed:
 
 - `attention`: on a GPU `jax.nn.dot_product_attention` (cuDNN flash attention for half precision), on a TPU its XLA
   form; on a CPU explicit products over contiguous [B, H, L, K] arrays, which XLA's CPU back end runs faster than the
-  einsum over [B, L, H, K].
+  einsum over [B, L, H, K], and a derivative that keeps the softmax's weights.
+- `dot_general`, the product in a linear layer: on a CPU one product of two matrices. JAX's own derivative for the
+  kernel is that of a batched product, for which XLA's CPU code first copies the gradient, transposed.
+- `layer_norm`: nnx's, which is what runs elsewhere, with a derivative that keeps mean and deviation. What JAX derives
+  goes over the tokens more often.
 - `gelu`, `quick_gelu`: the textbook functions with a derivative that keeps the slope computed in the forward pass. The
   default derivative recomputes erf and exp inside the backward fusion, where XLA's CPU code cannot share them.
 
-`benchmarks/bench_step.py` measures the whole step with them. What matters more on a Linux CPU stands outside the
+The CPU's forms are for float32; other types take the general ones. `benchmarks/bench_step.py` measures the whole step
+with all of them and `benchmarks/bench_encode.py` the forward pass. What matters more on a Linux CPU stands outside the
 process: transparent huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which the Makefile sets) for the one large
 buffer that XLA takes anew for each step.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,11 +41,39 @@ def attention(
         )
         return jax.nn.dot_product_attention(query, key, value, mask=full_mask, implementation=flash)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (query, key, value))  # [B, H, L, K]
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(0, 1, 3, 2)  # [B, H, L, M]
+    full_mask = None if mask is None else mask[:, None]  # [B, 1, #L, M]
+    return _attention(q / math.sqrt(q.shape[-1]), k, v, full_mask).transpose(0, 2, 1, 3)  # [B, L, H, K]
+
+
+def _attention_weights(q, k, mask):
+    """Softmax of the scores, in float32 [B, H, L, M]."""
+    scores = jnp.einsum("bhlk,bhmk->bhlm", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return (weights @ v).transpose(0, 2, 1, 3)  # [B, L, H, K]
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (powers / powers.sum(axis=-1, keepdims=True)).astype(q.dtype)
+
+
+@jax.custom_vjp
+def _attention(q, k, v, mask):
+    return _attention_weights(q, k, mask) @ v  # [B, H, L, K]
+
+
+def _attention_forward(q, k, v, mask):
+    weights = _attention_weights(q, k, mask)
+    return weights @ v, (q, k, v, weights)
+
+
+def _attention_backward(kept, g):
+    q, k, v, weights = kept
+    g_weights = jnp.einsum("bhlk,bhmk->bhlm", g, v)
+    g_scores = weights * (g_weights - (weights * g_weights).sum(axis=-1, keepdims=True))
+    g_v = jnp.einsum("bhlm,bhlk->bhmk", weights, g)
+    g_k = jnp.einsum("bhlm,bhlk->bhmk", g_scores, q)
+    return g_scores @ k, g_k, g_v, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _cudnn_takes(query, key, mask) -> bool:
@@ -75,3 +109,56 @@ gelu = _with_saved_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form
 quick_gelu = _with_saved_slope(_quick_gelu)  # x * sigmoid(1.702 x), as OpenAI's CLIP
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # the names that Hugging Face configs use
+
+
+def xla_cpu(x: Array) -> bool:
+    """Whether `x` takes the forms below: they are XLA's CPU code's, for float32."""
+    return jax.default_backend() == "cpu" and x.dtype == jnp.float32
+
+
+def dot_general(x: Float[Array, "*batch D"], kernel: Float[Array, "D M"], dimension_numbers, **options):
+    """`jax.lax.dot_general` as a linear layer calls it: the last axis of `x` with the first of `kernel`."""
+    if not xla_cpu(x):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return x @ kernel
+
+
+def _product_backward(kept, g):
+    x, kernel = kept
+    return g @ kernel.T, x.T @ g
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+) -> Float[Array, "*batch D"]:
+    """Layer normalisation over the last axis (Ba et al. 2016, eq. 4)."""
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum((x * x).mean(axis=-1, keepdims=True) - mean * mean, 0.0)  # as nnx.LayerNorm has it
+    factor = jax.lax.rsqrt(variance + epsilon)
+    return (x - mean) * factor * scale + bias, (x, scale, mean, factor)
+
+
+def _layer_norm_backward(epsilon, kept, g):
+    x, scale, mean, factor = kept
+    unit = (x - mean) * factor
+    g_unit = g * scale
+    along = (g_unit * unit).mean(axis=-1, keepdims=True)
+    g_x = factor * (g_unit - g_unit.mean(axis=-1, keepdims=True) - unit * along)
+    rows = tuple(range(x.ndim - 1))
+    return g_x, (g * unit).sum(axis=rows), g.sum(axis=rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -1,0 +1,82 @@
+"""Two libraries in turns: each in a process of its own, so that neither's threads or memory disturb the other's.
+
+A benchmark names its sides, functions that build what is timed and return a function of one run; its script, called
+with `--worker SIDE NAME`, becomes the process of one side.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def worker(run: Callable[[], None], times: int) -> None:
+    """Answers each line on standard input with the median seconds of a run; the first runs are not timed."""
+    for _ in range(3):
+        run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": statistics.median(seconds), "peak_mib": round(peak)}), flush=True)
+
+
+def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "theirs")) -> dict:
+    """Runs the sides in turns; examples per second of each round, their medians, and the ratio of the medians."""
+    # Without huge pages for its one large buffer, XLA spends a quarter of a step in page faults (model/ops.py)
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    processes = {
+        side: subprocess.Popen(
+            [sys.executable, script, "--worker", side, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=environment,
+        )
+        for side in sides
+    }
+    result = {side: {"examples_per_second": [], "peak_mib": 0} for side in sides}
+    try:
+        for side, process in processes.items():
+            if process.stdout.readline().strip() != "ready":
+                raise SystemExit(f"{script}: the side {side!r} did not start; try --worker {side} {name} to see why")
+        for _ in range(rounds):
+            for side, process in processes.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                result[side]["examples_per_second"].append(round(examples / answer["seconds"], 2))
+                result[side]["peak_mib"] = answer["peak_mib"]
+    finally:
+        for process in processes.values():
+            process.kill()
+    medians = {side: statistics.median(values["examples_per_second"]) for side, values in result.items()}
+    return {**result, "ratio": round(medians[sides[0]] / medians[sides[1]], 3), "median": medians}
+
+
+def main(script: str, doc: str, sizes: dict[str, tuple[int, int]], build: dict[str, Callable], out: str) -> None:
+    """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the two sides."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--worker", nargs=2, metavar=("SIDE", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    options = parser.parse_args()
+    if options.worker:
+        side, size = options.worker
+        return worker(build[side](size), sizes[size][1])
+    report = {}
+    print(f"{'size':26} {'batch':>6} {'ours/s':>9} {'torch/s':>9} {'ratio':>7} {'MiB ours':>9} {'MiB torch':>10}")
+    for size in options.sizes:
+        report[size] = found = compare(script, size, sizes[size][0], options.rounds)
+        print(f"{size:26} {sizes[size][0]:6} {found['median']['ours']:9.2f} {found['median']['theirs']:9.2f} "
+              f"{found['ratio']:7.2f} {found['ours']['peak_mib']:9} {found['theirs']['peak_mib']:10}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
