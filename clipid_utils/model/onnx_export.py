@@ -25,12 +25,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 from flax import nnx
-
-try:
-    import onnx
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("the export needs the package onnx: pip install onnx", name="onnx") from error
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
