@@ -237,7 +237,7 @@ def test_torch_files(tmp_path, folders, towers, name):
     for number, (key, value) in enumerate(weights_of(name).items()):
         across = value.ndim == 2 and number % 2 == 1
         storages[str(number)] = value.tobytes("F" if across else "C")
-        strides = np.ascontiguousarray(value).strides
+        strides = np.asarray(value, order="C").strides
         strides = tuple(4 * n for n in (1, value.shape[0])) if across else strides
         state[key] = tensor(stored(key=str(number), numel=value.size), 0, value.shape, tuple(n // 4 for n in strides))
     write_zip(tmp_path, state, storages)
@@ -462,7 +462,7 @@ def test_bfloat16_parameters_halve_the_bytes_and_stay_near(folders):
                                 (exact.encode_image(pixels), exact.encode_text(ids, mask)), strict=True):
             assert ours.dtype == jnp.float32
             np.testing.assert_allclose(ours, theirs, atol=0.03)
-            assert (ours != theirs).any()
+            assert dtype == jnp.float32 or (ours != theirs).any()  # the recorded weights have bfloat16's digits
 
 
 def test_towers_in_bfloat16(towers):

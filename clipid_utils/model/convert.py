@@ -149,11 +149,13 @@ def join_towers(
         name, file, array = leaves["vision.position_embedding"]
         resized = resize_positions(array(), config.vision.grid)
         leaves["vision.position_embedding"] = _Leaf(name, file, lambda: resized)
-    if pooling == "pooler" and "text.pooler.kernel" not in leaves:
+    new = _new_leaves(config, rngs)
+    if pooling == "pooler" and leaves.keys() & {"text.pooler.kernel", "text.pooler.bias"}:
+        new = {path: leaf for path, leaf in new.items() if "pooler" not in path}  # half of one is an error, not new
+    elif pooling == "pooler":
         warnings.warn(f"{folders[1]} has no pooler, as masked language models do not: it is newly initialised, to be "
                       "trained; or take pooling='mean'", stacklevel=3)
-    leaves = _new_leaves(config, rngs) | leaves
-    return _filled(config, leaves, unknown, f"{folders[0]} or {folders[1]}", dtype, param_dtype)
+    return _filled(config, new | leaves, unknown, f"{folders[0]} or {folders[1]}", dtype, param_dtype)
 
 
 class _Leaf(NamedTuple):
@@ -224,8 +226,8 @@ def _naming(folder: Path) -> Iterator[None]:
 
 def _with_scale(config: CLIPConfig, leaves: dict[str, _Leaf], *, linear_scale: bool) -> CLIPConfig:
     """The config whose limit lets the stored scale be; the ancestor's is linear, a twentieth of what it used."""
-    if "logit_scale" not in leaves:
-        return config
+    if "logit_scale" not in leaves or leaves["logit_scale"].array().size != 1:
+        return config  # `_filled` will say so
     name, file, array = leaves["logit_scale"]
     value = array().reshape(())
     if linear_scale:

@@ -50,8 +50,10 @@ TRANSFORMS = {
     "patches": Transform(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
                          lambda x: x.reshape(-1, x.shape[-1]), _to_convolution),
     # ViT keeps an axis for the batch: [1, 1, D] and [1, 1 + P, D]
-    "class token": Transform(lambda x: x[0, 0], lambda x: x[0, 0], lambda x, vision: x[None, None]),
-    "batch axis": Transform(lambda x: x[0], lambda x: x[0], lambda x, vision: x[None]),
+    "class token": Transform(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(x.shape[-1]),
+                             lambda x, vision: x[None, None]),
+    "batch axis": Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(x.shape[-2:]),
+                            lambda x, vision: x[None]),
 }
 # What a part consists of: the suffixes in torch and here, and the transform
 _PARTS = {
@@ -219,6 +221,9 @@ def _settings(values: dict, kind: str) -> Any:
                           settings.hidden_size}.items():
         if getattr(settings, field, wanted) not in (wanted, None):
             raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here have {wanted!r} only")
+    if settings.hidden_size % settings.num_attention_heads:
+        raise ConfigError(f"hidden_size {settings.hidden_size} is no multiple of num_attention_heads "
+                          f"{settings.num_attention_heads}")
     if settings.hidden_act not in ops.ACTIVATIONS:
         raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
     return settings
