@@ -2,8 +2,8 @@
 
     python benchmarks/bench_load.py [--out build/bench/load.json]
 
-ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, written once in each form that `read_weights`
-knows without torch, and loaded in a new process; then the shipped mini checkpoint from a cold start of Python to its
+ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, in each form that `read_weights` knows, each
+loaded in a new process; then the shipped mini checkpoint from a cold start of Python to its
 first answer, imports and compilation included. Memory is the process's largest resident set, whole, and less what it
 was after the imports.
 """
@@ -40,10 +40,10 @@ assert model.encode_text(batch["input_ids"], batch["attention_mask"]).shape == (
 """
 
 
-def write_large(folder: Path) -> int:
-    """Random weights of ViT-B/32 and IndoBERT-large in transformers' form; returns their bytes."""
+def write_large(folder: Path, form: str) -> int:
+    """Random weights of ViT-B/32 and IndoBERT-large as transformers, or its Flax, wrote them; returns their bytes."""
     import numpy as np
-    from flax import nnx
+    from flax import nnx, serialization, traverse_util
     from safetensors.numpy import save_file
 
     from clipid_utils import PRESETS, HybridCLIP
@@ -52,12 +52,27 @@ def write_large(folder: Path) -> int:
     config = PRESETS["vit_b32_indobert_large"]
     shapes = nnx.eval_shape(lambda: HybridCLIP(config, rngs=nnx.Rngs(0)))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(shapes, nnx.Param))}
-    rng = np.random.default_rng(0)
-    arrays = {key.hf_name: np.asarray(TRANSFORMS[key.transform].to_torch(
-        rng.standard_normal(shapes[key.nnx_path], np.float32), config.vision), order="C") for key in key_table(config)}
+    rng, arrays = np.random.default_rng(0), {}
+    for key in key_table(config):
+        array, name = rng.standard_normal(shapes[key.nnx_path], np.float32), key.hf_name
+        if form == "flax_model.msgpack":  # Flax's names end in kernel, scale or embedding, and its kernels are as ours
+            ending = key.nnx_path.rpartition(".")[2]
+            ending = ending if ending in ("kernel", "scale") else "embedding"
+            name = name.removesuffix("weight") + ending if name.endswith(".weight") else name
+            side = config.vision.patch_size
+            arrays[name] = array.reshape(side, side, 3, -1) if key.transform == "patches" else array
+        else:
+            arrays[name] = np.asarray(TRANSFORMS[key.transform].to_torch(array, config.vision), order="C")
     folder.mkdir(parents=True)
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
+    if form == "flax_model.msgpack":
+        (folder / form).write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(arrays, sep=".")))
+    elif form == "pytorch_model.bin":
+        import torch
+
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, folder / form)
+    else:
+        save_file(arrays, folder / form, metadata={"format": "pt"})
     return sum(array.nbytes for array in arrays.values())
 
 
@@ -67,15 +82,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/bench/load.json"))
     options = parser.parse_args()
     report = {}
-    with tempfile.TemporaryDirectory() as folder:
-        size = write_large(Path(folder) / "large")
-        for dtype in ("float32", "bfloat16"):
-            answer = subprocess.run([sys.executable, "-c", LOAD, f"{folder}/large", dtype], check=True,
-                                    capture_output=True, text=True)
-            found = report[f"large {dtype}"] = {"bytes": size, **json.loads(answer.stdout)}
-            print(f"ViT-B/32 + IndoBERT-large ({size / 1e9:.2f} GB in float32) as {dtype}: peak "
-                  f"{found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} times the float32 weights "
-                  f"({(found['peak'] - found['before']) / size:.2f} beyond the imports), {found['seconds']:.1f} s")
+    for form in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack"):
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_large(Path(folder) / "large", form)
+            for dtype in ("float32", "bfloat16") if form == "model.safetensors" else ("float32",):
+                answer = subprocess.run([sys.executable, "-c", LOAD, f"{folder}/large", dtype], check=True,
+                                        capture_output=True, text=True)
+                found = report[f"{form}, {dtype}"] = {"bytes": size, **json.loads(answer.stdout)}
+                print(f"ViT-B/32 + IndoBERT-large, {size / 1e9:.2f} GB in {form}, as {dtype}: peak "
+                      f"{found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} times the file "
+                      f"({(found['peak'] - found['before']) / size:.2f} beyond the imports), {found['seconds']:.1f} s",
+                      flush=True)
     times = []
     for _ in range(options.rounds):
         start = time.perf_counter()

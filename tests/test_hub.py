@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -71,6 +72,7 @@ class Hub(ThreadingHTTPServer):
         self.stumbles = {}  # "list" or a file: how many more times the answer is 503
         self.whole_only = False  # knows no ranges
         self.damaged = False
+        self.contents = {}  # by sha256: where the redirects lead
         self.log, self.tokens = [], []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -97,7 +99,7 @@ def commit_of(files):
 
 class Answer(BaseHTTPRequestHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
     def log_message(self, *args):
         pass
@@ -143,7 +145,7 @@ class Answer(BaseHTTPRequestHandler):
         if not large:
             return self.reply(200, commit | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content)
         sha256 = hashlib.sha256(content).hexdigest()
-        server.contents = getattr(server, "contents", {}) | {sha256: content}
+        server.contents[sha256] = content
         self.reply(302, commit | {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)),
                                   "Location": f"http://localhost:{server.server_port}/cdn/{sha256}/{file}"})
 
@@ -185,9 +187,18 @@ class Answer(BaseHTTPRequestHandler):
         if self.server.stall:
             self.server.stall.wait()
         if self.server.reset:
-            time.monotonic_ns()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_proxy():
+    """The connections, which huggingface_hub makes once for all tests, lead to this machine itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()
+        yield
+    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -196,7 +207,6 @@ def hub(monkeypatch, tmp_path):
     server = Hub()
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.chdir(tmp_path)
     use(monkeypatch, server.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -204,9 +214,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    huggingface_hub.close_session()
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 60)  # seconds: a machine may be busy
     yield server
-    huggingface_hub.close_session()
     server.stop()
 
 
@@ -318,7 +328,7 @@ def unreachable(request, monkeypatch):
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         elif request.param == "down":
             hub.stop()
-            huggingface_hub.close_session()
+            huggingface_hub.close_session()  # lest a connection that is still open be used
         elif request.param == "stumbling":
             hub.stumbles["list"] = 10**6
         else:  # as a network's page to log in
@@ -329,14 +339,13 @@ def unreachable(request, monkeypatch):
     return take
 
 
-@pytest.mark.parametrize("files", [SINGLE, SHARDED])
-def test_what_is_in_the_cache_opens_without_the_hub(hub, unreachable, files):
-    hub.add("a/b", files)
+def test_what_is_in_the_cache_opens_without_the_hub(hub, unreachable):
+    hub.add("a/b", SHARDED)
     hub.add("a/b", SINGLE | {"config.json": b"{}"}, "v1")
     folders = [fetch_checkpoint("a/b", revision=revision) for revision in (None, "v1")]
     unreachable(hub)
     assert [fetch_checkpoint("a/b", revision=revision) for revision in (None, "v1")] == folders
-    assert fetch_checkpoint("a/b", revision=commit_of(files)) == folders[0]
+    assert fetch_checkpoint("a/b", revision=commit_of(SHARDED)) == folders[0]
     assert fetch_checkpoint("a/b", weights=False) == folders[0]
     assert set(hub.asked()) <= {"list"} and not (unreachable.offline and hub.log)
 
@@ -394,7 +403,7 @@ def test_a_cut_is_gone_on_from_in_the_next_call(hub, tmp_path, reset):
     assert leftovers(tmp_path) == ["incomplete"] and not list(tmp_path.glob("hub/*/snapshots/*/model.safetensors"))
     (part,) = tmp_path.glob("hub/*/blobs/*.incomplete")
     there = part.stat().st_size
-    assert there % CHUNK == 0 and there == 4 * CHUNK if not reset else there <= 4 * CHUNK  # a reset may outrun bytes
+    assert there in ({0, CHUNK, 2 * CHUNK, 3 * CHUNK, 4 * CHUNK} if reset else {4 * CHUNK})  # a reset outruns bytes
     hub.cuts.clear()
     hub.log.clear()
     holds(fetch_checkpoint("a/b"), SINGLE)
@@ -437,15 +446,11 @@ def test_bytes_that_are_not_those_of_the_file_are_thrown_away(hub, tmp_path):
     holds(fetch_checkpoint("a/b"), SINGLE)
 
 
-def test_two_that_fetch_at_once_share_one_download(hub):
+def test_those_that_fetch_at_once_share_one_download(hub):
     hub.add("a/b", SINGLE)
-    folders = []
-    threads = [threading.Thread(target=lambda: folders.append(fetch_checkpoint("a/b"))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(folders) == 3 and len(set(folders)) == 1
+    with ThreadPoolExecutor(4) as threads:
+        folders = list(threads.map(fetch_checkpoint, ["a/b"] * 4))
+    assert len(set(folders)) == 1
     holds(folders[0], SINGLE)
     assert len(hub.ranges("model.safetensors")) == 1
 

@@ -5,25 +5,13 @@ to what the model uses. `patch_similarity` compares the text with every patch of
 good as the patches' own vectors, which nothing in training asked to match a text.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from PIL import Image
 
-from clipid_utils.model.embed import embed_texts
+from clipid_utils.model.embed import embed_texts, encoder
 from clipid_utils.model.processor import to_rgb
-
-
-@nnx.jit
-def _similarities(model: nnx.Module, pixel_values: Float[Array, "B H W 3"], text: Float[Array, " E"]):
-    return model.encode_image(pixel_values) @ text
-
-
-@nnx.jit
-def _patches(model: nnx.Module, pixel_values: Float[Array, "B H W 3"]):
-    return model.encode_patches(pixel_values)
 
 
 def middle_square(image: Image.Image) -> Image.Image:
@@ -68,13 +56,13 @@ def occlusion(
     covers = occlusion_masks(pixel_values.shape[:2], grid, window)  # [grid * grid, H, W]
     colour = _edge_colour(pixel_values) if fill is None else np.asarray(fill, np.float32)
     batch_size = min(batch_size, len(covers) + 1)
-    drops = []
+    drops, encode = [], encoder(model, "encode_image")
     for start in range(0, len(covers), batch_size - 1):  # the first of each batch is the picture itself
         part = covers[start : start + batch_size - 1]
         covered = np.where(part[..., None], colour, pixel_values)  # [b, H, W, 3]
         missing = batch_size - 1 - len(part)  # filled up, so that one shape is compiled
         batch = np.concatenate([pixel_values[None], covered, np.repeat(pixel_values[None], missing, axis=0)])
-        similarity = np.asarray(_similarities(model, jnp.asarray(batch, jnp.float32), jnp.asarray(embeds)))
+        similarity = encode(batch.astype(np.float32)) @ embeds
         drops.append(similarity[0] - similarity[1 : 1 + len(part)])
     return np.concatenate(drops).astype(np.float32).reshape(grid, grid)
 
@@ -111,7 +99,7 @@ def patch_similarity(
     pixel_values, embeds = _inputs(model, processor, image, text)
     if against:
         embeds = embeds - embed_texts(model, processor, list(against)).mean(axis=0)
-    patches = np.asarray(jax.device_get(_patches(model, jnp.asarray(pixel_values)[None])))[0]  # [P, E]
+    patches = encoder(model, "encode_patches")(pixel_values[None])[0]  # [P, E]
     grid = round(len(patches) ** 0.5)
     if grid * grid != len(patches):
         raise ValueError(f"encode_patches gave {len(patches)} patches, which make no square")

@@ -21,7 +21,7 @@ def _compiled(graph: nnx.GraphDef, method: str) -> Callable:
 
 
 def encoder(model: HybridCLIP, method: str) -> Callable[..., np.ndarray]:
-    """The model's "encode_image" or "encode_text", compiled, with the weights that the model has now.
+    """One of the model's methods, "encode_image" or another, compiled, with the weights that the model has now.
 
     Not `nnx.jit`: it would take the model apart for every batch and return, so copy, every one of its weights.
     """

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def _note(name: str, revision: str, commit: str) -> None:
     ref = _storage(name) / "refs" / revision
     if revision != commit and not (ref.is_file() and ref.read_text() == commit):
         ref.parent.mkdir(parents=True, exist_ok=True)
-        new = ref.with_name(f"{ref.name}.{os.getpid()}")
+        new = ref.with_name(f"{ref.name}.{uuid.uuid4().hex}")  # others may be noting it
         new.write_text(commit)
         new.replace(ref)
 
