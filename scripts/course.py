@@ -80,11 +80,13 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         me = psutil.Process()
+        own = me.cmdline()
         while not self._stop.is_set():
             total = 0
             for child in me.children(recursive=True):
                 try:
-                    total += child.memory_info().rss
+                    if child.cmdline() != own:  # not this program's own memory, before a new child becomes another
+                        total += child.memory_info().rss
                 except psutil.Error:  # it ended between the listing and the question
                     pass
             self.peak = max(self.peak, total)

@@ -1,8 +1,6 @@
-"""The towers, stage by stage, against recorded PyTorch references; then what they promise beside that."""
+"""What the towers promise: sizes, shapes, units, errors. That they compute what PyTorch does: test_parity_golden.py."""
 
 import dataclasses
-import re
-from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
@@ -18,114 +16,13 @@ from clipid_utils.model.clip import (
     PRESETS,
     CLIPConfig,
     HybridCLIP,
-    TextConfig,
     TextEncoder,
     VisionConfig,
     VisionTransformer,
-    _module_list,
     normalize,
 )
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
-
-# Hugging Face name -> nnx path; a kernel is the transposed weight. The library's own converter has a fuller table.
-LINEAR, NORM, TABLE = {"weight": "kernel", "bias": "bias"}, {"weight": "scale", "bias": "bias"}, {"weight": None}
-NAMES = [
-    (r"vision_model\.embeddings\.class_embedding", "class_embedding", None),
-    (r"vision_model\.embeddings\.position_embedding\.(\w+)", "position_embedding", TABLE),
-    (r"vision_model\.embeddings\.patch_embedding\.(\w+)", "patch_embedding", LINEAR),
-    (r"vision_model\.pre_layrnorm\.(\w+)", "ln_pre", NORM),
-    (r"vision_model\.post_layernorm\.(\w+)", "ln_post", NORM),
-    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.(\w+)\.(\w+)", r"blocks.\1.attn.\2", LINEAR),
-    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"blocks.\1.ln_\2", NORM),
-    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(\w+)\.(\w+)", r"blocks.\1.mlp.\2", LINEAR),
-    (r"(?:visual|text)_projection\.(\w+)", "projection", LINEAR),
-    (r"embeddings\.word_embeddings\.(\w+)", "word_embedding", TABLE),
-    (r"embeddings\.(position|token_type)_embeddings\.(\w+)", r"\1_embedding", TABLE),
-    (r"embeddings\.LayerNorm\.(\w+)", "ln", NORM),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(\w+)", r"blocks.\1.attn.q_proj", LINEAR),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(\w+)", r"blocks.\1.attn.k_proj", LINEAR),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(\w+)", r"blocks.\1.attn.v_proj", LINEAR),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.attn.out_proj", LINEAR),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)", r"blocks.\1.ln_1", NORM),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"blocks.\1.mlp.fc1", LINEAR),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"blocks.\1.mlp.fc2", LINEAR),
-    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"blocks.\1.ln_2", NORM),
-    (r"pooler\.dense\.(\w+)", "pooler", LINEAR),
-]
-
-
-def translate(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
-    for pattern, target, leaves in NAMES:
-        if found := re.fullmatch(pattern, name):
-            leaf = leaves and leaves[found.groups()[-1]]
-            if leaf == "kernel":  # a patch is flattened as (row, column, channel)
-                weight = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]) if weight.ndim == 4 else weight.T
-            return ".".join(filter(None, [found.expand(target), leaf])), weight
-    raise KeyError(f"no rule for {name}")
-
-
-def load_golden(name: str, tower: nnx.Module) -> dict[str, np.ndarray]:
-    """Fills the tower with the recorded weights, each used once and no leaf left, and returns the other arrays."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        recorded = dict(file)
-    weights = dict(translate(k.removeprefix("weight:"), v) for k, v in recorded.items() if k.startswith("weight:"))
-    graph, state = nnx.split(tower)
-    leaves = nnx.to_flat_state(state)
-    assert {".".join(map(str, path)) for path, _ in leaves} == weights.keys()
-    filled = []
-    for path, leaf in leaves:
-        weight = weights[".".join(map(str, path))]
-        assert weight.shape == leaf.shape, path
-        filled.append((path, leaf.replace(jnp.asarray(weight))))
-    nnx.update(tower, nnx.from_flat_state(filled))
-    return {k: v for k, v in recorded.items() if not k.startswith("weight:")}
-
-
-def close(ours, recorded):
-    np.testing.assert_allclose(ours, recorded, atol=1e-5)
-
-
-# --- Against PyTorch -----------------------------------------------------------------------------------------------
-
-
-def test_image_tower_is_that_of_clip():
-    config = VisionConfig(image_size=24, patch_size=8, width=32, layers=2, heads=4, mlp_dim=64)
-    tower = VisionTransformer(config, 16, rngs=nnx.Rngs(0))
-    golden = load_golden("vision", tower)
-    pixels = jnp.asarray(golden["pixel_values"].transpose(0, 2, 3, 1))
-    close(tower.patch_embedding(tower.patchify(pixels)), golden["stage:patches"])
-    blocks, tower.blocks = tower.blocks, _module_list([])
-    x = tower.tokens(pixels)
-    close(x, golden["stage:hidden_0"])
-    for number, block in enumerate(blocks, 1):
-        x = block(x)
-        close(x, golden[f"stage:hidden_{number}"])
-    tower.blocks = blocks
-    close(tower.ln_post(tower.tokens(pixels)[:, 0]), golden["stage:pooled"])
-    close(tower(pixels), golden["stage:image_embeds"])
-
-
-@pytest.mark.parametrize(
-    "name, config",
-    [
-        ("bert", TextConfig(vocab_size=50, max_length=10, width=32, layers=2, heads=4, mlp_dim=64)),
-        ("roberta", TextConfig(vocab_size=50, max_length=10, width=32, layers=2, heads=4, mlp_dim=64, norm_eps=1e-5,
-                               token_types=1, position_offset=2)),
-    ],
-)
-def test_text_tower_is_that_of_bert_and_of_roberta(name, config):
-    tower = TextEncoder(config, 16, rngs=nnx.Rngs(0))
-    golden = load_golden(name, tower)
-    ids, mask = (jnp.asarray(golden[key], jnp.int32) for key in ("input_ids", "attention_mask"))
-    real = np.asarray(mask, bool)  # what stands at a padded place is never used
-    x = tower.embeddings(ids)
-    close(np.asarray(x)[real], golden["stage:hidden_0"][real])
-    for number, block in enumerate(tower.blocks, 1):
-        x = block(x, mask[:, None, :].astype(bool))
-        close(np.asarray(x)[real], golden[f"stage:hidden_{number}"][real])
-    close(jnp.tanh(tower.pooler(x[:, 0])), golden["stage:pooled"])
-    close(tower(ids, mask), golden["stage:text_embeds"])
+# --- Shapes, units and errors -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,9 +41,6 @@ def test_presets_have_the_published_sizes(preset, vision, text):
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(part, nnx.Param)))
 
     assert (count(model.vision), count(model.text)) == (vision, text)
-
-
-# --- Shapes, units and errors --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

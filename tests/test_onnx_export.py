@@ -275,10 +275,3 @@ def test_a_parameter_that_the_graph_does_not_read(tmp_path):
     model.vision.blocks[1].attn.gate = nnx.Param(jnp.ones(3))
     with pytest.raises(ValueError, match=r"image_embeds graph leaves out \['blocks\.1\.attn\.gate'\]"):
         export_onnx(model, tmp_path)
-
-
-def test_without_onnx_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "clipid_utils.model.onnx_export")
-    with pytest.raises(ModuleNotFoundError, match="pip install onnx"):
-        import clipid_utils.model.onnx_export  # noqa: F401

@@ -257,11 +257,10 @@ class CLIPProcessor:
         one that cannot be followed ValueError; both name it. Where no tokenizer is there and `needs_tokenizer` is
         False, only texts will be refused.
         """
-        folder = Path(folder)
-        images, text_folder = read_preprocessor(folder), Path(folder if text_folder is None else text_folder)
+        folder, text_folder = Path(folder), Path(folder if text_folder is None else text_folder)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
-            return cls(None, max_length=NO_LENGTH, **images)
-        return cls(**read_tokenizer(text_folder), **images)
+            return cls(None, max_length=NO_LENGTH, **read_preprocessor(folder))
+        return cls(**read_tokenizer(text_folder), **read_preprocessor(folder))
 
     @classmethod
     def from_towers(

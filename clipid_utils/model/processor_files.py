@@ -63,8 +63,8 @@ def _sides(size: dict) -> tuple[int, int]:
 def _vision_size(folder: Path) -> int:
     config = read_json(folder / "config.json")
     vision = config.get("vision", config)
-    while "vision_config" in vision:  # a whole CLIP may stand where its vision part should
-        vision = vision["vision_config"]
+    while inner := vision.get("vision_config") or vision.get("vision_config_dict"):
+        vision = inner  # a whole CLIP may stand where its vision part should
     if vision is config and not {"image_size", "patch_size"} & set(config):
         raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing, and no vision part in "
                                 f"config.json tells a picture's size: is {folder} a checkpoint?")
