@@ -81,7 +81,7 @@ class _Graph:
         return output
 
     def tensor(self, name: str, value: np.ndarray | np.generic) -> str:
-        self.tensors[name] = numpy_helper.from_array(np.asarray(value), name)
+        self.tensors[name] = np.asarray(value)
         return name
 
     def floats(self, value: float) -> str:
@@ -153,11 +153,13 @@ class _Graph:
         outputs = [helper.make_tensor_value_info(output, FLOAT, ["batch", embed_dim], "unit vectors")]
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(
-            helper.make_graph(self.nodes, output, inputs, outputs, list(self.tensors.values())), opset_imports=opsets,
+            helper.make_graph(self.nodes, output, inputs, outputs), opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for(opsets),  # the newest one is refused by runtimes of last year
             producer_name="clip-indonesian", producer_version=clipid_utils.__version__,
         )
         helper.set_model_props(model, known)
+        for name, value in self.tensors.items():  # into their place at once: each make_… above copies what it is given
+            model.graph.initializer.add().CopyFrom(numpy_helper.from_array(value, name))
         return model
 
 
