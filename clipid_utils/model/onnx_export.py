@@ -13,11 +13,11 @@ camera give them. Ids are int64, as runtimes' tokenizers give them: `batch["inpu
 
 The graphs are built from the config, node by node, with the `onnx` package itself. A transformer needs some twenty
 kinds of node, all standard ones of opset 20 (2024), for which runtimes have fast kernels: LayerNormalization, Gelu,
-Softmax. The other way, tracing the JAX program with jax2onnx, was tried: it gave the mini's image tower 349 nodes, half
-of them arithmetic on shapes, to 138 here, which ran no faster; it could not give the text tower a free number of
-tokens, which `TextEncoder` compares with `max_length`; and its newest release excludes the orbax that flax brings here.
-The price is that a new part of `clip.py` has to be added here as well: a parameter that no node reads is an error, and
-the tests compare every variant of the config with JAX.
+Softmax. The other way, tracing the program with jax2onnx (0.13.0, the newest that installs beside flax's orbax) was
+tried: it gave the mini's image tower 349 nodes, half of them arithmetic on shapes, to 138 here, and ran no faster, and
+it failed on the text tower, whose number of tokens is free and compared with `max_length`. The price is that a new part
+of `clip.py` has to be added here as well: a parameter that no node reads is an error, and the tests compare every
+variant of the config with JAX.
 """
 
 import os
