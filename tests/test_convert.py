@@ -178,3 +178,11 @@ def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
 
 def test_what_the_package_offers():
     assert clipid_utils.load_clip is load_clip and clipid_utils.PRESETS["mini"].embed_dim == 128
+
+
+def test_another_folders_tokenizer_cuts_where_the_text_tower_ends(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    model, processor = tiny_clip()
+    processor.max_length = 10 * config["text"]["max_length"]
+    processor.save(tmp_path / "longer")
+    assert load_clip(folder, tokenizer=tmp_path / "longer")[1].max_length == model.config.text.max_length

@@ -119,9 +119,10 @@ def load_clip(
             raise ConfigError(f"model_type is not {MODEL_TYPE!r} or one of {', '.join(WHOLE_MODELS)}, but {kind!r}; "
                               "one tower alone is for HybridCLIP.from_towers")
     model = _filled(config, leaves, source.unknown(leaves, config), folder, dtype, param_dtype)
-    if tokenizer is not None:
-        return model, CLIPProcessor.load(folder, fetch_checkpoint(tokenizer, weights=False))
-    return model, CLIPProcessor.load(folder, needs_tokenizer=kind == MODEL_TYPE)
+    text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
+    processor = CLIPProcessor.load(folder, text_folder, needs_tokenizer=kind == MODEL_TYPE or tokenizer is not None)
+    processor.max_length = min(processor.max_length, model.config.text.max_length)  # another's tokenizer may hold more
+    return model, processor
 
 
 def join_towers(
