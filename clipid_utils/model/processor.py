@@ -239,6 +239,7 @@ class CLIPProcessor:
             })
         stretched = not isinstance(self.resize, int)
         size = {"height": self.resize[0], "width": self.resize[1]} if stretched else {"shortest_edge": self.resize}
+        (folder / "processor_config.json").unlink(missing_ok=True)  # an older save's, by transformers, which prefers it
         write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
             "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": int(self.resample),
