@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and what is broken is named."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import SIZE, tiny_clip
 
 import clipid_utils
-from clipid_utils import load_clip, save_clip
+from clipid_utils import HybridCLIP, load_clip, save_clip
 from clipid_utils.model import convert
 
 
@@ -168,6 +169,26 @@ def test_a_missing_tokenizer_is_named(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
         load_clip(folder)
+
+
+def test_a_model_without_a_tokenizer_comes_back_without_one(folder):
+    model, processor = tiny_clip(7)
+    processor.tokenizer = None
+    save_clip(model, processor, folder)  # over one that has a tokenizer
+    again, its_processor = load_clip(folder)
+    assert its_processor(images=[_picture()])["pixel_values"].shape == (1, SIZE, SIZE, 3)
+    with pytest.raises(ValueError, match="without a tokenizer.*tokenizer="):
+        its_processor(text=["kucing"])
+    assert again.config == model.config
+
+
+def test_a_tokenizer_of_more_tokens_than_the_tower_has_rows_is_refused(tmp_path):
+    model, processor = tiny_clip()
+    save_clip(*tiny_clip(), tmp_path / "large")
+    small = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=50))
+    save_clip(HybridCLIP(small, rngs=nnx.Rngs(0)), processor, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"large has \d+ tokens, and the text tower 50"):
+        load_clip(tmp_path / "small", tokenizer=tmp_path / "large")
 
 
 def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):

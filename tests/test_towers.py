@@ -347,9 +347,10 @@ def test_legacy_keys_that_do_not_fit_are_listed(tmp_path):
     [
         ("bert", {"model_type": "albert"}, "model_type .*'albert'.*bert, roberta and xlm-roberta"),
         ("bert", {"model_type": "distilbert"}, "model_type .*'distilbert'.*bert, roberta and xlm-roberta"),
-        ("bert", {"model_type": None}, "model_type .*None.*bert, roberta"),
+        ("bert", {"model_type": None, "architectures": None}, "model_type .*None.*bert, roberta"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'.*'absolute'"),
         ("bert", {"is_decoder": True}, "is_decoder is True"),
+        ("bert", {"vocab_size": "66"}, "vocab_size is '66'"),
         ("bert", {"hidden_act": "swish"}, "hidden_act is 'swish', not one of gelu, quick_gelu"),
         ("bert", {"num_attention_heads": 5}, "num_attention_heads|hidden_size"),
         (VISION, {"model_type": "siglip_vision_model"}, "model_type .*'siglip_vision_model'.*clip.*vit"),
@@ -539,3 +540,10 @@ def test_a_scale_above_100_is_the_one_it_was_trained_with(tmp_path):
     assert float(model.scale()) == pytest.approx(200, rel=1e-6)
     save_clip(model, tiny_processor(), tmp_path / "native")
     assert float(load_clip(tmp_path / "native")[0].scale()) == pytest.approx(200, rel=1e-6)
+
+
+def test_a_config_of_2020_may_lack_its_model_type(tmp_path, folders, towers):
+    config = config_of("bert") | {"architectures": ["BertForPreTraining"]}
+    del config["model_type"]
+    folder = write_folder(tmp_path, config, weights_of("bert"))
+    assert_same(pretrained(towers(text=folder), "text"), pretrained(towers(text="bert"), "text"))

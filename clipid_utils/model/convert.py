@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from clipid_utils.model.clip import CLIPConfig, HybridCLIP, linear
 from clipid_utils.model.hub import fetch_checkpoint
 from clipid_utils.model.processor import CLIPProcessor
-from clipid_utils.model.processor_files import read_json, write_json
+from clipid_utils.model.processor_files import MODEL_TYPE, read_json, write_json
 from clipid_utils.model.towers import (
     TRANSFORMS,
     ConfigError,
@@ -38,7 +38,6 @@ from clipid_utils.model.towers import (
 )
 from clipid_utils.model.weights import read_weights
 
-MODEL_TYPE = "clip-indonesian"
 WHOLE_MODELS = ("vision-text-dual-encoder", "hybrid-clip")
 
 
@@ -120,8 +119,16 @@ def load_clip(
                               "one tower alone is for HybridCLIP.from_towers")
     model = _filled(config, leaves, source.unknown(leaves, config), folder, dtype, param_dtype)
     text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
-    processor = CLIPProcessor.load(folder, text_folder, needs_tokenizer=kind == MODEL_TYPE or tokenizer is not None)
+    # what `save_clip` wrote without a tokenizer has neither of its files; one of the two alone is damage
+    needed = tokenizer is not None or kind == MODEL_TYPE and (folder / "tokenizer_config.json").is_file()
+    processor = CLIPProcessor.load(folder, text_folder, needs_tokenizer=needed)
     processor.max_length = min(processor.max_length, model.config.text.max_length)  # another's tokenizer may hold more
+    if processor.tokenizer and processor.tokenizer.get_vocab_size() > model.config.text.vocab_size:
+        message = (f"the tokenizer in {text_folder or folder} has {processor.tokenizer.get_vocab_size()} tokens, and "
+                   f"the text tower {model.config.text.vocab_size}: name its own, load_clip(…, tokenizer=…)")
+        if text_folder is not None:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     return model, processor
 
 

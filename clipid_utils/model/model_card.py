@@ -14,6 +14,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from clipid_utils.model.processor_files import MODEL_TYPE
+
 DATASET = ("picture-dictionary", "The picture dictionary (kamus bergambar)")  # all that `evaluate` measures on
 LIBRARIES = {"vision-text-dual-encoder": "transformers"}  # who opens the folder, by config.json's model_type
 TASKS = {"text_to_image": "Picture search by an Indonesian text", "image_to_text": "Indonesian name of a picture"}
@@ -110,7 +112,7 @@ def model_card(
     results = list(_results(metrics)) if metrics else []
     data = ModelCardData(
         language="id", license=license, base_model=list(base_model) or None, datasets=list(datasets) or None,
-        library_name=LIBRARIES.get(config.get("model_type"), "clip-indonesian"),
+        library_name=LIBRARIES.get(config.get("model_type"), MODEL_TYPE),
         pipeline_tag="zero-shot-image-classification", tags=["clip", "indonesian", "image-text-retrieval", "jax"],
         model_name=name, eval_results=results or None,
     )
@@ -132,7 +134,7 @@ def model_card(
 def _summary(config: Mapping) -> str:
     text = ("A CLIP for Bahasa Indonesia: an image tower and a text tower whose outputs can be compared, so that "
             "Indonesian words find pictures and pictures their words.")
-    if config.get("model_type") != "clip-indonesian":
+    if config.get("model_type") != MODEL_TYPE:
         return text + " The towers' sizes are in `config.json`."
     vision, words = config["vision"], config["text"]
     return (f"{text} The image tower is a ViT of {vision['layers']} layers of width {vision['width']} on patches of "

@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which holds 8-bit pictures too), brought to 8."""
-    values = np.asarray(image)
+    values = np.asarray(image).astype(np.int64)  # of this machine's byte order: numpy 2.1 dies of others below
     top = max(65535, int(values.max())) if image.mode != "I" or values.max() > 255 else 255
     values = np.where(values == image.info.get("transparency", -1), top, values).clip(0)
     return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
@@ -231,7 +231,10 @@ class CLIPProcessor:
         """Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.tokenizer is not None:
+        if self.tokenizer is None:
+            for name in (*TOKENIZER_FILES, "tokenizer_config.json"):  # another's would be taken for this one's
+                (folder / name).unlink(missing_ok=True)
+        else:
             self._whole().save(str(folder / "tokenizer.json"))
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,

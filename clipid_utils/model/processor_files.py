@@ -4,6 +4,7 @@ CLIP's and ViT's preprocessor_config.json, new and old; the tokenizers of BERT, 
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 # The mean and standard deviation that OpenAI's CLIP normalises by (Radford et al. 2021), in RGB
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+MODEL_TYPE = "clip-indonesian"  # in the config.json of this project's own checkpoints
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 NO_SIDES = (0, 0)
 NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no length of its own
@@ -83,10 +85,11 @@ def read_tokenizer(folder: Path) -> dict:
     if not settings and not config:
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
     text = config.get("text_config", config)
+    text = text | {"model_type": kind} if (kind := model_type(text)) else text
     tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
     ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
     try:
-        if ours and config.get("model_type", "clip-indonesian") == "clip-indonesian":  # transformers loads for seconds
+        if ours and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:  # transformers loads for seconds
             found = {side: settings[side] for side in ("padding_side", "truncation_side") if side in settings}
             found |= {"tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")), "special_tokens": tokens}
             stated = settings.get("model_max_length")
@@ -94,7 +97,7 @@ def read_tokenizer(folder: Path) -> dict:
             from transformers import AutoTokenizer
 
             # where config.json has two towers, AutoTokenizer must be told which of them it serves
-            unnamed = text is not config and "model_type" in text and "tokenizer_class" not in settings
+            unnamed = text != config and "model_type" in text and "tokenizer_class" not in settings
             kind = {"tokenizer_type": text["model_type"]} if unnamed else {}
             found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **kind)}
             stated = found["tokenizer"].model_max_length
@@ -106,12 +109,20 @@ def read_tokenizer(folder: Path) -> dict:
 def _max_length(folder: Path, text: dict, stated: int | float | None) -> int:
     rows = text.get("max_position_embeddings")
     if rows and "roberta" in text.get("model_type", ""):
-        rows -= text.get("pad_token_id", 1) + 1  # RoBERTa's positions begin after that of its padding
+        padding = text.get("pad_token_id")
+        rows -= (1 if padding is None else padding) + 1  # RoBERTa's positions begin after that of its padding
     lengths = [length for length in (stated, rows) if length and length < NO_LENGTH]
     if not lengths:
         raise ValueError(f"{folder}: neither tokenizer_config.json (model_max_length) nor config.json "
                          "(max_position_embeddings) tells how many tokens a text may have: add one")
     return int(min(lengths))
+
+
+def model_type(config: dict) -> str | None:
+    """A config's model_type or, as in some of 2020 that have none, what their `architectures` are."""
+    names = config.get("architectures") or [""]
+    known = {"Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm-roberta", "ViT": "vit"}
+    return config.get("model_type") or known.get(re.match("(XLMRoberta|Roberta|Bert|ViT|)", str(names[0]))[1])
 
 
 def read_json(path: Path) -> dict:

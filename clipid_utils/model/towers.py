@@ -14,6 +14,7 @@ import numpy as np
 
 from clipid_utils.model import ops
 from clipid_utils.model.clip import CLIPConfig, TextConfig, VisionConfig
+from clipid_utils.model.processor_files import model_type
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
@@ -216,6 +217,10 @@ def _settings(values: dict, kind: str) -> Any:
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
               "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "pooler_act",
               "pooler_output_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
+    sizes = {field: values[field] for field in fields if field.endswith(("_size", "_layers", "_heads", "_embeddings"))
+             and isinstance(values.get(field), str | float)}
+    if sizes:
+        raise ConfigError(f"{', '.join(f'{field} is {value!r}' for field, value in sizes.items())}: whole numbers only")
     settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
     for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
                           settings.hidden_size}.items():
@@ -240,10 +245,10 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
 
     A whole CLIP's may stand where its vision part should. Raises ConfigError.
     """
-    kind = values.get("model_type")
+    kind = model_type(values)
     while values.get("vision_config") or values.get("vision_config_dict"):
         values = values.get("vision_config") or values["vision_config_dict"]
-        kind = values.get("model_type", "clip_vision_model")
+        kind = model_type(values) or "clip_vision_model"
     if kind not in ("clip", "clip_vision_model", "vit"):
         raise ConfigError(f"model_type of the image tower is {kind!r}; known are clip, clip_vision_model and vit")
     settings = _settings(values, kind)
@@ -259,13 +264,15 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
 
     RoBERTa counts positions from its padding's id + 1, unless it was trained otherwise (`own_positions=False`).
     """
-    kind = values.get("model_type")
+    kind = model_type(values)
     if kind not in ("bert", "roberta", "xlm-roberta"):
         raise ConfigError(f"model_type of the text tower is {kind!r}; known are bert, roberta and xlm-roberta")
     for field, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(field) not in (None, wanted):
             raise ConfigError(f"{field} is {values[field]!r}, and the text tower here has {wanted!r} only")
     settings = _settings(values, kind)
+    if kind != "bert" and not isinstance(settings.pad_token_id, int):
+        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions are counted from it")
     offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
     return TextConfig(
         vocab_size=settings.vocab_size, max_length=settings.max_position_embeddings - offset, **_sizes(settings),
@@ -281,7 +288,7 @@ def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = Tr
     return CLIPConfig(
         vision=vision_config(values.get("vision_config") or {}, "vision_model.pooler.dense.weight" in keys),
         text=text_config(values.get("text_config") or {}, own_positions=own_positions),
-        embed_dim=values.get("projection_dim", 512),
+        embed_dim=values.get("projection_dim") or 512,
         logit_scale=values.get("logit_scale_init_value", 2.6592),
     )
 
