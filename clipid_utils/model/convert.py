@@ -78,11 +78,16 @@ def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLi
 
 
 def _to_torch(params: dict[str, jax.Array], config: CLIPConfig) -> dict[str, np.ndarray]:
-    """The parameters as VisionTextDualEncoderModel names and lays them; it has no limit for logit_scale."""
+    """The parameters as VisionTextDualEncoderModel names and lays them; it has no limit for logit_scale.
+
+    CLIP's image tower has its name twice, as transformers 4 wants it and transformers 5 takes it.
+    """
     limited = params | {"logit_scale": jnp.minimum(params["logit_scale"], config.max_logit_scale)}
     arrays = {key: TRANSFORMS[key.transform].to_torch(np.asarray(limited[key.nnx_path]), config.vision)
               for key in key_table(config)}
-    return {key.hf_name: np.asarray(array, np.float32, order="C") for key, array in arrays.items()}
+    start = "vision_model.vision_model." if config.vision.ln_pre else "vision_model."
+    return {key.hf_name.replace("vision_model.", start): np.asarray(array, np.float32, order="C")
+            for key, array in arrays.items()}
 
 
 # --- In ---------------------------------------------------------------------------------------------------------------
