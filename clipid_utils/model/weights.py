@@ -18,7 +18,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 
-from clipid_utils.model.torch_pickle import Refusal, Tensor, read_pickle
+from clipid_utils.model.torch_pickle import MAGIC, Refusal, Storage, Tensor, read_old_pickles, read_pickle
 
 _CODES = {  # safetensors' name of a dtype: numpy's
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -225,16 +225,21 @@ def _joined(tree: dict, name: str) -> Callable[[], np.ndarray]:
     return lambda: np.concatenate([chunk().reshape(-1) for chunk in chunks]).reshape(shape)
 
 
-# --- pytorch_model.bin: a zip of one pickle and the storages that it names --------------------------------------------
+# --- pytorch_model.bin: a zip of one pickle and the storages that it names; before torch 1.6, five pickles and those --
 
 
 @_reading
 def _torch(file: BinaryIO) -> Arrays:
-    if b"l\xfc\x9cF\xf9 j\xa8P\x19" in _read_at(file, 0, 32):  # torch's magic number
-        name = Path(file.name).name
-        raise Refusal("is in torch's format of before 1.6: convert it once where torch is installed: "
-                      f"torch.save(torch.load({name!r}, weights_only=True), {name!r})")
-    data, archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), zipfile.ZipFile(file)
+    old, data = MAGIC in _read_at(file, 0, 32), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tensors, start_of = _torch_old(file, len(data)) if old else _torch_zip(file)
+    return {key: _torch_view(data, key, tensor, start_of(tensor.storage)) for key, tensor in tensors.items()}
+
+
+_StartOf = Callable[[Storage], int | None]  # where a storage's bytes begin, if they are there
+
+
+def _torch_zip(file: BinaryIO) -> tuple[dict[str, Tensor], _StartOf]:
+    archive = zipfile.ZipFile(file)
     members = {info.filename: info for info in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -243,20 +248,43 @@ def _torch(file: BinaryIO) -> Arrays:
         raise Refusal("is a compressed zip, which torch does not write: unpack it and zip it with -0")
     if f"{roots[0]}byteorder" in members and archive.read(f"{roots[0]}byteorder") != b"little":
         raise Refusal("was written on a big-endian machine: save it again on a little-endian one")
-    tensors = read_pickle(archive.read(f"{roots[0]}data.pkl"))
-    return {key: _torch_view(file, data, key, tensor, members.get(f"{roots[0]}data/{tensor.storage.key}"))
-            for key, tensor in tensors.items()}
+
+    def start_of(storage: Storage) -> int | None:
+        member = members.get(f"{roots[0]}data/{storage.key}")
+        if member is None or not 0 <= storage.numel * _DTYPES[storage.dtype].itemsize <= member.file_size:
+            return None
+        header = _read_at(file, member.header_offset, 30)
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
+        return member.header_offset + 30 + lengths if header[:4] == b"PK\3\4" else None
+
+    return read_pickle(archive.read(f"{roots[0]}data.pkl")), start_of
 
 
-def _torch_view(file: BinaryIO, data: mmap.mmap, key: str, tensor: Tensor, member: zipfile.ZipInfo | None) -> _View:
+def _torch_old(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], _StartOf]:
+    """After the pickles lies, for every storage, the number of its elements in eight bytes and then they."""
+    file.seek(0)
+    tensors, keys = read_old_pickles(file)
+    at, named, starts = file.tell(), {}, {}
+    for tensor in tensors.values():
+        named.setdefault(tensor.storage.key, tensor.storage)
+    for key in keys:
+        if key not in named:
+            raise ValueError(f"no tensor is in storage {key!r}")
+        numel, start = int.from_bytes(_read_at(file, at, 8), "little", signed=True), at + 8
+        at = start + numel * _DTYPES[named[key].dtype].itemsize
+        if not start <= at <= size:
+            raise ValueError(f"storage {key!r} would end at byte {at} of {size}")
+        starts[named[key]._replace(numel=numel)] = start  # of this size and type alone
+    if at != size:
+        raise ValueError(f"its storages end at byte {at} of {size}")
+    return tensors, starts.get
+
+
+def _torch_view(data: mmap.mmap, key: str, tensor: Tensor, start: int | None) -> _View:
     dtype, storage, numel = tensor.storage
     width = _DTYPES[dtype].itemsize
-    if member is None or not 0 <= numel * width <= member.file_size or not 0 <= tensor.offset <= numel:
-        raise ValueError(f"{key!r} is in storage {storage!r}, which it lacks or has in another size")
-    header = _read_at(file, member.header_offset, 30)
-    if header[:4] != b"PK\3\4":
-        raise ValueError(f"{key!r} is in storage {storage!r}, which is not where the zip says")
-    start = member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
+    if start is None or not 0 <= tensor.offset <= numel:
+        raise ValueError(f"{key!r} is in storage {storage!r}, which it lacks or has elsewhere or in another size")
     first, stop = start + tensor.offset * width, start + numel * width
     return _view(data, key, dtype, tensor.shape, first, stop, tensor.strides)
 

@@ -1,8 +1,9 @@
-"""Records the two `.bin` files that `test_weights.py` reads: state dicts as torch itself writes them.
+"""Records the `.bin` files that `test_weights.py` reads: state dicts as torch itself writes them.
 
     python tests/golden/record_bins.py    # where torch is installed; the tests need none
 
-Beside each lies an `.npz` of the values (bfloat16 as float32, which numpy can store and which holds it exactly).
+Each state dict is there as torch writes it today, in its format of before 1.6 (`_old`), and as an `.npz` of the values
+(bfloat16 as float32, which numpy can store and which holds it exactly).
 """
 
 from pathlib import Path
@@ -42,9 +43,11 @@ def views() -> dict[str, torch.Tensor]:
 
 def record(name: str, state: dict[str, torch.Tensor]) -> None:
     torch.save(state, HERE / f"{name}.bin")
+    torch.save(state, HERE / f"{name}_old.bin", _use_new_zipfile_serialization=False)
     values = {key: (value.float() if value.dtype == torch.bfloat16 else value).detach() for key, value in state.items()}
     np.savez_compressed(HERE / f"{name}.npz", **{key: value.numpy() for key, value in values.items()})
-    print(f"{name}: {len(state)} tensors, {(HERE / f'{name}.bin').stat().st_size / 1e3:.1f} kB")
+    sizes = " and ".join(f"{(HERE / f'{name}{old}.bin').stat().st_size / 1e3:.1f}" for old in ("", "_old"))
+    print(f"{name}: {len(state)} tensors, {sizes} kB")
 
 
 if __name__ == "__main__":
