@@ -19,6 +19,7 @@ from pathlib import Path
 MINI = Path(__file__).resolve().parent.parent / "data" / "checkpoints" / "mini"
 LOAD = """
 import json, pathlib, sys, time
+sys.modules["torch"] = None  # as on a user's machine: transformers would import it
 import jax, jax.numpy as jnp
 from transformers import BertConfig, CLIPVisionConfig
 from clipid_utils import load_clip

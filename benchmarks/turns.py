@@ -33,8 +33,9 @@ def worker(run: Callable[[], None], times: int) -> None:
 
 def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "theirs")) -> dict:
     """Runs the sides in turns; examples per second of each round, their medians, and the ratio of the medians."""
-    # Without huge pages for its one large buffer, XLA spends a quarter of a step in page faults (model/ops.py)
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    # Huge pages for both: without, XLA spends a quarter of a step in page faults (model/ops.py). Nothing that trims,
+    # which the Makefile sets for notebooks: torch takes and gives back far more buffers and would be half as fast.
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
     processes = {
         side: subprocess.Popen(
             [sys.executable, script, "--worker", side, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
