@@ -1,6 +1,7 @@
 """CLIP for Bahasa Indonesia: the thin library under the course's notebooks."""
 
-from clipid_utils.model.clip import PRESETS, CLIPConfig, HybridCLIP, TextConfig, VisionConfig
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import PRESETS, CLIPConfig, TextConfig, VisionConfig
 from clipid_utils.model.convert import load_clip, save_clip
 from clipid_utils.model.processor import CLIPProcessor
 

@@ -9,7 +9,8 @@ from flax import nnx
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from clipid_utils.model.clip import CLIPConfig, HybridCLIP, VisionConfig
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import CLIPConfig, VisionConfig
 from clipid_utils.model.processor import SPECIAL_TOKENS, CLIPProcessor
 
 SIZE, PATCH = 32, 8

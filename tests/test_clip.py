@@ -11,16 +11,8 @@ from flax import nnx
 from hypothesis import given, settings
 from tiny import CONFIG, SIZE, tiny_batch, tiny_clip, tiny_processor
 
-from clipid_utils.model.clip import (
-    MAX_LOGIT_SCALE,
-    PRESETS,
-    CLIPConfig,
-    HybridCLIP,
-    TextEncoder,
-    VisionConfig,
-    VisionTransformer,
-    normalize,
-)
+from clipid_utils.model.clip import HybridCLIP, TextEncoder, VisionTransformer, normalize
+from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS, CLIPConfig, VisionConfig
 
 # --- Shapes, units and errors -----------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_batch, tiny_clip
 
-from clipid_utils.model.clip import MAX_LOGIT_SCALE, PRESETS, HybridCLIP
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS
 from clipid_utils.model.convert import flatten_params
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.loss import clip_loss, same_concept, siglip_loss

@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from clipid_utils.model.clip import CLIPConfig, HybridCLIP, linear
+from clipid_utils.model.clip import HybridCLIP, linear
+from clipid_utils.model.config import CLIPConfig
 from clipid_utils.model.hub import fetch_checkpoint
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.model.processor_files import MODEL_TYPE, read_json, write_json

@@ -31,7 +31,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 import clipid_utils
-from clipid_utils.model.clip import HybridCLIP, TextConfig, VisionConfig
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import TextConfig, VisionConfig
 from clipid_utils.model.convert import flatten_params
 from clipid_utils.model.processor import CLIPProcessor
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipid_utils.model import ops
-from clipid_utils.model.clip import CLIPConfig, TextConfig, VisionConfig
+from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
 from clipid_utils.model.processor_files import model_type
 
 # --- Weights ----------------------------------------------------------------------------------------------------------

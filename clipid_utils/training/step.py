@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from clipid_utils.model.clip import MAX_LOGIT_SCALE, HybridCLIP
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.training.augment import AugmentConfig, augment
 from clipid_utils.training.loss import clip_loss, image_image_loss, same_concept
 
