@@ -1,7 +1,8 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | train-mini | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | train | train-mini | evaluate`."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from clipid_utils.paths import CHECKPOINTS
@@ -46,6 +47,11 @@ def main() -> None:
     command = commands.add_parser("evaluate", help="measure a checkpoint into its metrics.json")
     command.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINTS / "mini")
     command.set_defaults(run=evaluate)
+    commands.add_parser("train", help="train by a recipe; `train --help` lists them", add_help=False)
+    if sys.argv[1:2] == ["train"]:
+        from clipid_utils.training.command import main as train
+
+        return train(sys.argv[2:])
     options = parser.parse_args()
     options.run(options)
 

@@ -29,7 +29,8 @@ def may(count: int, value: bool = True):
 
 def apply(images, config, key=KEY, may_flip=None, size=SIZE):
     may_flip = may(len(images)) if may_flip is None else may_flip
-    return np.asarray(jax.jit(augment, static_argnums=(3, 4))(key, images, may_flip, size, config))
+    keys = jax.random.split(key, len(images))
+    return np.asarray(jax.jit(augment, static_argnums=(3, 4))(keys, images, may_flip, size, config))
 
 
 def test_all_off_changes_nothing():

@@ -191,13 +191,17 @@ def test_bfloat16_computes_with_float32_parameters(batch):
     assert (other.image_embeds != one.image_embeds).any()
 
 
+def keys_of(seed, count=6):
+    return jax.random.split(jax.random.key(seed), count)
+
+
 def test_kept_patches_are_drawn_and_the_others_never_computed(clip, batch):
-    tower, pixels, key = clip[0].vision, batch["pixel_values"], jax.random.key(0)
-    assert tower.tokens(pixels, key=key, keep_patches=3).shape == (6, 4, 16)
-    assert (tower.tokens(pixels, key=key, keep_patches=3) == tower.tokens(pixels, key=key, keep_patches=3)).all()
-    assert (tower(pixels, key=key, keep_patches=3) != tower(pixels, key=jax.random.key(1), keep_patches=3)).any()
-    # All of them, or no key (inference): the plain tower
-    np.testing.assert_allclose(tower(pixels, key=key, keep_patches=4), tower(pixels), atol=1e-6)
+    tower, pixels, keys = clip[0].vision, batch["pixel_values"], keys_of(0)
+    assert tower.tokens(pixels, keys=keys, keep_patches=3).shape == (6, 4, 16)
+    assert (tower.tokens(pixels, keys=keys, keep_patches=3) == tower.tokens(pixels, keys=keys, keep_patches=3)).all()
+    assert (tower(pixels, keys=keys, keep_patches=3) != tower(pixels, keys=keys_of(1), keep_patches=3)).any()
+    # All of them, or no keys (inference): the plain tower
+    np.testing.assert_allclose(tower(pixels, keys=keys, keep_patches=4), tower(pixels), atol=1e-6)
     np.testing.assert_array_equal(tower(pixels, keep_patches=2), tower(pixels))
 
 
@@ -215,7 +219,7 @@ def test_a_kept_patch_keeps_its_place(clip):
         alone.append(np.asarray(tower.projection(tower.ln_post(x[:, 0]))[0]))
     seen = set()
     for seed in range(12):
-        out = np.asarray(tower(picture, key=jax.random.key(seed), keep_patches=1)[0])
+        out = np.asarray(tower(picture, keys=keys_of(seed, 1), keep_patches=1)[0])
         fits = [p for p in range(4) if np.allclose(out, alone[p], atol=1e-5)]
         assert len(fits) == 1
         seen.update(fits)
@@ -225,19 +229,19 @@ def test_a_kept_patch_keeps_its_place(clip):
 def test_stochastic_depth(clip, batch):
     tower, pixels = clip[0].vision, batch["pixel_values"]
     plain = tower(pixels)
-    np.testing.assert_array_equal(tower(pixels, drop_path=0.5), plain)  # no key: inference
-    np.testing.assert_array_equal(tower(pixels, key=jax.random.key(0)), plain)  # no chance: nothing is skipped
-    one, again, other = (tower(pixels, key=jax.random.key(seed), drop_path=0.5) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(tower(pixels, drop_path=0.5), plain)  # no keys: inference
+    np.testing.assert_array_equal(tower(pixels, keys=keys_of(0)), plain)  # no chance: nothing is skipped
+    one, again, other = (tower(pixels, keys=keys_of(seed), drop_path=0.5) for seed in (0, 0, 1))
     assert (one == again).all() and (one != other).any() and (one != plain).any()
     text = clip[0].text
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    assert (text(ids, mask, key=jax.random.key(0), drop_path=0.5) != text(ids, mask)).any()
+    assert (text(ids, mask, keys=keys_of(0), drop_path=0.5) != text(ids, mask)).any()
 
 
 def test_a_skipped_branch_is_skipped_for_that_row_and_the_others_are_scaled_up(clip):
     from clipid_utils.model.clip import _survivals
 
-    scales = np.stack(_survivals(jax.random.key(0), 0.5, 4, 2000, jnp.float32))  # [layers, 2, B, 1, 1]
+    scales = np.stack(_survivals(keys_of(0, 2000), 0.5, 4, jnp.float32))  # [layers, 2, B, 1, 1]
     for layer, keep in enumerate([0.875, 0.75, 0.625, 0.5]):
         assert set(np.unique(scales[layer]).round(4)) == {0, np.float32(1 / keep).round(4)}
         assert abs(float(scales[layer].mean()) - 1) < 0.06  # so that inference needs no other scale

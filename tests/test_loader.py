@@ -82,7 +82,7 @@ def test_the_shapes_of_a_batch(tokenize):
     batch = next(batches(tiny_pairs(8), tokenize, 4, seed=0, epoch=0, length=10))
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         "images": ((4, 16, 16, 3), np.uint8), "concepts": ((4,), np.int32), "may_flip": ((4,), np.bool_),
-        "input_ids": ((4, 10), np.int32), "attention_mask": ((4, 10), np.int32),
+        "input_ids": ((4, 10), np.int32), "attention_mask": ((4, 10), np.int32), "truncated": ((4,), np.bool_),
     }
 
 

@@ -15,7 +15,8 @@ from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS
 from clipid_utils.model.convert import flatten_params
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.loss import clip_loss, same_concept, siglip_loss
-from clipid_utils.training.step import adamw, decayed, init_state, make_step, muon, warmup_cosine
+from clipid_utils.training.optimizers import adamw, decayed, muon, warmup_cosine
+from clipid_utils.training.step import init_state, make_step
 
 
 def prepare(model, processor, optimizer=None, **options):
@@ -156,7 +157,7 @@ def test_each_step_draws_anew():
 def test_logit_scale_is_clamped_at_ln_100():
     model, processor = tiny_clip(logit_scale=MAX_LOGIT_SCALE - 1e-3)
 
-    def rising(image_embeds, text_embeds, scale, positives):
+    def rising(image_embeds, text_embeds, scale, positives, axis):
         return -scale
 
     state, step = prepare(model, processor, optax.sgd(10.0), loss=rising)
@@ -168,7 +169,7 @@ def test_logit_scale_is_clamped_at_ln_100():
 
 def test_a_clamped_scale_can_come_down_again():
     model, processor = tiny_clip(logit_scale=MAX_LOGIT_SCALE)
-    state, step = prepare(model, processor, optax.sgd(1e-2), loss=lambda i, t, scale, positives: scale)
+    state, step = prepare(model, processor, optax.sgd(1e-2), loss=lambda i, t, scale, positives, axis: scale)
     for _ in range(2):
         state, values = step(state, tiny_batch(processor))
     assert float(values["logit_scale"]) < MAX_LOGIT_SCALE - 0.1

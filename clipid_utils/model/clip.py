@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from clipid_utils.model import ops
 from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
@@ -125,15 +125,25 @@ class Block(nnx.Module):
         return self.ln_2(x + scale_2 * self.mlp(x))
 
 
-def _survivals(key: Array | None, drop_path: float, layers: int, batch: int, dtype) -> list:
-    """Stochastic depth (Huang et al. 2016): for each layer the branch scales, dropped more often the deeper it is."""
-    if key is None or drop_path == 0.0:
+def _survivals(keys: Array | None, drop_path: float, layers: int, dtype) -> list:
+    """Stochastic depth (Huang et al. 2016): for each layer the branch scales, dropped more often the deeper it is.
+
+    What happens to a row hangs on its own key alone, so that a batch in parts is drawn as the whole one.
+    """
+    if keys is None or drop_path == 0.0:
         return [None] * layers
     if not 0.0 < drop_path < 1.0:
         raise ValueError(f"drop_path is {drop_path}: it is the last layer's chance of being skipped, below 1")
-    keep = 1.0 - drop_path * jnp.arange(1, layers + 1) / layers
-    alive = jax.random.bernoulli(key, keep[:, None, None, None, None], (layers, 2, batch, 1, 1))
-    return list((alive / keep[:, None, None, None, None]).astype(dtype))
+    keep = 1.0 - drop_path * jnp.arange(1, layers + 1)[:, None] / layers
+    alive = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (layers, 2)), out_axes=2)(keys)  # [layers, 2, B]
+    return list((alive / keep[..., None])[..., None, None].astype(dtype))
+
+
+def _through(blocks, x, mask, survivals: list, remat: bool) -> Float[Array, "B L D"]:
+    """Block after block, each with its branch scales."""
+    for block, survive in zip(blocks, survivals, strict=True):
+        x = jax.checkpoint(block.__call__)(x, mask, survive) if remat else block(x, mask, survive)
+    return x
 
 
 def _pooling(config: VisionConfig | TextConfig, *known: str) -> str:
@@ -179,40 +189,46 @@ class VisionTransformer(nnx.Module):
         return x.reshape(x.shape[0], grid**2, 3 * size**2)
 
     def tokens(
-        self, pixel_values: Float[Arrays, "B H W 3"], *, key: Array | None = None, drop_path: float = 0.0,
-        keep_patches: int | None = None,
+        self, pixel_values: Float[Arrays, "B H W 3"], *, keys: Key[Array, " B"] | None = None, drop_path: float = 0.0,
+        keep_patches: int | None = None, remat: bool = False,
     ) -> Float[Array, "B L D"]:
         """The class token and the patch tokens after the last block, before ln_post.
 
-        With a `key`, `keep_patches` patches of each picture are drawn at random and the others never computed (FLIP, Li
-        et al. 2023), and `drop_path` is the last layer's chance of being skipped.
+        With `keys`, one a picture, `keep_patches` patches of each are drawn at random and the others never computed
+        (FLIP, Li et al. 2023), and `drop_path` is the last layer's chance of being skipped. `remat` computes each block
+        anew in the backward pass instead of keeping what is inside it (Chen et al. 2016).
         """
         patches = self.patchify(pixel_values.astype(self.dtype))  # [B, P, patch]
         batch, count, _ = patches.shape
         position = self.position_embedding[...].astype(self.dtype)
         place = position[None, 1:]
-        if key is not None and keep_patches is not None and keep_patches < count:
-            chosen = jnp.argsort(jax.random.uniform(key, (batch, count)), axis=1)[:, :keep_patches]
+        if keys is not None and keep_patches is not None and keep_patches < count:
+            drawn = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+            chosen = jnp.argsort(drawn, axis=1)[:, :keep_patches]
             patches = jnp.take_along_axis(patches, chosen[..., None], axis=1)
             place = jnp.take(place[0], chosen, axis=0)  # [B, kept, D]
         x = self.patch_embedding(patches) + place
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype) + position[0], (batch, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)  # [B, 1 + P, D]
         x = x if self.ln_pre is None else self.ln_pre(x)
-        survive_key = None if key is None else jax.random.fold_in(key, 1)
-        for block, survive in zip(
-            self.blocks, _survivals(survive_key, drop_path, len(self.blocks), batch, self.dtype), strict=True
-        ):
-            x = block(x, survive=survive)
-        return x
+        survive_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        survivals = _survivals(survive_keys, drop_path, len(self.blocks), self.dtype)
+        return _through(self.blocks, x, None, survivals, remat)
 
     def features(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
         """What `tokens` returns, normed, pooled and projected into the common space."""
+        return self.projection(self._pool(tokens))
+
+    def _pool(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x = self.ln_post(tokens)
-        return self.projection(x if self.pooler is None else jnp.tanh(self.pooler(x)))
+        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+    def pooled(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B D"]:
+        """What the tower makes of each picture, before the projection."""
+        return self._pool(self.tokens(pixel_values, **training)[:, 0])
 
     def __call__(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
-        return self.features(self.tokens(pixel_values, **training)[:, 0])  # [B, E]
+        return self.projection(self.pooled(pixel_values, **training))  # [B, E]
 
 
 class TextEncoder(nnx.Module):
@@ -253,9 +269,10 @@ class TextEncoder(nnx.Module):
 
     def tokens(
         self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], *,
-        token_type_ids: Int[Arrays, "B L"] | None = None, key: Array | None = None, drop_path: float = 0.0,
+        token_type_ids: Int[Arrays, "B L"] | None = None, keys: Key[Array, " B"] | None = None, drop_path: float = 0.0,
+        remat: bool = False,
     ) -> Float[Array, "B L D"]:
-        """The tokens after the last block; with a `key`, `drop_path` is the last layer's chance of being skipped."""
+        """The tokens after the last block; `keys`, `drop_path` and `remat` as for pictures."""
         if input_ids.shape[1] > self.config.max_length:
             raise ValueError(
                 f"input_ids have {input_ids.shape[1]} tokens; this text tower holds {self.config.max_length}: "
@@ -263,20 +280,22 @@ class TextEncoder(nnx.Module):
             )
         x = self.embeddings(input_ids, token_type_ids)
         mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
-        for block, survive in zip(
-            self.blocks, _survivals(key, drop_path, len(self.blocks), x.shape[0], self.dtype), strict=True
-        ):
-            x = block(x, mask, survive)
-        return x
+        return _through(self.blocks, x, mask, _survivals(keys, drop_path, len(self.blocks), self.dtype), remat)
+
+    def pooled(
+        self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training
+    ) -> Float[Array, "B D"]:
+        """What the tower makes of each text, before the projection."""
+        x = self.tokens(input_ids, attention_mask, **training)  # [B, L, D]
+        if self.pooler is None:
+            weight = jnp.asarray(attention_mask)[..., None].astype(x.dtype)
+            return (x * weight).sum(1) / weight.sum(1)
+        return jnp.tanh(self.pooler(x[:, 0]))
 
     def __call__(
         self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training
     ) -> Float[Array, "B E"]:
-        x = self.tokens(input_ids, attention_mask, **training)  # [B, L, D]
-        if self.pooler is None:
-            weight = jnp.asarray(attention_mask)[..., None].astype(x.dtype)
-            return self.projection((x * weight).sum(1) / weight.sum(1))
-        return self.projection(jnp.tanh(self.pooler(x[:, 0])))  # [B, E]
+        return self.projection(self.pooled(input_ids, attention_mask, **training))  # [B, E]
 
 
 class HybridCLIP(nnx.Module):
@@ -317,13 +336,13 @@ class HybridCLIP(nnx.Module):
                            param_dtype=param_dtype, rngs=rngs or nnx.Rngs(0))
 
     def encode_image(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
-        """Unit vectors of normalised pixels; `key`, `drop_path` and `keep_patches` are for training only."""
+        """Unit vectors of normalised pixels; `tokens` has what is for training only."""
         return normalize(self.vision(pixel_values, **training))
 
     def encode_text(
         self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training
     ) -> Float[Array, "B E"]:
-        """Unit vectors of tokenised texts; `key` and `drop_path` are for training only."""
+        """Unit vectors of tokenised texts; `tokens` has what is for training only."""
         return normalize(self.text(input_ids, attention_mask, **training))
 
     def encode_patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P E"]:

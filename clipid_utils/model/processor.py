@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from PIL import ExifTags, Image
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipid_utils.model.hub import fetch_checkpoint
@@ -25,15 +25,10 @@ from clipid_utils.model.processor_files import (
     read_tokenizer,
     write_json,
 )
+from clipid_utils.pictures import to_rgb
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MOST_PIXELS = 2**24
-# The seven ways to hold a camera other than upright, by EXIF orientation, and how to turn such a picture upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int = 4000) -> Tokenizer:
@@ -61,35 +56,6 @@ def _bert_tokenizer(model: models.WordPiece) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it: RGB, upright, on white where transparent.
-
-    An RGB picture is left alone. What transformers' CLIPImageProcessor does otherwise, in each case losing the picture:
-    - EXIF orientation: it stays on its side there and is turned upright here;
-    - 16-bit greys: all above 255 is white there; here 65535 is white (in mode I: the largest value, if above 65535);
-    - transparent: its older versions show the colour that was hidden, mostly black; white here and in its newer ones.
-    """
-    image.load()  # some formats know their orientation and transparency only then
-    if turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation)):
-        image = image.transpose(turn)
-        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # lest it be turned again
-    if image.mode.startswith("I"):
-        return _eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which holds 8-bit pictures too), brought to 8."""
-    values = np.asarray(image).astype(np.int64)  # of this machine's byte order: numpy 2.1 dies of others below
-    top = max(65535, int(values.max())) if image.mode != "I" or values.max() > 255 else 255
-    values = np.where(values == image.info.get("transparency", -1), top, values).clip(0)
-    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
 
 
 def resize_and_crop(
@@ -179,11 +145,12 @@ class CLIPProcessor:
         return out.reshape(pixels.shape)
 
     def tokenize(
-        self, texts: Sequence[str], length: int | None = None, multiple: int = 1
-    ) -> dict[str, Int[np.ndarray, "B L"]]:
+        self, texts: Sequence[str], length: int | None = None, multiple: int = 1, *, mark_truncated: bool = False
+    ) -> dict[str, Int[np.ndarray, "B L"] | Bool[np.ndarray, " B"]]:
         """Token ids and mask, padded to the longest text, rounded up to a `multiple`, or to `length`.
 
-        The ids are AutoTokenizer's, padded and cut on the sides it would; an empty text raises ValueError.
+        The ids are AutoTokenizer's, padded and cut on the sides it would; an empty text raises ValueError. With
+        `mark_truncated` a third array, `truncated`, says which texts were cut.
         """
         if self.tokenizer is None:
             raise ValueError("this checkpoint came without a tokenizer: name where its is, load_clip(…, tokenizer=…)")
@@ -210,12 +177,15 @@ class CLIPProcessor:
             start = width - len(tokens) if self.padding_side == "left" else 0
             input_ids[row, start : start + len(tokens)] = tokens
             attention_mask[row, start : start + len(tokens)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        marks = {"truncated": np.isin(np.arange(len(ids)), long)} if mark_truncated else {}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **marks}
 
     def _whole(self) -> Tokenizer:
         """The tokenizer, neither cutting nor padding, whatever its file or another of its users has set."""
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        if self.tokenizer.truncation is not None:  # asked first: no change under another thread's use
+            self.tokenizer.no_truncation()
+        if self.tokenizer.padding is not None:
+            self.tokenizer.no_padding()
         return self.tokenizer
 
     def _cut(self, text: str, limit: int) -> list[int]:

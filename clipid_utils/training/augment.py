@@ -1,4 +1,4 @@
-"""Random affine, flip and colour changes in JAX, inside the compiled step: one key, another draw for each picture."""
+"""Random affine, flip and colour changes in JAX, inside the compiled step: a key of its own for each picture."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -93,10 +93,10 @@ def recolour(key: Key[Array, ""], image: Float[Array, "H W 3"], config: AugmentC
 
 
 def augment(
-    key: Key[Array, ""], images: UInt8[Array, "B H W 3"], may_flip: Bool[Array, " B"], size: int,
+    keys: Key[Array, " B"], images: UInt8[Array, "B H W 3"], may_flip: Bool[Array, " B"], size: int,
     config: AugmentConfig,
 ) -> Float[Array, "B size size 3"]:
-    """Each picture moved and recoloured by its own draw, at `size` pixels, in [0, 1].
+    """Each picture moved and recoloured as its own key draws, at `size` pixels, in [0, 1].
 
     A picture is mirrored only where `may_flip` says so: a caption with kiri (left) or kanan (right), or letters in the
     picture, would become false.
@@ -105,7 +105,7 @@ def augment(
     def move(key, image, may_flip):
         return warp(image.astype(jnp.float32) / 255, draw_affine(key, may_flip, config), size)
 
-    moving, colouring = (jax.random.split(k, images.shape[0]) for k in jax.random.split(key))
+    moving, colouring = jax.vmap(jax.random.split, out_axes=1)(keys)
     # Without the barrier XLA fuses both parts and resamples a pixel anew for each of its uses: 100 ms instead of 30
     moved = jax.lax.optimization_barrier(jax.vmap(move)(moving, images, may_flip))
     return jax.vmap(lambda key, image: recolour(key, image, config))(colouring, moved)

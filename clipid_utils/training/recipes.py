@@ -22,7 +22,7 @@ from clipid_utils.model.config import PRESETS
 from clipid_utils.model.convert import save_clip
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
 from clipid_utils.training.fit import FitConfig, FitResult, fit
-from clipid_utils.training.step import muon
+from clipid_utils.training.optimizers import muon
 from clipid_utils.wording import fill
 
 SOURCE_SIZE = 64  # pixels in memory, from which the augmentation samples the model's 48

@@ -1,0 +1,195 @@
+"""What goes wrong in contrastive training, noticed in the lines of the log, each with what to try.
+
+`Alarms` reads the lines and knows nothing else; `spread` and `count_duplicates` are what the compiled step adds to
+them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from clipid_utils.model.config import MAX_LOGIT_SCALE
+
+# One batch says little about a loss, and one slow read nothing about a disk: both are judged by the mean of some lines.
+LINES = 5
+# What guessing pays is log(batch), whatever the positives mask: a target spread over several columns costs the same
+# against equal logits. The shipped run begins at 100.1% of it, and is at 94% before the first third of its warm-up is
+# over (step 60).
+STUCK = 0.98
+# Steps after warm-up until then, or a tenth of the run where that is less.
+PATIENCE = 200
+# 1 - cosine, averaged over the pairs of a batch. Random weights give 0.02 to 0.07 (mini, and the pictures of B/32), the
+# shipped checkpoint 0.67. The mini's texts fall to 0.016 early in its warm-up before they part; towers that tell less
+# apart when it is over have lost in training what random weights give.
+COLLAPSED = 0.01
+# The step sets the scale to its clamp exactly; this is room for float32 and for an average of the last few steps.
+AT_CLAMP = 1e-3
+# Of the pictures in a batch. The course's own data hold some that two names share (the flags of Norway and Svalbard):
+# at most 2 in a batch of 256 over 30 epochs, which costs nothing that could be learned.
+DUPLICATES = 0.01
+# Of the captions since the start. The shipped run cuts 0.4%, the longest lists of keywords.
+TRUNCATED = 0.01
+# Of the time between two lines.
+WAITING = 0.1
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def stuck(lines: Sequence[dict], after: int) -> str | None:
+    losses = [line["loss"] for line in lines if line["step"] > after]
+    chance = lines[-1].get("log_batch")
+    if chance is None or len(losses) < LINES or _mean(losses) <= STUCK * chance:
+        return None
+    rate = f" (now {lines[-1]['learning_rate']:.2g})" if "learning_rate" in lines[-1] else ""
+    return (
+        f"the loss is {_mean(losses):.3f}, no better than the log(batch) = {chance:.3f} that guessing pays: look at a "
+        "batch, whether each caption belongs to its picture; if it does, try three times the learning_rate"
+        f"{rate}, or a third of it and a longer warmup where gradient_norm has jumped"
+    )
+
+
+def collapsed(lines: Sequence[dict], after: int) -> str | None:
+    line = lines[-1]
+    near = {what: line[f"{what}_spread"] for what in ("image", "text") if line.get(f"{what}_spread", 1.0) < COLLAPSED}
+    if line["step"] <= after or not near:
+        return None
+    which = " and ".join(f"{what} embeddings (spread {value:.2g})" for what, value in near.items())
+    return (
+        f"all {which} of a batch are nearly one vector: look at a batch, whether its pictures and captions differ at "
+        "all; if they do, start again with a third of the learning_rate, a longer warmup or a lower clip_norm"
+    )
+
+
+def at_clamp(lines: Sequence[dict], clamp: float) -> str | None:
+    if lines[-1].get("logit_scale", -math.inf) < clamp - AT_CLAMP:
+        return None
+    return (
+        f"logit_scale is at its clamp, ln {math.exp(clamp):.0f}: expected where training goes on from CLIP's "
+        "own weights, which end there. Else the batches have become too easy: if validation recall no longer rises, "
+        "train for fewer epochs, on more pictures or with a larger batch_size; if the loss jumps, lower learning_rate"
+    )
+
+
+def duplicated(lines: Sequence[dict]) -> str | None:
+    counts = [line["duplicates"] for line in lines if "duplicates" in line]
+    sizes = [math.exp(line["log_batch"]) for line in lines if "duplicates" in line]
+    if not counts or sum(counts) <= DUPLICATES * sum(sizes):
+        return None
+    return (
+        f"{sum(counts) / sum(sizes):.1%} of the pictures equal another one in their batch ({sum(counts)} in the last "
+        f"{len(counts)} logged batches), and count as each other's wrong answers: remove copies from the data, see "
+        "that no file is listed twice and no shard read twice, and give pictures of one thing one concept number"
+    )
+
+
+def cut(lines: Sequence[dict]) -> str | None:
+    line = lines[-1]
+    if not line.get("examples") or line.get("truncated", 0) <= TRUNCATED * line["examples"]:
+        return None
+    return (
+        f"{line['truncated'] / line['examples']:.1%} of the captions were cut ({line['truncated']} of "
+        f"{line['examples']}), and their ends never seen: raise caption_tokens, as far as the text tower's max_length "
+        "goes, or shorten the captions"
+    )
+
+
+def waiting(lines: Sequence[dict]) -> str | None:
+    shares = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
+    if len(shares) < LINES or _mean(shares) <= WAITING:
+        return None
+    return (
+        f"{_mean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
+        "the pictures smaller, at little more than the size that training samples, or move them to a local disk"
+    )
+
+
+class Alarms:
+    """The alarms of one run: called with each line that is logged, it returns the ones that begin there.
+
+    An alarm is the line {"step", "alarm", "message"}; it comes once, and again only after a line without its cause.
+    Lines without a loss are passed over, and a key that a line lacks raises no alarm. `steps` and `warmup` are those of
+    the whole run, `max_logit_scale` the model's. With `guessing_pays_log_batch=False` the loss is not judged:
+    siglip_loss has another value there.
+    """
+
+    def __init__(
+        self, steps: int, warmup: int, *, max_logit_scale: float = MAX_LOGIT_SCALE, guessing_pays_log_batch: bool = True
+    ):
+        after = warmup + min(PATIENCE, steps // 10)
+        self.checks: dict[str, Callable[[Sequence[dict]], str | None]] = {
+            "collapsed": lambda lines: collapsed(lines, after),
+            "logit_scale": lambda lines: at_clamp(lines, max_logit_scale),
+            "duplicates": duplicated, "truncated": cut, "data_wait": waiting,
+        }  # fmt: skip
+        if guessing_pays_log_batch:
+            self.checks["stuck"] = lambda lines: stuck(lines, after)
+        self.lines: deque[dict] = deque(maxlen=LINES)
+        self.on: set[str] = set()
+
+    def __call__(self, line: dict) -> list[dict]:
+        if "loss" not in line:
+            return []
+        self.lines.append(line)
+        found = {name: message for name, check in self.checks.items() if (message := check(self.lines))}
+        new = [{"step": line["step"], "alarm": name, "message": found[name]} for name in found if name not in self.on]
+        self.on = set(found)
+        return new
+
+
+def check_finite(line: dict, names: Sequence[str] = (), kept: str = "nothing was saved before it") -> None:
+    """Raises FloatingPointError where the loss, or a gradient behind it, is no number any more, with what to try.
+
+    `bad_step` in the line is the first step with such a gradient, counted from 0 as in the training state, or -1;
+    `bad_leaf` is its first such leaf, of which `names` has the name, in the order of `jax.tree.leaves`. `kept` says
+    where to go on.
+    """
+    values = {name: line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line}
+    bad_step, bad_leaf = line.get("bad_step", -1), line.get("bad_leaf", -1)
+    if bad_step < 0 and all(map(math.isfinite, values.values())):
+        return
+    rest = ", ".join(f"{name.replace('gradient_norm', 'gradient norm')} {value:.3g}" for name, value in
+                     values.items() if name != "loss")
+    leaf = f" of {names[bad_leaf]}" if 0 <= bad_leaf < len(names) else ""
+    first = f"the first gradient that was not finite was that{leaf} at step {bad_step + 1}; " if bad_step >= 0 else ""
+    raise FloatingPointError(
+        f"the loss is {values.get('loss', math.nan)} at step {line['step']} ({rest}): {first}lower learning_rate or "
+        "clip_norm, or lengthen warmup; if it happens at step 1, look at the first batch and the weights it started "
+        f"from; {kept}"
+    )
+
+
+def spread(embeds: Float[Array, "B E"]) -> Float[Array, ""]:
+    """How far the unit vectors of a batch lie apart: 0 where all are one vector, 1 where their mean is 0.
+
+    This is 1 - |mean|², the mean over all pairs of 1 - cosine, at the cost of one sum over the batch.
+    """
+    return jnp.clip(1 - jnp.square(embeds.astype(jnp.float32).mean(axis=0)).sum(), 0, 1)
+
+
+def _weights(count: int, start: int) -> jax.Array:
+    """Odd pseudo-random numbers [count]: each index with its bits mixed, so that nothing need be stored."""
+    bits = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(start)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits ^ (bits >> 16)) | 1
+
+
+def count_duplicates(images: UInt8[Array, "b H W 3"], axis: str | None = None) -> Int[Array, ""]:
+    """The number of pictures in a batch that equal an earlier one in it, byte for byte; `axis` as in `clip_loss`.
+
+    Each picture is reduced to two weighted sums of its bytes, modulo 2**32: equal pictures are always counted, and two
+    that differ in one byte never, since an odd weight times less than 256 is no multiple of 2**32; two others are
+    mistaken for equal with a probability of about 2**-60.
+    """
+    pixels = images.reshape(len(images), -1).astype(jnp.uint32)
+    sums = [(pixels * _weights(pixels.shape[1], start)).sum(axis=1, dtype=jnp.uint32) for start in (1, 0x9E3779B9)]
+    if axis is not None:
+        sums = jax.lax.all_gather(sums, axis, tiled=True)
+    first, second = jax.lax.sort(sums, num_keys=2)
+    return ((first[1:] == first[:-1]) & (second[1:] == second[:-1])).sum()

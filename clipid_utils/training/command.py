@@ -1,0 +1,208 @@
+"""`python -m clipid_utils train`: whole runs by name, each a frozen dataclass whose fields are the command's options.
+
+The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what was a fault in
+them is not repeated: the loss sees the whole batch, and a resumed run is the same run. `indobert-base` and
+`indonesian-roberta-base` are how we would train the same towers today; no run of that size has been made here.
+"""
+
+import dataclasses
+import functools
+import glob
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from datasets import Dataset, load_dataset
+
+from clipid_utils.data.captions import read_captions
+from clipid_utils.data.loader import Feed, load_pairs, load_records, records_feed, stream_feed
+from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.convert import save_clip
+from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.training.augment import AugmentConfig
+from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form
+from clipid_utils.training.features import cache_features
+from clipid_utils.training.fit import FitConfig, fit
+from clipid_utils.training.optimizers import adabelief, adamw, muon
+from clipid_utils.training.projections import ProjectionConfig, train_projections
+from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
+
+FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
+OPTIMIZERS = {"adamw": adamw, "adabelief": adabelief, "muon": muon}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: from the weights of the one before it, with its own schedule."""
+
+    fit: FitConfig
+    optimizer: Literal["adamw", "adabelief", "muon"] = "adamw"
+    features: ProjectionConfig | None = None
+    """In place of fit: the towers frozen, their features computed once, the projections trained on them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run of training."""
+
+    out: Annotated[Path, tyro.conf.arg(help="the run's folder")]
+    train: str = "dictionary"
+    """Captions records (JSONL or Parquet), WebDataset tars ("shards/*.tar"), or the picture dictionary."""
+    validation: str | None = None
+    """Captions records; the dictionary's own where it is trained on."""
+    vision: str | None = "openai/clip-vit-base-patch32"
+    """Folder or hub id of the image tower; none: a mini model with random weights."""
+    text: str = "indobenchmark/indobert-base-p2"
+    """Folder or hub id of the text tower."""
+    logit_scale: float | None = None
+    """Factor on the cosines to start from; none: CLIP's."""
+    stages: tuple[Stage, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the towers compute in; parameters are float32."""
+    form: Literal["jit", "shard_map", "pmap"] = "jit"
+    """How the step runs on several devices."""
+    shard: Literal["none", "data", "model"] = "none"
+    """The mesh axis along which parameters are cut (jit alone; the optimizer's state is always cut along data)."""
+    model_devices: int = 1
+    """Devices along the mesh axis model."""
+    hosts: bool = False
+    """Several processes: calls jax.distributed.initialize(), which finds the others on a TPU pod or under Slurm."""
+    workers: int = 0
+    """Processes that decode pictures; 0: threads."""
+    validation_pictures: int = 2000
+    samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
+    """Queries whose first pictures are kept at each evaluation."""
+    seed: int = 0
+    resume: bool = False
+    """Go on with the run in the folder, if there is one."""
+    tensorboard: bool = False
+    wandb: str | None = None
+    """Name of a Weights & Biases project."""
+
+
+_ANCESTOR = FitConfig(
+    epochs=20, batch_size=512, learning_rate=5e-5, weight_decay=0.0, warmup=0.1, clip_norm=0.01, caption_tokens=96,
+    average_decay=0.0, evaluate_every=1, log_every=50, checkpoint_every=1000, trainable=("*.projection.*",),
+    augmentation=AugmentConfig(degrees=15.0, shear=0.26, translate=0.1, scale=(0.8, 1.2), stretch=0.0, hue=0.1,
+                               grey=0.0, brightness=0.0, contrast=0.0, saturation=0.0, shading=0.0),
+)
+ANCESTOR = (
+    Stage(_ANCESTOR, "adabelief"),
+    Stage(dataclasses.replace(_ANCESTOR, learning_rate=1e-5, trainable=("vision.*", "text.*")), "adabelief"),
+)
+TODAY = (
+    Stage(FitConfig(augmentation=None, caption_tokens=64), features=ProjectionConfig(batch_size=4096)),
+    Stage(FitConfig(
+        epochs=10, batch_size=4096, chunks=8, learning_rate=2e-4, weight_decay=0.1, layer_decay=0.8, caption_tokens=64,
+        rates={"*.projection.*": 2.0}, evaluate_every=1, log_every=20, checkpoint_every=500,
+    )),
+)
+_HERE = Path("runs")
+RECIPES = {
+    "mini": (
+        "the shipped checkpoint's recipe: mini on the picture dictionary, from random weights",
+        Recipe(_HERE / "mini", vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
+    ),
+    "ancestor-indobert-large": (
+        "the run of 2021: ViT-B/32 and IndoBERT large; frozen, then unfrozen",
+        Recipe(_HERE / "ancestor-indobert-large", text="indobenchmark/indobert-large-p2", logit_scale=20.0,
+               stages=ANCESTOR),
+    ),
+    "ancestor-indonesian-roberta": (
+        "the run of 2021: ViT-B/32 and Indonesian RoBERTa base; frozen, then unfrozen",
+        Recipe(_HERE / "ancestor-indonesian-roberta", text="flax-community/indonesian-roberta-base", logit_scale=20.0,
+               stages=ANCESTOR),
+    ),
+    "indobert-base": (
+        "today: ViT-B/32 and IndoBERT base; stage 1 on cached features, batches of 4,096, a learned scale, layer decay",
+        Recipe(_HERE / "indobert-base", stages=TODAY, dtype="bfloat16"),
+    ),
+    "indonesian-roberta-base": (
+        "today: ViT-B/32 and Indonesian RoBERTa base, as indobert-base",
+        Recipe(_HERE / "indonesian-roberta-base", text="flax-community/indonesian-roberta-base", stages=TODAY,
+               dtype="bfloat16"),
+    ),
+}
+
+
+def start(recipe: Recipe, pictures: Dataset | None) -> tuple[HybridCLIP, CLIPProcessor]:
+    """The model that the first stage starts from, and its processor."""
+    if recipe.vision is None:
+        if pictures is None:
+            raise ValueError("a mini model learns its tokenizer from the picture dictionary: name the towers with "
+                             "--vision and --text to train on other data")
+        model, processor = new_mini(load_pairs(pictures, SOURCE_SIZE), seed=recipe.seed)
+    else:
+        model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=jnp.dtype(recipe.dtype))
+        processor = CLIPProcessor.from_towers(recipe.vision, recipe.text)
+    if recipe.logit_scale is not None:
+        model.logit_scale[...] = jnp.asarray(math.log(recipe.logit_scale), jnp.float32)
+    return model, processor
+
+
+def make_feed(recipe: Recipe, stage: Stage, size: int, tokenize) -> Feed:
+    """Batches of `recipe.train`: captions records, or tars."""
+    options = {"seed": recipe.seed, "length": stage.fit.caption_tokens, "process_index": jax.process_index(),
+               "process_count": jax.process_count()}
+    if recipe.train.endswith(".tar"):
+        files = sorted(glob.glob(recipe.train))
+        if not files:
+            raise FileNotFoundError(f"no file fits --train {recipe.train}")
+        stream = load_dataset("webdataset", data_files=files, split="train", streaming=True)
+        return stream_feed(stream, tokenize, size, stage.fit.batch_size, **options)
+    return records_feed(read_captions(Path(recipe.train)), tokenize, size, stage.fit.batch_size,
+                        workers=recipe.workers, **options)
+
+
+def run(recipe: Recipe) -> bool:
+    """Trains stage after stage, each in `out/stage-…`, into the checkpoint `out/model`; whether it came to the end.
+
+    With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read (the projections of
+    a stage on features are trained anew, in minutes, to the same weights). Raises what `fit` raises.
+    """
+    if recipe.hosts:
+        jax.distributed.initialize()
+    dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
+    model, processor = start(recipe, dictionary.get("train"))
+    size, pairs, validation = model.config.vision.image_size, None, None
+    if dictionary:
+        pairs = load_pairs(dictionary["train"], SOURCE_SIZE if recipe.vision is None else size)
+        validation = load_pairs(dictionary["validation"], size)
+    if recipe.validation is not None:
+        validation = load_records(read_captions(Path(recipe.validation)), size, recipe.validation_pictures)
+    mesh = make_mesh(model=recipe.model_devices)
+    for number, stage in enumerate(recipe.stages, 1):
+        out = recipe.out / f"stage-{number}"
+        print(f"stage {number} of {len(recipe.stages)}: {out}")
+        if stage.features is not None:
+            data = read_captions(Path(recipe.train)) if pairs is None else pairs
+            features = cache_features(model, processor, data, out / "features")
+            result = train_projections(model, features, stage.features, seed=recipe.seed,
+                                       optimizer=OPTIMIZERS[stage.optimizer])
+        else:
+            form = FORMS[recipe.form]
+            if form is jit_form and recipe.shard != "none":
+                form = functools.partial(jit_form, params=recipe.shard)
+            feed = pairs if pairs is not None else make_feed(recipe, stage, size, processor.tokenize)
+            result = fit(model, processor, feed, validation, stage.fit, seed=recipe.seed, out=out, form=form, mesh=mesh,
+                         optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,
+                         sinks={"tensorboard": recipe.tensorboard, "wandb": recipe.wandb})
+        if result.interrupted:
+            return False
+        model = result.model
+    if jax.process_index() == 0:
+        save_clip(model, processor, recipe.out / "model")
+    return True
+
+
+def main(arguments: list[str]) -> None:
+    recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m clipid_utils train", args=arguments,
+                                                description="Train a CLIP, by a named recipe with changes of your own.")
+    if not run(recipe):
+        raise SystemExit(f"stopped: the same command with --resume goes on from where {recipe.out} is")
+    print(f"{recipe.out / 'model'}: trained")

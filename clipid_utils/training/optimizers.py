@@ -1,0 +1,122 @@
+"""Optimizers from optax, what each parameter gets of them, and which parameters learn at all."""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+
+def dotted(path: Iterable) -> str:
+    """A leaf's path as the checkpoints name it: "vision.blocks.0.attn.q_proj.kernel"."""
+    names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path]
+    return ".".join(names[:-1] if names[-1] == "value" else names)
+
+
+def matching(patterns: Iterable[str]) -> Callable[[tuple, Any], bool]:
+    """An nnx filter: True for parameters whose dotted path fits one of `patterns` ("vision.*", "*.projection.*")."""
+    patterns = tuple(patterns)
+    return lambda path, leaf: any(fnmatchcase(dotted(path), pattern) for pattern in patterns)
+
+
+def check_patterns(params: nnx.State, patterns: Iterable[str]) -> None:
+    """Raises ValueError for a pattern that fits no parameter, with names to choose from."""
+    names = [dotted(path) for path, _ in nnx.to_flat_state(params)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(sorted({re.sub(r"\.\d+\..*", ".0.*", name) for name in names})[:12])
+            raise ValueError(f"the pattern {pattern!r} fits no parameter; there are {some}, …")
+
+
+def decayed(params: nnx.State) -> Any:
+    """True for the leaves that weight decay applies to: matrices, but no bias, norm, position, class token or scale."""
+
+    def wanted(path, leaf) -> bool:
+        return leaf.ndim > 1 and "position" not in dotted(path)
+
+    return jax.tree_util.tree_map_with_path(wanted, params)
+
+
+def warmup_cosine(learning_rate: float, steps: int, warmup: int) -> optax.Schedule:
+    """Linear from 0 over `warmup` steps, then half a cosine down to 0 at `steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(warmup, 1), max(steps, warmup + 2))
+
+
+def adamw(schedule: optax.Schedule | float, weight_decay: float, clip_norm: float, b2: float = 0.98):
+    """AdamW (Loshchilov & Hutter 2019) after a clip of the global gradient norm; decays only what `decayed` names."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decayed),
+    )
+
+
+def adabelief(schedule: optax.Schedule | float, weight_decay: float, clip_norm: float):
+    """AdaBelief (Zhuang et al. 2020) after adaptive gradient clipping (Brock et al. 2021), as the ancestor trained.
+
+    `clip_norm` is the largest ratio of a gradient's norm to its weights', unit by unit: the ancestor had 0.01, with
+    weights counted as at least 0.001. Decay is as in `adamw`; the ancestor had none.
+    """
+    parts = [optax.adaptive_grad_clip(clip_norm, eps=1e-3), optax.scale_by_belief()]
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: float = 0.98):
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, at ten times the rate, AdamW for all the rest.
+
+    An update of Muon is orthogonal: its entries are about width**-0.5 in size where AdamW's are about 1, so that ten
+    times the rate changes a matrix of the mini model about as fast. Decay takes `weight_decay` times that rate from all
+    that `decayed` names; the clip is as in `adamw`.
+    """
+
+    def label(path, leaf) -> str:
+        return "muon" if leaf.ndim == 2 and ".blocks." in dotted(path) else "adam"
+
+    parts = {
+        "muon": optax.contrib.muon(lambda step: 10 * schedule(step), weight_decay=weight_decay),
+        "adam": optax.adamw(schedule, b2=b2, nesterov=True, weight_decay=10 * weight_decay, mask=decayed),
+    }
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(parts, labels))
+
+
+def rate_factors(params: nnx.State, rates: Mapping[str, float], layer_decay: float = 1.0) -> Any:
+    """For each leaf the factor on its learning rate.
+
+    It is the product of two: that of the first of `rates`' patterns that fits (1 where none does), and `layer_decay`
+    once for every layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA): embeddings learn slowest,
+    what stands after the last block, and the scale, at the full rate. ValueError for a pattern that fits nothing.
+    """
+    check_patterns(params, rates)
+    found = [re.match(r"(\w+)\.blocks\.(\d+)\.", dotted(path)) for path, _ in nnx.to_flat_state(params)]
+    layers = {}
+    for place in filter(None, found):
+        layers[place[1]] = max(layers.get(place[1], 0), int(place[2]) + 1)
+
+    def factor(path, leaf) -> float:
+        name = dotted(path)
+        group = next((rate for pattern, rate in rates.items() if fnmatchcase(name, pattern)), 1.0)
+        block = re.match(r"(\w+)\.blocks\.(\d+)\.", name)
+        if block is not None:
+            return group * layer_decay ** (layers[block[1]] - int(block[2]))
+        first = re.match(r"(\w+)\.(\w+_embedding|ln_pre|ln)\b", name)
+        return group * (1.0 if first is None else layer_decay ** (layers.get(first[1], 0) + 1))
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def with_rates(
+    optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float = 1.0
+) -> optax.GradientTransformation:
+    """The optimizer with its updates, decay and all, multiplied by `rate_factors`: a learning rate for each group."""
+
+    def update(updates, state, params=None):
+        factors = rate_factors(updates, rates, layer_decay)
+        return jax.tree.map(lambda update, factor: factor * update, updates, factors), state
+
+    return optax.chain(optimizer, optax.GradientTransformation(lambda params: optax.EmptyState(), update))
