@@ -128,7 +128,7 @@ def test_a_learning_rate_of_zero_is_stuck_and_a_good_one_is_not():
                 names += [new["alarm"] for new in watch(line)]
         return names
 
-    assert run(0.0) == ["stuck"]
+    assert "stuck" in run(0.0)  # and perhaps collapsed: random towers may start with one vector for all texts
     assert run(1e-2) == []
 
 
