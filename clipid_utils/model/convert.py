@@ -51,7 +51,7 @@ def flatten_params(state: nnx.State) -> dict[str, jax.Array]:
 
 
 def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLike, format: str = "native") -> None:
-    """Writes a checkpoint folder; the weights replace an older file only once they are whole on disk.
+    """Writes a checkpoint folder; each file replaces an older one only once it is whole on disk.
 
     `format` is "native", or "vision-text-dual-encoder" for transformers' VisionTextDualEncoderModel and -Processor,
     whose config.json, weights and processor files are then written instead. ValueError for another format and for a
