@@ -154,7 +154,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
                 yield number, *_parsed(line, kind)
 
 
-def _parsed(line: bytes, kind: str) -> tuple[dict | None, str | None]:
+def _parsed(line: bytes, kind: str) -> tuple[object, str | None]:
     try:
         record = json.loads(line.decode())
         return record, _problem(record, kind)
