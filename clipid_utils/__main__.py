@@ -1,4 +1,4 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | train | train-mini | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | check | train | train-mini | evaluate`."""
 
 import argparse
 import json
@@ -13,6 +13,22 @@ def prepare(options: argparse.Namespace) -> None:
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
+
+
+def check(options: argparse.Namespace) -> None:
+    from clipid_utils.data.captions import check_captions
+
+    count, bad = 0, 0
+    try:
+        for count, problem in enumerate(check_captions(options.file, root=options.root), 1):  # noqa: B007
+            if problem:
+                bad += 1
+                print(problem)
+    except (OSError, ValueError) as error:  # no such file, no Parquet
+        raise SystemExit(f"{options.file}: {error}") from None
+    print(f"{options.file}: {count:,} records, {bad:,} bad", file=sys.stderr)
+    if bad or not count:
+        raise SystemExit(1)
 
 
 def train_mini(options: argparse.Namespace) -> None:
@@ -40,6 +56,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prepare", help="fetch and prepare the picture dictionary under data/cache")
     command.set_defaults(run=prepare)
+    command = commands.add_parser("check", help="name every bad line of a file of captions records")
+    command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
+    command.add_argument("--root", type=Path, help="where relative paths start, if not at the file's folder")
+    command.set_defaults(run=check)
     command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)
