@@ -53,6 +53,6 @@ SIDES = {"chunks": functools.partial(side, CHUNKS, False), "chunks, remat": func
 if __name__ == "__main__":
     report = turns.main(__file__, __doc__, SIZES, SIDES, "build/bench/cache.json")
     for size, found in (report or {}).items():
-        memory = found["chunks"]["peak_mib"] / found["whole"]["peak_mib"]
-        print(f"{size}: {CHUNKS} times the batch in {memory:.2f} of the memory and {1 / found['ratio']['chunks']:.2f} "
-              "of the time for each example")
+        pair = found["chunks"]
+        memory, time = pair["chunks"]["peak_mib"] / pair["whole"]["peak_mib"], 1 / pair["ratio"]
+        print(f"{size}: {CHUNKS} times the batch in {memory:.2f} of the memory, {time:.2f} of the time for each example")

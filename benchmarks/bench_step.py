@@ -141,5 +141,6 @@ if __name__ == "__main__":
     report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", default=list(sizes))
     for size, found in (report or {}).items():
         if peak and size in ON_GPU:
-            used = {side: found["median"][side] * flops(size) / peak / 1e12 for side in SIDES}
-            print(f"{size}: model FLOP utilisation " + ", ".join(f"{side} {share:.1%}" for side, share in used.items()))
+            rates = {side: pair["median"][side] for side, pair in found.items()}
+            print(f"{size}: model FLOP utilisation " + ", ".join(
+                f"{side} {rate * flops(size) / peak / 1e12:.1%}" for side, rate in rates.items()))

@@ -59,8 +59,7 @@ def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "
         for process in processes.values():
             process.kill()
     medians = {side: statistics.median(values["examples_per_second"]) for side, values in result.items()}
-    last = medians[sides[-1]]
-    return {**result, "ratio": {side: round(medians[side] / last, 3) for side in sides[:-1]}, "median": medians}
+    return {**result, "ratio": round(medians[sides[0]] / medians[sides[-1]], 3), "median": medians}
 
 
 def main(script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None) -> dict:
@@ -77,13 +76,15 @@ def main(script: str, doc: str, sizes: dict, build: dict[str, Callable], out: st
     if options.worker:
         side, size = options.worker
         return worker(build[side](size), sizes[size][1])
-    report = {}
+    report, (*others, last) = {}, build
     for size in options.sizes:
-        report[size] = found = compare(script, size, sizes[size][0], options.rounds, tuple(build))
+        report[size] = {}
         print(f"{size}, batch {sizes[size][0]}")
-        for side in build:
-            ratio = f"{found['ratio'][side]:6.2f} of {list(build)[-1]}" if side in found["ratio"] else ""
-            print(f"  {side:10} {found['median'][side]:9.2f}/s {found[side]['peak_mib']:7} MiB {ratio}", flush=True)
+        for side in others:  # two at a time: more would not fit into the memory of a small machine
+            report[size][side] = found = compare(script, size, sizes[size][0], options.rounds, (side, last))
+            columns = [f"{name:14} {rate:9.2f}/s {found[name]['peak_mib']:7} MiB"
+                       for name, rate in found["median"].items()]
+            print("  " + "     ".join(columns) + f"     {found['ratio']:6.2f}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     return report

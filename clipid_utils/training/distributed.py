@@ -132,7 +132,10 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
     per_device = NamedSharding(Mesh(np.array(devices), "data"), P("data"))
 
     def place(state):
-        return _put(jax.tree.map(lambda x: jnp.stack([x] * len(devices)), state), per_device)
+        def copies(state):
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), state)
+
+        return jax.jit(copies, out_shardings=per_device)(state)
 
     def feed(batch):
         return {name: np.reshape(value, (len(devices), -1, *np.shape(value)[1:])) for name, value in batch.items()}

@@ -122,6 +122,7 @@ def fit(
     run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, bool(config.checkpoint_every), resume,
               sinks or {})
     evaluate = functools.partial(run.evaluate, validation, samples)
+    state = placed.place(state)  # under the same name: a first state kept here would take its memory to the end
     try:
         done, last, stopped = _train(run, graph, placed, state, feed, steps, config, schedule, alarms, evaluate, on_log,
                                      progress)
@@ -141,7 +142,7 @@ def _train(
 ) -> tuple[int, HybridCLIP, bool]:
     """Steps until the last one, Ctrl-C or SIGTERM: how many are done, the averaged model, whether it was stopped."""
     names, data, clock = leaf_names(state.params), iter(feed.dataset), Clock()
-    state, done, cut = placed.place(state), 0, 0
+    done, cut = 0, 0
     if run.start is not None:
         state, saved = run.restore(placed, state, data)
         done, cut = saved["step"], saved["truncated"]
