@@ -121,6 +121,8 @@ def fit(
                     guessing_pays_log_batch=loss is clip_loss)
     run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, bool(config.checkpoint_every), resume,
               sinks or {})
+    for line in run.lines.history:
+        alarms(line)  # what rang before the run was stopped rings no second time
     evaluate = functools.partial(run.evaluate, validation, samples)
     try:
         done, last, stopped = _train(run, graph, placed, state, feed, steps, config, schedule, alarms, evaluate, on_log,
