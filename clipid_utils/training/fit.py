@@ -143,10 +143,10 @@ def _train(
 ) -> tuple[int, HybridCLIP, bool]:
     """Steps until the last one, Ctrl-C or SIGTERM: how many are done, the averaged model, whether it was stopped."""
     names, data, clock = leaf_names(state.params), iter(feed.dataset), Clock()
-    state, done, cut = placed.place(state), 0, 0
+    state, done, cut, owed = placed.place(state), 0, 0, False
     if run.start is not None:
         state, saved = run.restore(placed, state, data)
-        done, cut = saved["step"], saved["truncated"]
+        done, cut, owed = saved["step"], saved["truncated"], saved["owed"]
     per_epoch, values, ahead, stop = feed.steps_per_epoch, {}, deque(maxlen=2), False
 
     def model() -> HybridCLIP:
@@ -171,6 +171,8 @@ def _train(
 
     with tqdm(total=steps, initial=done, desc="training", unit=" steps", disable=not progress) as bar, \
             interruptible() as asked:
+        if owed:
+            evaluate(model(), finite())
         while done < steps and not stop:
             batch = clock.next(data, ahead[-1] if ahead else None, feed.batch_size)
             cut += int(batch.pop("truncated").sum())
@@ -191,11 +193,12 @@ def _train(
                             on_log(run.lines.history)
             except KeyboardInterrupt:  # on_log's own
                 stop = True
-            if (done % (config.evaluate_every * (per_epoch or 1)) == 0 or end) and not stop:
+            due = done % (config.evaluate_every * (per_epoch or 1)) == 0 or end
+            if due and not stop:
                 with clock.pause():
                     evaluate(model(), {name: value for name, value in finite().items() if name in ("step", "epoch")})
             if run.states is not None and (done % config.checkpoint_every == 0 or end or stop):
                 finite()
                 with clock.pause():
-                    run.save_state(placed, state, data, {"step": done, "truncated": cut})
+                    run.save_state(placed, state, data, {"step": done, "truncated": cut, "owed": due and stop})
         return done, model() if stop or run.best is None else run.best, stop

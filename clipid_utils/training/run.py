@@ -97,7 +97,9 @@ class Run:
     ) -> None:
         """Logs the validation recall, and keeps `model` where text to picture R@1 is the best yet (ties: the later)."""
         recall = {} if validation is None else validation_recall(model, self.processor, validation)
-        self.lines.log({**line, **recall})
+        line = {**line, **recall}
+        if line not in self.lines.history:  # it is, where a resumed run was killed before its next checkpoint
+            self.lines.log(line)
         if samples and validation is not None:
             figure = retrieval_sample(model, self.processor, validation, samples)
             self.lines.picture("retrieval", figure, line["step"])
