@@ -119,8 +119,8 @@ def fit(
     ), mesh)
     alarms = Alarms(steps, warmup, max_logit_scale=model.config.max_logit_scale,
                     guessing_pays_log_batch=loss is clip_loss)
-    run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, bool(config.checkpoint_every), resume,
-              sinks or {})
+    run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype,
+              bool(config.checkpoint_every), resume, sinks or {})
     for line in run.lines.history:
         alarms(line)  # what rang before the run was stopped rings no second time
     evaluate = functools.partial(run.evaluate, validation, samples)

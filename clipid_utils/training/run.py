@@ -41,9 +41,10 @@ class Run:
     """What a run leaves behind: its log, the best weights so far, and the states from which it can go on."""
 
     def __init__(
-        self, path: Path | None, settings: dict, processor: CLIPProcessor, keeps_states: bool, resume: bool, sinks: dict
+        self, path: Path | None, settings: dict, processor: CLIPProcessor, dtype, keeps_states: bool, resume: bool,
+        sinks: dict,
     ):
-        self.path, self.processor = None if path is None else Path(path), processor
+        self.path, self.processor, self.dtype = None if path is None else Path(path), processor, dtype
         self.best: HybridCLIP | None = None
         self.best_recall = -math.inf
         self.states = None
@@ -89,7 +90,8 @@ class Run:
         """The state of the last checkpoint, with the feed set to where it was; `progress` as it was saved."""
         state, progress = self.states.restore(placed.pack(state), data=data)
         if progress["best_recall"] is not None:
-            self.best_recall, self.best = progress["best_recall"], load_clip(self.path / "best")[0]
+            self.best_recall = progress["best_recall"]
+            self.best = load_clip(self.path / "best", dtype=self.dtype)[0]
         return placed.unpack(state), progress
 
     def evaluate(
