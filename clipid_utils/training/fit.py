@@ -132,7 +132,7 @@ def fit(
     if stopped:
         run.save_weights("last", last)
         where = "" if out is None else f" in {Path(out) / 'last'}"
-        again = "; resume goes on from here" if run.states is not None else ""
+        again = "; resume goes on from here" if run.keeps_states else ""
         print(f"interrupted at step {done} of {steps}: the weights so far are kept{where}{again}")
     return FitResult(run.best or last, run.lines.history, stopped)
 
@@ -197,7 +197,7 @@ def _train(
             if due and not stop:
                 with clock.pause():
                     evaluate(model(), {name: value for name, value in finite().items() if name in ("step", "epoch")})
-            if run.states is not None and (done % config.checkpoint_every == 0 or end or stop):
+            if run.keeps_states and (done % config.checkpoint_every == 0 or end or stop):
                 finite()
                 with clock.pause():
                     run.save_state(placed, state, data, {"step": done, "truncated": cut, "owed": due and stop})

@@ -47,8 +47,9 @@ class Run:
         self.path, self.processor, self.dtype = None if path is None else Path(path), processor, dtype
         self.best: HybridCLIP | None = None
         self.best_recall = -math.inf
+        self.keeps_states = self.path is not None and keeps_states
         self.states = None
-        if self.path is not None and keeps_states:
+        if self.keeps_states or self.path is not None and (self.path / "checkpoints").is_dir():
             self.states = Checkpoints(self.path / "checkpoints")
         self.start = None if self.states is None else self.states.latest()
         if self.start is not None and not resume:
