@@ -164,12 +164,19 @@ def interruptible():
     The signals do not break into a step, whose old state is already given away. With several processes all stop after
     the same step. Outside the main thread, where no signal arrives, only that is asked.
     """
+
+    def ask(*_) -> None:
+        if several:
+            signal.raise_signal(signal.SIGTERM)  # JAX listens for it, and tells the other processes
+        else:
+            asked.set()
+
     asked, several = threading.Event(), jax.process_count() > 1
     main = threading.current_thread() is threading.main_thread()
-    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]  # JAX listens for SIGTERM itself then
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in caught} if main else {}
+    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, ask) for number in caught} if main else {}
     try:
         yield lambda step: multihost_utils.reached_preemption_sync_point(step) if several else asked.is_set()
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own, which Python cannot set
