@@ -44,18 +44,17 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 class PublicNetwork(httpcore2.AsyncNetworkBackend):
-    """Connects httpcore to addresses for which `allowed` is true, and to no others.
+    """Connects httpcore to public addresses and to no others.
 
     Each connection resolves its name once and goes to an address of that very answer: a name that leads elsewhere a
     moment later (DNS rebinding) gains nothing. The Host header and the name that TLS verifies stay the URL's. Raises
-    NotPublic where no address of a name is allowed. Tests give their own `allowed` and `resolve`.
+    NotPublic where no address of a name is public. Tests give a `resolve` and an `inner` network of their own.
     """
 
     def __init__(
-        self, allowed: Callable[[IPv4Address | IPv6Address], bool] = is_public,
-        resolve: Callable[[str, int], list[str]] = resolve,
+        self, resolve: Callable[[str, int], list[str]] = resolve, inner: httpcore2.AsyncNetworkBackend | None = None
     ):
-        self.allowed, self.resolve, self.inner = allowed, resolve, httpcore2.AnyIOBackend()
+        self.resolve, self.inner = resolve, inner or httpcore2.AnyIOBackend()
         # Threads of its own: names of dead hosts take seconds each, which decoding should not wait for
         self.lookups = anyio.CapacityLimiter(64)
 
@@ -73,9 +72,9 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
             raise httpcore2.ConnectError(f"no address of {host}: {error.strerror or error}") from error
         except ValueError as error:  # too long a label, a null byte
             raise NotPublic(f"{host} is no host's name") from error
-        public = [address for address in found if self.allowed(ipaddress.ip_address(address))]
+        public = [address for address in found if is_public(ipaddress.ip_address(address))]
         if not public:
-            raise NotPublic(f"{host} is {', '.join(found) or 'nowhere'}")
+            raise NotPublic(host if found == [host] else f"{host} is {', '.join(found) or 'nowhere'}")
         for address in public[:MOST_ADDRESSES]:
             try:
                 return await self.inner.connect_tcp(address, port, timeout, local_address, socket_options)

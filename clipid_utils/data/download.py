@@ -58,9 +58,14 @@ def download(
     with lock, warnings.catch_warnings(), Manifest(folder / "manifest.jsonl") as manifest:
         warnings.filterwarnings("ignore", module="PIL")  # of odd pictures, which the manifest lists
         agent = AGENT.format(version=clipid_utils.__version__, contact=f"; {contact}" if contact else "")
-        with start_blocking_portal() as portal:  # a loop in a thread: a notebook's own loop runs already
-            portal.call(partial(_run, rows, folder, manifest, limits or Limits(), agent, network or PublicNetwork(),
-                                tls, total, progress))
+        shutil.rmtree(folder / ".parts", ignore_errors=True)  # what a kill left half-written
+        (folder / ".parts").mkdir()
+        try:
+            with start_blocking_portal() as portal:  # a loop in a thread: a notebook's own loop runs already
+                portal.call(partial(_run, rows, folder, manifest, limits or Limits(), agent,
+                                    network or PublicNetwork(), tls, total, progress))
+        finally:
+            shutil.rmtree(folder / ".parts")
         return _write_records(manifest, folder)
 
 
@@ -96,7 +101,7 @@ class Manifest:
                                  "CREATE TABLE rows (row INTEGER PRIMARY KEY, url BLOB, place INTEGER);"
                                  "CREATE INDEX urls ON rows (url)")
         part = path.with_name(path.name + ".part")
-        self.file = open(part, "wb", buffering=2**20)
+        self.file = open(part, "wb")
         for line in self._whole_lines():
             if line["status"] != "failed":
                 self.add(line)
@@ -133,6 +138,7 @@ class Manifest:
             raise ValueError(f"{self.path}: row {line['row']} comes twice: number the rows from 0") from None
         # Half a character, which JSON can hold and UTF-8 cannot, is written as JSON's escape
         self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self.file.flush()  # what is flushed outlives a kill of this process
         self.counts[line["status"]] += 1
 
     def has(self, row: dict) -> bool:
@@ -158,12 +164,9 @@ class Manifest:
         return json.loads(self.reader.readline())
 
 
-def _key(url) -> bytes:
-    """Sixteen bytes for a URL, the same for its spellings that ask for the same."""
-    try:
-        url = str(parse_url(url))
-    except Refused:
-        url = f"no URL {url!r}"
+def _key(url: str) -> bytes:
+    """Sixteen bytes for a URL without its fragment; parsing it would take a hundred times as long."""
+    url = str(url).strip().partition("#")[0]
     return hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -171,15 +174,12 @@ async def _run(
     rows: Iterable[dict], folder: Path, manifest: Manifest, limits: Limits, agent: str, network: PublicNetwork,
     tls: SSLContext | None, total: int | None, progress: bool,
 ) -> None:
-    shutil.rmtree(folder / ".parts", ignore_errors=True)  # what a kill left half-written
-    (folder / ".parts").mkdir()
     done = manifest.counts.total()
     window, asked = anyio.Semaphore(AHEAD), {}  # rows in work, and by URL those that wait for its answer
 
     def record(row: dict, outcome: dict) -> None:
         line = {key: row.get(key) for key in ROW}
         manifest.add({**line, **{key: outcome.get(key) for key in OUTCOME}})
-        manifest.file.flush()  # what is flushed outlives a kill of this process
         bar.set_postfix(manifest.counts, refresh=False)
         bar.update()
 
@@ -211,7 +211,6 @@ async def _run(
                             group.start_soon(one, row, key)
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
-    (folder / ".parts").rmdir()
 
 
 def _store(file: bytes, folder: Path, number: int, most_pixels: int) -> dict:

@@ -115,9 +115,9 @@ class Hosts:
 
 
 def parse_url(text) -> httpx2.URL:
-    """A URL in its normal form, without a fragment; raises Refused where it is none of http or https."""
+    """A URL in its normal form; raises Refused where it is none of http or https."""
     try:
-        url = httpx2.URL(text.strip()).copy_with(fragment=None)
+        url = httpx2.URL(text.strip())
     except (AttributeError, TypeError, ValueError, httpx2.InvalidURL) as error:
         raise Refused("no URL", str(error)) from None
     if url.scheme not in ("http", "https") or not url.host:
@@ -197,10 +197,10 @@ class Fetcher:
         except (httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol) as error:
             raise Refused("no URL", str(error)) from error
         except Exception as error:  # whatever a connection can raise: one odd host should not end a run of millions
+            if isinstance(error.__context__, SSLCertVerificationError):  # no __cause__: the pool takes it away
+                raise Passing("certificate", error.__context__.verify_message, again=False) from error
             if isinstance(error, httpcore2.ConnectTimeout | httpcore2.ConnectError):
                 host.silences += 1
-            if isinstance(error.__cause__, SSLCertVerificationError):
-                raise Passing("certificate", error.__cause__.verify_message, again=False) from error
             late = isinstance(error, TimeoutError | httpcore2.TimeoutException)
             raise Passing("too late" if late else "connection", str(error) or type(error).__name__) from error
 
