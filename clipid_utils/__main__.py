@@ -1,4 +1,4 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | train | train-mini | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | download | train | train-mini | evaluate`."""
 
 import argparse
 import json
@@ -13,6 +13,20 @@ def prepare(options: argparse.Namespace) -> None:
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
+
+
+def download(options: argparse.Namespace) -> None:
+    from clipid_utils.data.download import download, read_urls
+    from clipid_utils.data.one_picture import Limits
+
+    limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
+    with open(options.rows, "rb") as file:
+        total = sum(1 for _ in file)
+    try:
+        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact, total=total)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where it stopped") from None
+    print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
 
 
 def train_mini(options: argparse.Namespace) -> None:
@@ -40,6 +54,14 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prepare", help="fetch and prepare the picture dictionary under data/cache")
     command.set_defaults(run=prepare)
+    command = commands.add_parser("download", help="fetch the pictures of a list of URLs; again: what is not done yet")
+    command.add_argument("rows", type=Path, help='JSON lines: {"url": …, "captions": […]}')
+    command.add_argument("folder", type=Path, help="where the pictures, the manifest and the captions records go")
+    command.add_argument("--contact", default="", help="a mail address or a page for the sites that are asked")
+    command.add_argument("--connections", type=int, default=32, help="at once")
+    command.add_argument("--per-host", type=int, default=4, help="connections to one host at once")
+    command.add_argument("--interval", type=float, default=0.1, help="seconds between two requests to one host")
+    command.set_defaults(run=download)
     command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)
