@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from picture_server import KINDS, PUBLIC, Near, PictureServer, bomb, picture, resolve
 from PIL import ExifTags, Image
 
+from clipid_utils.__main__ import main
 from clipid_utils.data import download as module
 from clipid_utils.data.addresses import NotPublic, PublicNetwork, is_public
 from clipid_utils.data.captions import read_captions
@@ -164,6 +165,12 @@ def test_a_url_is_fetched_once_however_many_rows_name_it_and_twins_show_in_the_m
     assert len(read_captions(tmp_path / "captions.jsonl")) == 6
     twins = [line["url"] for line in lines.values() if line["row"] in (3, 4)]
     assert twins[0] != twins[1] and lines[3]["sha256"] == lines[4]["sha256"] != lines[0]["sha256"]
+
+
+def test_the_same_url_waiting_behind_itself_is_not_fetched_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "AHEAD", 1)
+    url = server.url("ok", 35)
+    assert fetch([url] * 4, tmp_path).kept == 4 and server.asked[asked(url)] == 1
 
 
 def test_rows_are_read_only_as_they_are_needed(server, tmp_path, monkeypatch):
@@ -427,8 +434,9 @@ def test_of_an_animation_the_first_frame_is_kept():
 @pytest.mark.parametrize("file, reason", [
     (bomb(1001, 1000), "too many pixels"), (bomb(100_000, 100_000), "too many pixels"),
     (picture(0, kind="PNG")[:-1000], "broken picture"), (picture(0)[:1200], "broken picture"),
-    (picture_server.SVG, "SVG"), (b"\xef\xbb\xbf <svg/>", "SVG"), (picture_server.HTML, "HTML"), (b"GIF89a", "no picture"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"), (b"\x00" * 50, "no picture"),
+    (picture_server.SVG, "SVG"), (b"\xef\xbb\xbf <svg/>", "SVG"), (picture_server.HTML, "HTML"),
+    (b"GIF89a", "no picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
+    (b"\x00" * 50, "no picture"),
 ])
 def test_what_is_no_picture_is_refused_with_the_reason(file, reason):
     with pytest.raises(Refused) as error:
@@ -509,3 +517,12 @@ def test_urls_are_read_from_json_lines_and_bad_lines_are_named(tmp_path):
         path.write_text('{"url": "http://a.test/1", "captions": ["a"]}\n' + bad)
         with pytest.raises(ValueError, match=r"rows.jsonl:2: no row"):
             list(read_urls(path))
+
+
+def test_the_command_downloads_a_list_and_says_what_became_of_it(tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"url": "http://localhost/1.jpg", "captions": ["a"]}\n{"url": "ftp://b/", "captions": ["b"]}\n')
+    monkeypatch.setattr(sys, "argv", ["clipid_utils", "download", str(rows), str(tmp_path / "out"), "--per-host", "1"])
+    main()
+    assert capsys.readouterr().out.startswith("2 read, 0 kept, 2 dropped\n       1 no public address\n")
+    assert {line["status"] for line in manifest(tmp_path / "out").values()} == {"refused"}

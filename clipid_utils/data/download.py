@@ -45,9 +45,10 @@ def download(
 
     A row is `{"url", "captions", "source", "split", "row"}`, the last its number from 0, which names its picture; rows
     are read as they are needed and may be millions. Called again with the same rows after Ctrl-C or a kill, or for what
-    failed, it asks only for what is not kept or refused yet. A URL is fetched once, however many rows name it.
-    Sites like to know whom to write to: `contact` (a mail address, a page) is added to the User-Agent. Raises
-    ValueError for a row that the manifest knows with another URL.
+    failed, it asks only for what is not kept or refused yet; what is kept keeps the captions of its first time. A URL
+    is fetched once, however many rows name it. A kill loses what was in work; a power cut may also leave some of the
+    newest pictures empty. Sites like to know whom to write to: `contact` (a mail address, a page) is added to the
+    User-Agent. Raises ValueError for a row that the manifest knows with another URL.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ async def _run(
     def record(row: dict, outcome: dict) -> None:
         line = {key: row.get(key) for key in ROW}
         manifest.add({**line, **{key: outcome.get(key) for key in OUTCOME}})
-        bar.set_postfix(manifest.counts, refresh=False)
+        bar.set_postfix({status: f"{count:,}" for status, count in manifest.counts.items()}, refresh=False)
         bar.update()
 
     async def one(row: dict, key: bytes) -> None:
@@ -201,14 +202,16 @@ async def _run(
                         await anyio.lowlevel.checkpoint()  # where all rows are done already, nothing else would wait
                     if manifest.has(row):
                         continue
+                    await window.acquire()  # before it is looked whether the URL is asked for: that can end meanwhile
                     key = _key(row["url"])
-                    if key not in asked and (outcome := manifest.outcome(row["url"])):
+                    if key in asked:
+                        asked[key].append(row)
+                    elif outcome := manifest.outcome(row["url"]):
                         record(row, {**outcome, "tries": 0})
+                        window.release()
                     else:
-                        await window.acquire()
-                        asked.setdefault(key, []).append(row)
-                        if len(asked[key]) == 1:
-                            group.start_soon(one, row, key)
+                        asked[key] = [row]
+                        group.start_soon(one, row, key)
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
