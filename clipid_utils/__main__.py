@@ -1,4 +1,4 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | check | train | train-mini | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | check | download | train | evaluate`."""
 
 import argparse
 import json
@@ -31,6 +31,20 @@ def check(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def download(options: argparse.Namespace) -> None:
+    from clipid_utils.data.download import download, read_urls
+    from clipid_utils.data.one_picture import Limits
+
+    limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
+    with open(options.rows, "rb") as file:
+        total = sum(1 for _ in file)
+    try:
+        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact, total=total)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where it stopped") from None
+    print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
+
+
 def train_mini(options: argparse.Namespace) -> None:
     from clipid_utils.data.picture_dictionary import load_picture_dictionary
     from clipid_utils.training.recipes import train_mini
@@ -60,6 +74,14 @@ def main() -> None:
     command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
     command.add_argument("--root", type=Path, help="where relative paths start, if not at the file's folder")
     command.set_defaults(run=check)
+    command = commands.add_parser("download", help="fetch the pictures of a list of URLs; again: what is not done yet")
+    command.add_argument("rows", type=Path, help='JSON lines: {"url": …, "captions": […]}')
+    command.add_argument("folder", type=Path, help="where the pictures, the manifest and the captions records go")
+    command.add_argument("--contact", default="", help="a mail address or a page for the sites that are asked")
+    command.add_argument("--connections", type=int, default=32, help="at once")
+    command.add_argument("--per-host", type=int, default=4, help="connections to one host at once")
+    command.add_argument("--interval", type=float, default=0.1, help="seconds between two requests to one host")
+    command.set_defaults(run=download)
     command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)
