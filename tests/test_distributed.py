@@ -97,9 +97,13 @@ def flat(params) -> dict:
     return {name: np.array(value) for name, value in flatten_params(params).items()}
 
 
-@functools.cache
 def run(form: str, loss: str = "clip", chunks: int = 1, remat: bool = False) -> Run:
     """Ten steps of SGD with momentum, whose state after the first step is the gradient. Compiled once for all tests."""
+    return _run(form, loss, chunks, remat)
+
+
+@functools.cache
+def _run(form: str, loss: str, chunks: int, remat: bool) -> Run:
     model, processor = model_and_processor(loss == "siglip")
     optimizer = optax.sgd(RATE, momentum=0.9)
     graph, start = init_state(model, optimizer, seed=0)
@@ -166,7 +170,7 @@ def test_these_steps_train_and_are_random():
     """Else the tests above would compare little: every leaf moves, and another key gives another loss."""
     for loss in ("clip", "siglip"):
         made = run("one", loss)
-        for name, value in flat(made.before.params).items():
+        for name, value in flat(made.start.params).items():
             assert np.abs(made.params[name] - value).max() > (0 if "k_proj.bias" in name else 1e-4), name
     made = run("one")
     assert made.metrics[0]["duplicates"] > 0
@@ -183,7 +187,8 @@ def test_the_first_bad_leaf_is_named_by_all_forms(form):
     kernel = start.params["vision"]["projection"]["kernel"]
     params = jax.tree.map(lambda x: x, start.params)
     params["vision"]["projection"]["kernel"] = kernel.replace(kernel[...].at[0, 0].set(jnp.nan))
-    state = made.placed.place(start._replace(params=params, step=jnp.int32(7)))
+    with mock.patch.object(distributed, "SMALL", FEW):
+        state = made.placed.place(start._replace(params=params, step=jnp.int32(7)))
     for _ in range(2):
         state, values = made.placed.step(state, made.placed.feed(batch_of(0)))
     assert int(values["bad_step"]) == 7
@@ -288,8 +293,8 @@ def test_the_state_lies_cut_after_the_steps(form):
                 spec = P() if axis is None else leaf_spec(leaf.shape, mesh, axis)
                 expected = NamedSharding(mesh, spec).shard_shape(leaf.shape)
                 assert [shard.data.shape for shard in leaf.addressable_shards] == [expected] * 8
-    assert share_held(state.opt_state) < 1.15 / sides[0]
-    assert share_held(state.params) < 1.15 / (1 if params is None else mesh.shape[params])
+    assert share_held(state.opt_state) < 1.3 / sides[0]
+    assert share_held(state.params) < 1.3 / (1 if params is None else mesh.shape[params])
 
 
 # --- The ways in and out, with an update of a few operations ----------------------------------------------------------
