@@ -283,7 +283,8 @@ def recall_bars(
             axis.text(position, cell["high"] + 0.012, f"{cell['value']:.2f}", ha="center", fontsize=8)
     for (name, level), style in zip((reference or {}).items(), ("--", ":", "-."), strict=False):
         axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=f"{name}: {level:.2f}")
-    axis.set_xticks(range(len(results)), [_cut(label, 20) for label in results])
+    room = int((figure.get_figwidth() - 1.1) / len(results) / 0.09)  # letters
+    axis.set_xticks(range(len(results)), [_cut(label, room) for label in results])
     axis.grid(axis="x", visible=False)
     axis.set(ylim=(0, 1.05), ylabel="share of queries", title=title)
     axis.legend(ncols=len(metrics), loc="upper left", bbox_to_anchor=(0, -0.14), fontsize=9)
@@ -431,7 +432,7 @@ def placements(
 def collectives(exchanges: Mapping[str, tuple[Int[np.ndarray, "D N"], Int[np.ndarray, "D M"]]]) -> Figure:
     """What each device (a row) holds before and after an exchange.
 
-    A number has the colour of the device that it comes from; one that no device held before is grey.
+    A number has the colour of the device that it comes from; one that no device held before is white.
     """
     columns = 2 if len(exchanges) > 1 else 1
     rows = math.ceil(len(exchanges) / columns)
@@ -444,9 +445,9 @@ def collectives(exchanges: Mapping[str, tuple[Int[np.ndarray, "D N"], Int[np.nda
         gap = before.shape[1] + 1.6
         for offset, table in ((0.0, before), (gap, after)):
             for (device, column), value in np.ndenumerate(table):
-                colour = COLOURS[owner[int(value)] % 7] if int(value) in owner else "#BBBBBB"
-                cell = plt.Rectangle((offset + column, device), 0.94, 0.9, facecolor=colour, alpha=0.55)
-                axis.add_patch(cell)
+                known = int(value) in owner
+                look = {"facecolor": COLOURS[owner[int(value)] % len(COLOURS)] if known else "white", "alpha": 0.55}
+                axis.add_patch(plt.Rectangle((offset + column, device), 0.94, 0.9, edgecolor=GREY, lw=0.4, **look))
                 axis.text(offset + column + 0.47, device + 0.45, int(value), ha="center", va="center", fontsize=7)
         axis.annotate("", (gap - 0.25, len(before) / 2), (gap - 1.3, len(before) / 2), arrowprops={"arrowstyle": "->"})
         wide = max(gap + after.shape[1], 12)
@@ -461,7 +462,6 @@ def growth(
 ) -> Figure:  # fmt: skip
     """How quantities grow or fall with x, both axes logarithmic; `limits` draws named horizontal lines."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    written = matplotlib.ticker.EngFormatter(unit=unit, places=0)
     for (name, values), colour, marker in zip(series.items(), COLOURS, "os^DvPX*", strict=False):
         axis.plot(x, values, color=colour, marker=marker, markersize=5, label=name)
     for (name, level), style in zip((limits or {}).items(), ("--", ":", "-."), strict=False):
@@ -469,7 +469,8 @@ def growth(
     axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     axis.set_xticks(x, [f"{value:,}" for value in x])
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter(written)
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(unit=unit, places=0))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
@@ -496,8 +497,8 @@ def resumed_run(
     """The loss by step of an unbroken run, of one that was killed, and of what went on from its last checkpoint."""
     figure, axis = plt.subplots(figsize=(7, 3.2))
     axis.plot(list(unbroken), list(unbroken.values()), color="#BBBBBB", linewidth=5, label="never stopped")
-    axis.plot(list(killed), list(killed.values()), "o-", color=RED, markersize=4, label="killed")
-    axis.plot(list(resumed), list(resumed.values()), "s-", color=BLUE, markersize=4, label="resumed")
+    axis.plot(list(resumed), list(resumed.values()), ".-", color=BLUE, linewidth=1.2, label="resumed")
+    axis.plot(list(killed), list(killed.values()), "o", color=RED, mfc="none", markersize=7, label="killed")
     axis.axvline(max(killed), color=RED, linestyle="--", linewidth=1, label=f"SIGKILL after step {max(killed)}")
     axis.axvline(min(resumed), color=BLUE, linestyle=":", linewidth=1, label=f"goes on with step {min(resumed)}")
     axis.set(xlabel="step", ylabel="loss", title=title)
