@@ -363,6 +363,10 @@ def test_the_log_is_quiet_but_for_errors(tmp_path, caplog):
             checkpoints.save(3, noise(3, 10**6))
             checkpoints.wait()
         assert any(record.levelno == logging.ERROR for record in caplog.records)
+        caplog.clear()
+        for message in ("Task exception was never retrieved\n… in OCDBT database at …", "of something else"):
+            logging.getLogger("asyncio").error(message)
+        assert [record.getMessage() for record in caplog.records] == ["of something else"]
 
 
 PRELUDE = """

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import itertools
 import resource
 import shutil
@@ -271,8 +270,6 @@ def test_a_disk_full_at_a_checkpoint_costs_only_that_one(unbroken, tmp_path, dis
     with pytest.raises(OSError, match="the checkpoint of step 8 was not written .*File too large.*; .* is of step 4"):
         go_on(run, (7, fill), (11, make_room))  # told at the next one
     assert steps(run) == [4]
-    gc.collect()
-    assert not [record for record in caplog.records if record.name == "asyncio"]  # after which nobody found the error
     go_on(run)
     assert_same_run(run, unbroken / "dictionary")
 
