@@ -54,5 +54,5 @@ def test_a_table_that_has_been_filtered_and_another_caption(tmp_path):
     with pytest.raises(ValueError, match=r"wit_id\.tsv:1: the header lacks language"):
         list(read_wit([tmp_path / "wit_id.tsv"], Report()))
     write(tmp_path / "wit.tsv", [{**row("a.jpg", ""), "caption_alt_text_description": "candi"}], packed=False)
-    (found,) = read_wit([tmp_path / "wit.tsv"], Report(), caption="caption_alt_text_description", split="train")
+    (found,) = read_wit(str(tmp_path / "wit.tsv"), Report(), caption="caption_alt_text_description", split="train")
     assert found["captions"] == ["candi"] and found["split"] == "train"

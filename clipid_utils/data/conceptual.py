@@ -16,12 +16,12 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clipid_utils.data.ondisk import OnDisk
 from clipid_utils.data.report import Report
-from clipid_utils.data.tables import NO_TEXT, NOT_UTF8, caption_table, clean_caption, example, refused, text_lines
+from clipid_utils.data.tables import NO_TEXT, NOT_UTF8, caption_table, clean_caption, each, example, refused, text_lines
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 SBU_FILES = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
@@ -84,7 +84,7 @@ def address_captions(path: str | os.PathLike, report: Report) -> Iterator[tuple[
 
 
 def read_mirror(
-    tars: Sequence[str | os.PathLike], report: Report, *, source: str, split: str | None = None,
+    tars: str | os.PathLike | Iterable, report: Report, *, source: str, split: str | None = None,
     translations: OnDisk | None = None,
 ) -> Iterator[dict]:
     """Records `{"image": bytes, "captions", "source", "split"}` of WebDataset's tars, for Parquet.
@@ -93,7 +93,7 @@ def read_mirror(
     tars of cc3m-wds have none). With `translations`, by address, their caption takes the place of the English one, and
     a picture without one is dropped. Raises ValueError for a file that is no tar, or is cut off.
     """
-    for path in map(Path, tars):
+    for path in each(tars):
         for name, members in _samples(path):
             place = example(path, name)
             picture = next((members[ending] for ending in PICTURE_ENDINGS if members.get(ending)), None)

@@ -38,6 +38,11 @@ def clean_caption(text) -> str:
     return " ".join((text if text.isascii() else NO_TEXT.sub("", text)).split())
 
 
+def each(paths: str | os.PathLike | Iterable) -> list[Path]:
+    """The paths of one or of several."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+
+
 def example(path: Path, place: int | str, text="") -> str:
     """How a report names a line, or another place in a file."""
     name = f"{path.name}:{place}" if isinstance(place, int) else f"{path.name}, {place}"
@@ -147,16 +152,20 @@ def _unquoted(field: str) -> str:
 
 def _unbroken(lines: Iterator[tuple[int, str]], width: int) -> Iterator[tuple[int, str]]:
     """The lines, those together over which a quoted first field goes."""
-    waiting = deque()
-    while waiting or (waiting := deque(itertools.islice(lines, 1))):
-        number, line = waiting.popleft()
-        if line[0] == '"' and line.count("\t") < width - 1 and line.count('"') % 2:
-            waiting.extend(itertools.islice(lines, MOST_LINES - len(waiting)))
-            quotes = itertools.accumulate((text.count('"') for _, text in waiting), initial=line.count('"'))
-            more = next((count for count, total in enumerate(quotes) if total % 2 == 0), 0)
-            if more and "\t" in waiting[more - 1][1]:
-                line = "\n".join([line, *(waiting.popleft()[1] for _ in range(more))])
-        yield number, line
+    for found in lines:
+        if found[1][0] != '"':
+            yield found
+            continue
+        waiting = deque([found])
+        while waiting:
+            number, line = waiting.popleft()
+            if line[0] == '"' and line.count("\t") < width - 1 and line.count('"') % 2:
+                waiting.extend(itertools.islice(lines, MOST_LINES - len(waiting)))
+                quotes = itertools.accumulate((text.count('"') for _, text in waiting), initial=line.count('"'))
+                more = next((count for count, total in enumerate(quotes) if total % 2 == 0), 0)
+                if more and "\t" in waiting[more - 1][1]:
+                    line = "\n".join([line, *(waiting.popleft()[1] for _ in range(more))])
+            yield number, line
 
 
 def quoted_table(
@@ -232,7 +241,7 @@ def local_records(
     Pictures that are in none of the folders are dropped, and captions that a picture has already. Raises ValueError for
     a folder that is not there.
     """
-    folders = [Path(folder).absolute() for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    folders = [folder.absolute() for folder in each(folders)]
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder: unpack the pictures there, or name where they are")

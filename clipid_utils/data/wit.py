@@ -1,18 +1,18 @@
 """WIT, the pictures of Wikipedia with the captions that its pages give them (Srinivasan et al. 2021)."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clipid_utils.data.ondisk import gathered
 from clipid_utils.data.report import Report
-from clipid_utils.data.tables import clean_caption, example, quoted_table, refused
+from clipid_utils.data.tables import clean_caption, each, example, quoted_table, refused
 
 CAPTION = "caption_reference_description"  # the caption under the picture on the page
 
 
 def read_wit(
-    paths: Sequence[str | os.PathLike], report: Report, *, language: str | None = "id", split: str | None = None,
+    paths: str | os.PathLike | Iterable, report: Report, *, language: str | None = "id", split: str | None = None,
     caption: str = CAPTION,
 ) -> Iterator[dict]:
     """Rows for pictures yet to be downloaded, of wit_v1.train.all-*.tsv.gz, packed or not.
@@ -22,7 +22,7 @@ def read_wit(
     dropped; with language None, such as for a file that has been filtered, none are. SVG and rows without a caption are
     dropped. Raises ValueError for a file without the columns.
     """
-    for url, row, captions in gathered(_rows([Path(path) for path in paths], report, language, caption)):
+    for url, row, captions in gathered(_rows(each(paths), report, language, caption)):
         unique = list(dict.fromkeys(captions))
         for _ in range(len(captions) - len(unique)):
             report.drop("the picture has this caption already", f"row {row}: {url!r}")
