@@ -39,8 +39,11 @@ class Placed(NamedTuple):
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """All devices of all processes (or the first `data` x `model`) as a mesh with the axes "data" and "model"."""
     count = jax.device_count()
+    if model < 1 or data is None and count % model:
+        raise ValueError(f"{count} devices cannot be cut into groups of {model}: choose a divisor of {count} as "
+                         "model, or name data too")
     data = count // model if data is None else data
-    if data * model > count or data < 1 or model < 1:
+    if data * model > count or data < 1:
         raise ValueError(f"a mesh of {data} x {model} wants {data * model} devices, and there are {count}")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
                          devices=jax.devices()[: data * model])
