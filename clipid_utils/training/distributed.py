@@ -145,6 +145,9 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
         return state, jax.tree.map(lambda x: x[0], metrics)
 
     def first(tree):
-        return jax.tree.map(lambda x: x[0], tree)
+        return jax.tree.map(lambda x: x[0], tree)  # which lies on all devices still, as a copy on each
 
-    return Placed(step, place, feed, first, first, place)
+    def collect(tree):
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+    return Placed(step, place, feed, collect, first, place)
