@@ -110,7 +110,8 @@ def fit(
     schedule = warmup_cosine(config.learning_rate, steps, warmup)
     transform = optimizer(schedule, config.weight_decay, config.clip_norm)
     if config.rates or config.layer_decay != 1.0:
-        transform = with_rates(transform, config.rates, config.layer_decay)
+        layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
+        transform = with_rates(transform, config.rates, config.layer_decay, layers)
     graph, state = init_state(model, transform, seed, config.trainable)
     placed = form(functools.partial(
         make_update, graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
