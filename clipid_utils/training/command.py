@@ -203,6 +203,10 @@ def run(recipe: Recipe) -> bool:
 def main(arguments: list[str]) -> None:
     recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m clipid_utils train", args=arguments,
                                                 description="Train a CLIP, by a named recipe with changes of your own.")
-    if not run(recipe):
+    try:
+        finished = run(recipe)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    if not finished:
         raise SystemExit(f"stopped: the same command with --resume goes on from where {recipe.out} is")
     print(f"{recipe.out / 'model'}: trained")
