@@ -12,16 +12,19 @@ import signal
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from datasets import load_dataset
 from PIL import Image
 from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
 
+from clipid_utils.data import loader
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.loader import records_feed, stream_feed
 from clipid_utils.training import checkpoint
@@ -36,6 +39,14 @@ CONFIG = FitConfig(
     steps=STEPS, batch_size=BATCH, learning_rate=3e-3, caption_tokens=6, drop_path=0.2, evaluate_every=2, log_every=3,
     checkpoint_every=4, average_decay=0.9,
 )
+
+
+@contextmanager
+def cached_in(folder: Path):
+    """What `datasets` makes of records goes into this folder."""
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
 
 
 def write_data(folder: Path) -> None:
@@ -59,12 +70,11 @@ def write_data(folder: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def make_feed(kind: str, data: Path | None, processor, **share):
+def make_feed(kind: str, data: Path | None, processor):
     """The pairs in memory, or a feed of the records or the tars of `data`, and the config to it."""
     if kind == "dictionary":
         return tiny_pairs(COUNT, LARGER), CONFIG
-    datasets.config.HF_DATASETS_CACHE = data / "cache"
-    options = {"seed": 0, "length": CONFIG.caption_tokens, **share}
+    options = {"seed": 0, "length": CONFIG.caption_tokens}
     if kind == "records":
         records = read_captions(data / "captions.jsonl")
         return records_feed(records, processor.tokenize, LARGER, BATCH, **options), CONFIG
@@ -145,30 +155,91 @@ def train(
     how, step = stopped or ("", 0)
     act = {"": None, "step": die, "best": die_in_best, "wait": wait}.get(how, lambda: die_in_save(step, how))
     clip = tiny_clip()
-    feed, config = make_feed(kind, data, clip[1])
+    with cached_in(out.parent / "cache"):
+        feed, config = make_feed(kind, data, clip[1])
     fit(*clip, feed, tiny_pairs(), config, seed=0, out=out, resume=resume, progress=False, mesh=make_mesh(1),
         form=around(at_step(step, act)))
 
 
-def prepare(cache: Path, devices: int = 1) -> None:
-    """JAX in a new process as the tests have it: on simulated devices, what was compiled once not compiled again."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
-    cache_compiled(cache)
+def small(data: Path, **share):
+    """A model of one layer a tower, a feed of the records for it, and a config without augmentation: each process has
+    to compile it anew, and all within 30 seconds of one another, the deadline of JAX's exchange between CPUs."""
+    towers = {side: dataclasses.replace(getattr(tiny.CONFIG, side), layers=1) for side in ("vision", "text")}
+    clip, config = tiny_clip(**towers), dataclasses.replace(CONFIG, augmentation=None, keep_patches=3)
+    records, length = read_captions(data / "captions.jsonl"), config.caption_tokens
+    return clip, records_feed(records, clip[1].tokenize, tiny.SIZE, BATCH, seed=0, length=length, **share), config
+
+
+def train_share(
+    out: Path, data: Path, notes: Path, port: int, rank: int, count: int, *, resume: bool = False,
+    signals: dict[int, tuple[int, int]] | None = None, samples: tuple[str, ...] = (),
+) -> None:
+    """One process's part of a run with captions records: all devices of all `count` processes are one mesh.
+
+    `signals` says for a rank after which step it gets which signal; steps are slow from there on, so that the word can
+    go round. What it opened and how it ended stands in `notes`.
+    """
+    jax.distributed.initialize(f"localhost:{port}", count, rank)
+    loader.usable_threads = lambda: 1  # one picture after the other
+    read, write = record_files(out)
+    with cached_in(notes.parent / f"cache-{rank}"):
+        clip, feed, config = small(data, process_index=rank, process_count=count)
+    step, number = (signals or {}).get(rank, (0, 0))
+    first = min((at for at, _ in (signals or {}).values()), default=STEPS)
+    form = around(lambda placed: placed._replace(step=slow(placed.step, first)))
+    form = around(at_step(step, lambda: signal.raise_signal(number)), form)
+    result = fit(*clip, feed, tiny_pairs(), config, seed=0, out=out, resume=resume, progress=False, form=form,
+                 samples=samples)
+    notes.write_text(json.dumps({
+        "read": read, "written": sorted(write), "interrupted": result.interrupted, "devices": jax.device_count(),
+        "history": len(result.history),
+    }))
+
+
+def slow(step, first: int):
+    def waiting(state, batch):
+        result = jax.block_until_ready(step(state, batch))
+        if int(np.asarray(result[0].step)) > first:
+            time.sleep(1)
+        return result
+
+    return waiting
+
+
+def record_files(out: Path) -> tuple[list[str], set[str]]:
+    """From here on: the names of the pictures that are opened, in their order, and of the files under `out`, without
+    checkpoints, that are opened to be written."""
+    read, write = [], set()
+
+    def watch(event, args):
+        if event != "open" or not isinstance(args[0], str | Path):
+            return
+        path, changes = Path(args[0]), args[2] & (os.O_WRONLY | os.O_RDWR)
+        if path.suffix == ".jpg" and not changes:
+            read.append(path.stem)
+        if changes and path.is_relative_to(out) and not path.is_relative_to(out / "checkpoints"):
+            write.add(path.relative_to(out).as_posix())
+
+    sys.addaudithook(watch)
+    return read, write
 
 
 def cache_compiled(folder: Path) -> None:
+    """From here on what was compiled once, here or in another process, is not compiled again."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _main(log: Path, cache: Path, devices: int, run, args, options) -> None:
+def _main(log: Path, cache: Path | None, devices: int, run, args, options) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    prepare(cache, devices)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    if cache is not None:
+        cache_compiled(cache)
     run(*args, **options)
     print("CPU", time.process_time())
 
@@ -176,7 +247,7 @@ def _main(log: Path, cache: Path, devices: int, run, args, options) -> None:
 class Process:
     """`run(*args, **options)` in a process of its own on so many devices; what it prints goes to the file `log`."""
 
-    def __init__(self, run, *args, log: Path, cache: Path, devices: int = 1, **options):
+    def __init__(self, run, *args, log: Path, cache: Path | None = None, devices: int = 1, **options):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["resume_worker"])
         self.log = log
@@ -186,7 +257,7 @@ class Process:
     def output(self) -> str:
         return self.log.read_text() if self.log.is_file() else ""
 
-    def ends(self, code: int, timeout: float = 300) -> str:
+    def ends(self, code: int, timeout: float = 600) -> str:
         """What it printed, once it has ended, with this exit code."""
         self.process.join(timeout)  # no judgement of its speed: a process that hangs ends the test
         text = self.output()

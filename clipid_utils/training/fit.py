@@ -22,7 +22,7 @@ from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import Placed, jit_form, make_mesh
 from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
-from clipid_utils.training.run import Clock, Run, interruptible
+from clipid_utils.training.run import Clock, Run, interruptible, of_all
 from clipid_utils.training.step import TrainState, assemble, init_state, leaf_names, make_update
 
 
@@ -145,10 +145,10 @@ def _train(
 ) -> tuple[int, HybridCLIP, bool]:
     """Steps until the last one, Ctrl-C or SIGTERM: how many are done, the averaged model, whether it was stopped."""
     names, data, clock = leaf_names(state.params), iter(feed.dataset), Clock()
-    done, cut, owed = 0, 0, False
+    done, cut, cut_before, owed = 0, 0, 0, False
     if run.start is not None:
         state, saved = run.restore(placed, state, data)
-        done, cut, owed = saved["step"], saved["truncated"], saved["owed"]
+        done, cut_before, owed = saved["step"], saved["truncated"], saved["owed"]
     per_epoch, values, ahead, stop = feed.steps_per_epoch, {}, deque(maxlen=2), False
 
     def model() -> HybridCLIP:
@@ -164,7 +164,7 @@ def _train(
     def log(line: dict) -> None:
         run.lines.log(line | {
             "log_batch": math.log(feed.batch_size), "learning_rate": float(rate(done - 1)), **clock.figures(),
-            "examples": done * feed.batch_size, "truncated": cut,
+            "examples": done * feed.batch_size, "truncated": cut_before + of_all(cut),
         })
         for alarm in alarms(run.lines.history[-1]):
             # The file as the repository names it: a notebook holds no machine's path
@@ -202,5 +202,6 @@ def _train(
             if run.keeps_states and (done % config.checkpoint_every == 0 or end or stop):
                 finite()
                 with clock.pause():
-                    run.save_state(placed, state, data, {"step": done, "truncated": cut, "owed": due and stop})
+                    reached = {"step": done, "truncated": cut_before + of_all(cut), "owed": due and stop}
+                    run.save_state(placed, state, data, reached)
         return done, model() if stop or run.best is None else run.best, stop

@@ -121,6 +121,11 @@ def check_same(path: Path, settings: dict) -> None:
         raise ValueError(f"{path} began with {'; '.join(other)}: resume with the same settings, or name another folder")
 
 
+def of_all(count: int) -> int:
+    """The sum of a count over all processes; all of them must call it."""
+    return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(count)).sum())
+
+
 class Clock:
     """Seconds since the last line, and those of them in which the devices had nothing to do for want of data.
 
