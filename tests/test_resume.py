@@ -58,7 +58,8 @@ def cache(tmp_path_factory):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     worker.write_data(folder)
-    return folder
+    with worker.cached_in(folder / "cache"):
+        yield folder
 
 
 def until(true):
