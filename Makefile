@@ -17,7 +17,7 @@ course: .venv/installed  ## run every notebook, write them executed and as HTML 
 test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist loadfile
 	$(RUN) -m pytest --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: .venv/installed  ## open JupyterLab
