@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,14 +47,7 @@ def spelling(words: Sequence[str], i: int) -> list[str]:
     return [*found, f"a={prefix}-{suffix}", f"n={min(len(word), 10)}", f"sw={shape(words[i])}{word}"]
 
 
-def neighbours(words: Sequence[str], i: int) -> list[str]:
-    """Features of the words on both sides, in small letters."""
-    near = {j: words[i + j].lower() if 0 <= i + j < len(words) else "." for j in (-2, -1, 1, 2)}
-    return [*(f"{j}={word}" for j, word in near.items()), *(f"{j}s={near[j][-3:]}" for j in (-1, 1)),
-            f"{near[-1]}_{shape(words[i])}"]
-
-
-PARTS = (capitals, spelling, neighbours)
+PARTS = (capitals, spelling)
 
 
 def writing(words: Sequence[str]) -> str:
@@ -95,21 +89,27 @@ class Tagger:
 
 @functools.lru_cache(1)
 def load_tagger(path: os.PathLike = MODEL) -> Tagger:
-    """The shipped tagger."""
+    """The shipped tagger, or another that `save_tagger` wrote."""
     with np.load(path) as stored:
-        return Tagger(stored["weights"].astype(np.float32))
+        weights = np.zeros(SLOTS, np.float32)
+        weights[stored["slots"]] = stored["weights"]
+    return Tagger(weights)
+
+
+def save_tagger(tagger: Tagger, path: os.PathLike = MODEL) -> None:
+    """Writes the weights that are not 0, in half precision; `parts` are not written: they are to be PARTS."""
+    slots = np.flatnonzero(tagger.weights.astype(np.float16))
+    np.savez_compressed(path, slots=slots.astype(np.uint16), weights=tagger.weights[slots].astype(np.float16))
 
 
 def encode(words: Sequence[str], parts: Iterable[Callable]) -> list[tuple[list[int], list[int], list[int]]]:
-    """For each word the slots of its features, and those that join them where the word before is one or is none."""
-    joined = ("", "shape", "word")
-    slots = []
-    for i, word in enumerate(words):
-        features = [slot(f"{part.__name__}{text}") for part in parts for text in part(words, i)]
-        near = (shape(word), word.lower()[-3:])
-        slots.append((features, *([slot(f"t{tag}{kind}{value}") for kind, value in zip(joined, ("", *near), strict=True)]
-                                  for tag in (False, True))))
-    return slots
+    """For each word the slots of its features, and those of the tag before it: where that is none, where it is one."""
+    return [
+        ([slot(f"{part.__name__}{text}") for part in parts for text in part(words, i)],
+         *([slot(f"after{tag}"), slot(f"after{tag}{shape(word)}"), slot(f"after{tag}{word.lower()[-3:]}")]
+           for tag in (False, True)))
+        for i, word in enumerate(words)
+    ]
 
 
 def slot(text: str) -> int:
@@ -127,29 +127,41 @@ def decide(encoded: list[tuple], weights: list[float]) -> list[bool]:
 
 
 def train(
-    sentences: Sequence[tuple[Sequence[str], Sequence[bool]]], *, seed: int, epochs: int = 10, parts: tuple = PARTS
+    sentences: Sequence[tuple[Sequence[str], Sequence[bool]]], *, seed: int, epochs: int = 6, parts: tuple = PARTS,
+    rare: int = 2, drop: float = 0.15,
 ) -> Tagger:
     """A tagger from sentences (words, which of them are proper nouns); the same seed gives the same one.
 
     Each sentence is also seen in small letters and with a capital on every word, as captions are often written, so that
-    the tagger learns what to go by where the capitals say nothing.
+    the tagger learns what to go by where the capitals say nothing. So that it leans less on single words, features of
+    fewer than `rare` sentences are left out, and at each step a random share `drop` of the others.
     """
-    written = [(form, tags) for words, tags in sentences for form in forms(words)]
-    encoded = [(encode(words, parts), tags) for words, tags in written]
-    weights, sums, seen = np.zeros(SLOTS).tolist(), np.zeros(SLOTS).tolist(), 0
     rng = np.random.default_rng(seed)
+    encoded = [[(encode(form, parts), tags) for form in forms(words)] for words, tags in sentences]
+    known = _common_slots(encoded, rare)
+    examples = [([([s for s in features if s in known], *after) for features, *after in words], tags)
+                for group in encoded for words, tags in group]
+    weights, sums, seen = [0.0] * SLOTS, [0.0] * SLOTS, 0
     for _ in range(epochs):
-        for row in rng.permutation(len(encoded)):
+        for row in rng.permutation(len(examples)):
             before = False
-            for (features, *after), gold in zip(*encoded[row], strict=True):
+            for (features, *after), gold in zip(*examples[row], strict=True):
                 used = features + after[before]
+                used = [s for s, drawn in zip(used, rng.random(len(used)), strict=True) if drawn >= drop]
                 before, seen = sum([weights[s] for s in used]) > 0, seen + 1
                 if before != gold:
                     step = 1.0 if gold else -1.0
                     for s in used:
                         weights[s] += step
                         sums[s] += step * seen
-    return Tagger(np.array(weights) - np.array(sums) / seen, parts)
+    average = np.array(weights) - np.array(sums) / max(seen, 1)  # of the weights over all steps
+    return Tagger(average.astype(np.float32), parts)
+
+
+def _common_slots(encoded: list[list[tuple]], rare: int) -> set[int]:
+    """The slots that features of at least `rare` sentences have."""
+    counts = Counter(s for group in encoded for s in {s for words, _ in group for word in words for s in word[0]})
+    return {s for s, count in counts.items() if count >= rare}
 
 
 def forms(words: Sequence[str]) -> list[list[str]]:
