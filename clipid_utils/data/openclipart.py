@@ -44,12 +44,14 @@ FEATURES = Features({
     "licence": Value("string"), "group": Value("string"), "folder": Value("string"),
 })  # fmt: skip
 # A thousand and a half of almost the same each: icons in the colours of three desktops, stars made by a program.
-SERIES = {"computer/icons": "an icon of a desktop theme", "shapes/stars": "a star from a series"}
+SERIES = {"computer/icons": "a desktop icon", "shapes/stars": "a star from a series"}
 RDF, WORK = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://web.resource.org/cc/}Work"
 DC = "{http://purl.org/dc/elements/1.1/}"
 PUBLIC_DOMAIN = re.compile("public ?domain", re.IGNORECASE)
+OTHER_LANGUAGE = re.compile(r"(?!en)[a-z]{2}\b", re.IGNORECASE)
 # What the library's own software left among its words, and what it filed under no heading.
-LEFTOVER = re.compile(r"hash|hash\(0x[0-9a-f]+\)|0x[0-9a-f]+|unsorted", re.IGNORECASE)
+REFERENCE = r"hash\(0x[0-9a-f]+\)"
+LEFTOVER = re.compile(rf"{REFERENCE}|hash|0x[0-9a-f]+|unsorted", re.IGNORECASE)
 SHARD = 400  # drawings kept at a time, so that an interrupted run draws no more than these again
 
 
@@ -114,7 +116,7 @@ def read_drawings(package: Path, report: Report) -> Iterator[dict]:
             continue
         if not row["title_en"]:
             report.drop("no title", source)
-        elif language and not language.lower().startswith(("en", "all")):
+        elif OTHER_LANGUAGE.match(language):  # not "en-GB", "English", "All", "N/A"
             report.drop("a title in another language, as its author says", f"{source}: {language} {row['title_en']}")
         elif not PUBLIC_DOMAIN.search(row["licence"] or "public domain"):  # where none is named, the package's holds
             report.drop("not in the public domain", f"{source}: {row['licence']}")
@@ -143,7 +145,7 @@ def read_metadata(path: Path) -> tuple[dict, str]:
     row = {
         "title_en": _text(work.find(f"{DC}title")),
         "keywords_en": clean_keywords(keywords, author),
-        "description_en": LEFTOVER.sub("", _text(work.find(f"{DC}description"))).strip(),
+        "description_en": re.sub(rf"(?i){REFERENCE}", "", _text(work.find(f"{DC}description"))).strip(),
         "author": author,
         "licence": "" if licence is None else licence.get(f"{RDF}resource", ""),
     }
@@ -167,7 +169,8 @@ def add_pictures(rows: list[dict], folder: Path) -> Iterator[dict]:
     with tqdm(total=len(rows), desc="drawing openclipart") as bar, ThreadPoolExecutor(2) as pool:
         for start in range(0, len(rows), SHARD):
             part = rows[start : start + SHARD]
-            path = folder / f"{start:05d}.parquet"
+            number = hashlib.sha256("\n".join(row["source"] for row in part).encode()).hexdigest()[:12]
+            path = folder / f"{number}.parquet"  # by what it holds, lest other rows take its pictures for theirs
             if not path.exists():
                 table = pyarrow.table({"png": pyarrow.array(pool.map(draw, part), pyarrow.binary())})
                 pyarrow.parquet.write_table(table, path.with_suffix(".partial"))
