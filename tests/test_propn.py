@@ -61,7 +61,7 @@ def test_the_average_is_of_the_weights_after_each_word(monkeypatch):
             for (features, *after), gold in zip(*examples[row], strict=True):
                 used = features + after[before]
                 rng.random(len(used))
-                before = weights[used].sum() > 0
+                before = bool(weights[used].sum() > 0)
                 total, steps = total + weights, steps + 1
                 np.add.at(weights, used, (float(gold) - float(before)))
     assert np.abs(tagger.weights - total / steps).max() < 1e-5
