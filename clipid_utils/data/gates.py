@@ -143,10 +143,12 @@ _SCALES = {"puluh": (10, 10), "ratus": (10, 100), "hundred": (10, 100), "ribu": 
 # Said without being a number, or as a fraction: they may stand for it on the other side, and need not.
 _LOOSE = {"both": 2, "pair": 2, "couple": 2, "twin": 2, "twins": 2, "double": 2, "second": 2, "half": 2, "triple": 3,
           "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
-          "eleventh": 11, "twelfth": 12, "dozen": 12, "tricycle": 3, "sepasang": 2, "pasangan": 2, "kembar": 2,
-          "ganda": 2, "setengah": 2, "rangkap": 2, "lusin": 12, "selusin": 12, "hundred": 100, "thousand": 1000,
-          **{f"ke{word}": number for word, number in _UNITS_ID.items()}}
+          "eleventh": 11, "twelfth": 12, "dozen": 12, "tricycle": 3, "triplets": 3, "quarters": 4, "twice": 2,
+          "sepasang": 2, "pasangan": 2, "kembar": 2, "ganda": 2, "setengah": 2, "rangkap": 2, "lusin": 12,
+          "selusin": 12, "hundred": 100, "thousand": 1000,
+          **{f"{prefix}{word}": number for word, number in _UNITS_ID.items() for prefix in ("ke", "ber")}}
 _TOKEN = re.compile(r"\d+(?:[.,]\d{3})*(?!\d)|[^\W\d_]+")
+_NO_COUNT = re.compile(r"\b(?:kaki lima|segi (?:tiga|empat|lima|enam|delapan))\b")  # street vendors; polygons
 _HOURS = [*_UNITS_ID, "sepuluh", "sebelas", "dua belas"]
 _HALF_PAST = re.compile(rf"\b(?:jam|pukul) setengah ({'|'.join(_HOURS[::-1])})\b")  # setengah dua is 1.30, not 2.30
 
@@ -157,7 +159,7 @@ def numbers(text: str) -> tuple[set[int], set[int]]:
     said: list[int] = []
     loose: set[int] = set()
     begun = False  # whether the next word may belong to the last number
-    text = _HALF_PAST.sub(lambda found: f"{_HOURS.index(found[1]) or 12} 30", text.lower())
+    text = _HALF_PAST.sub(lambda found: f"{_HOURS.index(found[1]) or 12} 30", _NO_COUNT.sub("", text.lower()))
     for token in _TOKEN.findall(text):
         if token in _SMALL:
             value = _SMALL[token]
@@ -195,25 +197,30 @@ def check_numbers(english: str, indonesian: str) -> str:
 # English words of a colour, its Indonesian ones, and what else either side may say for the other's: garlic is bawang
 # putih, sunglasses are kacamata hitam.
 _COLOURS = [tuple(frozenset(part.split()) for part in line) for line in (
-    ("red", "merah", "pink maroon crimson scarlet ruby ginger onion onions shallot shallots bean beans", "marun"),
+    ("red", "merah", "pink maroon crimson scarlet ruby ginger onion onions shallot shallots bean beans palm traffic",
+     "marun memerah"),
     ("pink", "pink", "rose", "merah"),
-    ("blue", "biru", "navy azure cyan sapphire", ""),
-    ("green", "hijau", "emerald lime olive mung evergreen", ""),
-    ("yellow", "kuning", "blond blonde golden egg amber", "pirang"),
-    ("black", "hitam", "dark ebony sunglasses shades", "gelap"),
-    ("white", "putih", "egg ivory garlic", ""),
+    ("blue", "biru", "navy azure cyan sapphire teal", ""),
+    ("green", "hijau", "emerald lime olive mung evergreen teal", "menghijau"),
+    ("yellow", "kuning", "blond blonde golden egg amber brass", "pirang menguning"),
+    ("black", "hitam", "dark ebony sunglasses shades record records blackboard", "gelap menghitam"),
+    ("white", "putih", "egg ivory garlic whiteboard", "memutih"),
     ("orange", "oranye jingga", "", "jeruk oren"),
-    ("brown", "cokelat coklat", "chocolate cocoa brunette", "sawo"),
+    ("brown", "cokelat coklat", "chocolate cocoa brunette tan", "sawo"),
     ("purple violet", "ungu", "lilac lavender mauve eggplant", "lembayung violet"),
     ("grey gray", "abu-abu kelabu", "ash silver", "beruban uban"),
-    ("gold golden", "emas keemasan", "medal", "kuning"),
-    ("silver", "perak keperakan", "medal", "abu-abu"),
+    ("gold golden", "emas", "medal", "kuning"),
+    ("silver", "perak", "medal", "abu-abu"),
 )]
+
+# sebiru: as blue as, kebiruan: bluish, birunya: its blue
+_SHADE = re.compile(rf"^(?:ke|se)?({'|'.join(sorted(word for line in _COLOURS for word in line[1]))})(?:an|nya)?$")
 
 
 def check_colours(english: str, indonesian: str) -> str:
     """Stops a pair of which one side names a colour that the other does not; what both spell alike is a name."""
-    en, ind = set(words(english.replace("-", " "))), set(words(indonesian))
+    en = set(words(english.replace("-", " ")))
+    ind = {_SHADE.sub(r"\1", word) for word in words(indonesian)}
     en, ind = en - ind, ind - en
     for says_en, says_id, may_en, may_id in _COLOURS:
         if says_en & en and not ind & (says_id | may_id):
