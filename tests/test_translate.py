@@ -229,7 +229,7 @@ def test_a_sentence_on_which_the_engine_fails_takes_none_with_it(folder):
     (piece,) = {words[-1] for words in translator._source.encode(["moon"], out_type=str)}
     texts = [text for text in texts if piece not in translator._source.encode(text, out_type=str)]
     expected = Translator(folder)(texts)
-    translator._engine = Failing(translator._engine, piece)
+    translator.engine = Failing(translator.engine, piece)
     assert translator([*texts, "the moon"]) == [*expected, Translation("the moon", "failed")]
 
 
@@ -298,7 +298,7 @@ write_table, replace = pq.write_table, os.replace
 
 def dies_in_the_middle(table, file):
     write_table(table, file)
-    if file.name.endswith("part-00002.parquet.partial"):
+    if file.name.endswith(".partial") and "part-00002" in file.name:
         file.truncate(file.tell() // 2)
         os.kill(os.getpid(), 9)
 
@@ -330,10 +330,11 @@ def test_a_killed_run_goes_on_and_loses_or_repeats_no_row(folder, translator, tm
         )
 
     assert run("middle").returncode == -signal.SIGKILL
-    assert sorted(path.name for path in (tmp_path / "out").glob("part*")) == [
-        "part-00000.parquet", "part-00001.parquet", "part-00002.parquet.partial"]
+    *shards, partial = sorted((tmp_path / "out").glob("part*"))
+    assert [shard.name for shard in shards] == ["part-00000.parquet", "part-00001.parquet"]
+    assert partial.name.startswith("part-00002.parquet.")
     with pytest.raises(pa.ArrowInvalid):
-        pq.read_table(tmp_path / "out" / "part-00002.parquet.partial")  # half of it
+        pq.read_table(partial)  # half of it
     assert run("afterwards").returncode == -signal.SIGKILL
     assert len(list((tmp_path / "out").glob("part*.parquet"))) == 5
     last = run("never")

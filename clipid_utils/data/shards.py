@@ -107,11 +107,7 @@ def finished_shards(out: Path, settings: dict) -> list[Path]:
         if shard.name != f"part-{number:05}.parquet":
             raise ValueError(f"{out} has {shard.name} and no part-{number:05}.parquet: delete the later ones, which "
                              "are then made again, or name another folder")
-        try:
-            noted = json.loads(pq.read_schema(shard).metadata[METADATA])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{shard} is damaged, or another program wrote it: delete it and those after it, which "
-                             "are then made again, or name another folder") from error
+        noted = noted_settings(shard)
         for key in noted | settings:
             then, now = noted.get(key), settings.get(key)
             if then != now:
@@ -120,14 +116,31 @@ def finished_shards(out: Path, settings: dict) -> list[Path]:
     return shards
 
 
-def write_shard(table: pa.Table, out: Path, number: int, settings: dict) -> Path:
-    """Writes the shard of a number, whole or not at all."""
-    path = out / f"part-{number:05}.parquet"
-    partial = path.with_name(f"{path.name}.partial")
+def noted_settings(shard: Path) -> dict:
+    """The settings that a shard was made with; raises ValueError for what is none."""
+    try:
+        return json.loads(pq.read_schema(shard).metadata[METADATA])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{shard} is damaged, or another program wrote it: delete it and those after it, which are "
+                         "then made again, or name another folder") from error
+
+
+def write_table(table: pa.Table, path: Path, settings: dict) -> None:
+    """Writes a shard, whole or not at all; of two processes that write the same one, the last stays."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     noted = {**(table.schema.metadata or {}), METADATA: json.dumps(settings).encode()}
     with open(partial, "wb") as file:
         pq.write_table(table.replace_schema_metadata(noted), file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return path
+
+
+def move_paths(table: pa.Table, source: Path, out: Path) -> pa.Table:
+    """The relative picture paths of a file in the folder `source`, made to start at the folder `out`."""
+    if "image_path" not in table.column_names:
+        return table
+    way = os.path.relpath(source.absolute(), out.absolute())
+    paths = [path if path is None or os.path.isabs(path) else os.path.normpath(os.path.join(way, path))
+             for path in table["image_path"].to_pylist()]
+    return table.set_column(table.column_names.index("image_path"), "image_path", pa.array(paths, pa.string()))

@@ -23,7 +23,16 @@ from tqdm.auto import tqdm
 
 from clipid_utils.data.marian import PIECES, converted_folder
 from clipid_utils.data.report import Report
-from clipid_utils.data.shards import Source, count_rows, finished_shards, is_path, only_writer, read_tables, write_shard
+from clipid_utils.data.shards import (
+    Source,
+    count_rows,
+    finished_shards,
+    is_path,
+    move_paths,
+    only_writer,
+    read_tables,
+    write_table,
+)
 from clipid_utils.paths import DATA
 
 OURS = DATA / "translator"
@@ -76,7 +85,7 @@ class Translator:
         )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._end = [] if config.get("add_source_eos") else [config.get("eos_token", "</s>")]
-        self._engine = ctranslate2.Translator(
+        self.engine = ctranslate2.Translator(
             str(folder), device="cuda" if gpus else "cpu", device_index=list(range(gpus)) or 0,
             compute_type="float16" if gpus else "int8", inter_threads=1 if gpus else self.workers, intra_threads=1,
             max_queued_batches=-1,
@@ -116,7 +125,7 @@ class Translator:
             yield from self._collect(texts, pieces, *waiting.popleft())
 
     def _submit(self, batch: list[list[str]]) -> list:
-        return self._engine.translate_batch(
+        return self.engine.translate_batch(
             [words + self._end for words in batch], asynchronous=True, beam_size=self.beam, disable_unk=True,
             max_input_length=0, max_decoding_length=max(map(_limit, batch)),
         )
@@ -232,7 +241,8 @@ def translate_rows(
                 if total and column in table.column_names:  # of captions, were there as many a row in all of it
                     bar.total = round(total * len(column_texts(table[column])) / table.num_rows)
                 table = translate_table(table, column, translator, bar.update)
-                write_shard(_paths_from(out, table, path), out, number, settings)
+                table = move_paths(table, path.parent, out) if path else table
+                write_table(table, out / f"part-{number:05}.parquet", settings)
                 number += 1
                 _count(report, table, column)
     return report
@@ -244,12 +254,3 @@ def _count(report: Report, table: pa.Table, column: str) -> int:
         report.drop(mark, english) if mark else report.keep()
     return table.num_rows
 
-
-def _paths_from(out: Path, table: pa.Table, source: Path | None) -> pa.Table:
-    """The relative picture paths of a source file, made to start at the folder of the shards."""
-    if source is None or "image_path" not in table.column_names:
-        return table
-    way = os.path.relpath(source.parent, out.absolute())
-    paths = [path if path is None or os.path.isabs(path) else os.path.normpath(os.path.join(way, path))
-             for path in table["image_path"].to_pylist()]
-    return table.set_column(table.column_names.index("image_path"), "image_path", pa.array(paths, pa.string()))
