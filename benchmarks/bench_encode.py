@@ -81,4 +81,4 @@ def theirs(size: str):
 
 
 if __name__ == "__main__":
-    turns.main(__file__, __doc__, SIZES, {"ours": ours, "theirs": theirs}, "build/bench/encode.json")
+    turns.main(__file__, __doc__, SIZES, {"ours": ours, "torch": theirs}, "build/bench/encode.json")

@@ -1,26 +1,35 @@
-"""Examples per second of a whole training step, in turns with the same step of transformers on torch.
+"""Examples per second of a whole training step, in each of its forms, in turns with the same of transformers on torch.
 
-Both sides: forward, symmetric contrastive loss over the batch, backward, AdamW, float32, no dropout, the same shapes.
-Ours is the model and the loss of `clipid_utils` under `jax.jit`; theirs `VisionTextDualEncoderModel` with its default
-(sdpa) attention. The sides alternate in rounds, as turns.py has it.
+All sides: forward, symmetric contrastive loss over the batch, backward, AdamW, no dropout, the same shapes. Ours is
+`training.step.make_update` as `fit` runs it, from uint8 pictures and with its averaged weights and metrics, under jit,
+shard_map and pmap; theirs `VisionTextDualEncoderModel` with its default (sdpa) attention, from float pictures, without
+these. The sides alternate in rounds, as turns.py has it.
+
+With `--gpu` the size is ViT-B/32 with BERT-base in bfloat16, batch 1,024, theirs under autocast with fused AdamW and
+torch.compile; `--peak` is what the GPU computes, in TFLOP/s (989: H100, dense bfloat16), for the model FLOP
+utilisation. No GPU has run it yet.
 
     python benchmarks/bench_step.py [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/step.json]
 """
 
+import functools
+import sys
+
 import turns
 
 SIZES = {"mini": (256, 8), "vit_b32_bert_base": (16, 3)}  # batch, timed steps a round
-SHAPES = {"mini": (24, 4000), "vit_b32_bert_base": (32, 30522)}  # tokens, vocabulary
+ON_GPU = {"vit_b32_bert_base_bf16": (1024, 10)}
+SHAPES = {"mini": (24, 4000)}  # tokens, vocabulary
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 
 def inputs(size: str, image_size: int):
     import numpy as np
 
-    batch, (tokens, vocabulary) = SIZES[size][0], SHAPES[size]
+    (batch, _), (tokens, vocabulary) = (SIZES | ON_GPU)[size], SHAPES.get(size, (32, 30522))
     rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((batch, image_size, image_size, 3), dtype=np.float32)
-    return pixels, rng.integers(0, vocabulary, (batch, tokens)), np.ones((batch, tokens), np.int32)
+    images = rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8)
+    return images, rng.integers(0, vocabulary, (batch, tokens), np.int32), np.ones((batch, tokens), np.int32)
 
 
 def our_config(size: str):
@@ -29,7 +38,8 @@ def our_config(size: str):
     from clipid_utils import PRESETS
 
     config = PRESETS["mini" if size == "mini" else "vit_b32_indobert_base"]
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=SHAPES[size][1]))
+    vocabulary = SHAPES.get(size, (32, 30522))[1]
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocabulary))
 
 
 def their_config(size: str):
@@ -37,7 +47,7 @@ def their_config(size: str):
     from transformers import BertConfig, CLIPVisionConfig, VisionTextDualEncoderConfig
 
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    vocabulary = SHAPES[size][1]
+    vocabulary = SHAPES.get(size, (32, 30522))[1]
     if size == "mini":
         small = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
         vision = CLIPVisionConfig(image_size=48, patch_size=8, num_hidden_layers=4, **small)
@@ -49,35 +59,34 @@ def their_config(size: str):
     )
 
 
-def ours(size: str):
-    """A function that does one step, and waits for it."""
-    import jax
+def ours(form: str, size: str):
+    """One step of `clipid_utils` on all devices, as a function that returns the loss."""
+    import jax.numpy as jnp
+    import numpy as np
     import optax
     from flax import nnx
 
     from clipid_utils import HybridCLIP
-    from clipid_utils.training.loss import clip_loss
+    from clipid_utils.training import distributed
+    from clipid_utils.training.step import init_state, make_update
 
     config = our_config(size)
-    graph, params = nnx.split(HybridCLIP(config, rngs=nnx.Rngs(0)), nnx.Param)
+    dtype = jnp.bfloat16 if size.endswith("bf16") else jnp.float32
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    state = [params, optimizer.init(params)]
-    batch = inputs(size, config.vision.image_size)
-
-    def objective(params, pixels, ids, mask):
-        model = nnx.merge(graph, params)
-        return clip_loss(model.encode_image(pixels), model.encode_text(ids, mask), model.scale())
-
-    def step(params, opt_state, *batch):
-        loss, gradients = jax.value_and_grad(objective)(params, *batch)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    compiled = jax.jit(step, donate_argnums=(0, 1))
+    graph, state = init_state(HybridCLIP(config, dtype=dtype, rngs=nnx.Rngs(0)), optimizer, 0)
+    images, ids, mask = inputs(size, config.vision.image_size)
+    update = functools.partial(make_update, graph, optimizer, image_mean=(0.5,) * 3, image_std=(0.25,) * 3,
+                               augmentation=None)
+    placed = getattr(distributed, form)(update, distributed.make_mesh())
+    states = [placed.place(state)]
+    del state
+    rows = len(images)
+    batch = placed.feed({"images": images, "input_ids": ids, "attention_mask": mask,
+                         "concepts": np.arange(rows, dtype=np.int32), "may_flip": np.zeros(rows, bool)})
 
     def run() -> float:
-        state[0], state[1], loss = compiled(*state, *batch)
-        return float(loss)
+        states[0], values = placed.step(states[0], batch)
+        return float(values["loss"])
 
     return run
 
@@ -87,16 +96,19 @@ def theirs(size: str):
     import torch
     from transformers import VisionTextDualEncoderModel
 
+    half = size.endswith("bf16")
+    device = "cuda" if half else "cpu"
     config = their_config(size)
-    model = VisionTextDualEncoderModel(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    pixels, ids, mask = inputs(size, config.vision_config.image_size)
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    ids, mask = torch.from_numpy(ids), torch.from_numpy(mask)
+    model = VisionTextDualEncoderModel(config).train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=half or None)
+    images, ids, mask = (torch.from_numpy(x).to(device) for x in inputs(size, config.vision_config.image_size))
+    pixels = ((images / 255 - 0.5) / 0.25).permute(0, 3, 1, 2).contiguous()
+    forward = torch.compile(model) if half else model
 
     def run() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, return_loss=True).loss
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = forward(input_ids=ids, pixel_values=pixels, attention_mask=mask, return_loss=True).loss
         loss.backward()
         optimizer.step()
         return float(loss)
@@ -104,5 +116,31 @@ def theirs(size: str):
     return run
 
 
+def flops(size: str) -> float:
+    """Of one example's step: 6 for each weight of a block and token, and attention's (PaLM, Chowdhery et al. 2022)."""
+    config = our_config(size)
+    total = 0.0
+    for tower, tokens in ((config.vision, (config.vision.image_size // config.vision.patch_size) ** 2 + 1),
+                          (config.text, SHAPES.get(size, (32, 30522))[0])):
+        weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
+        total += 6 * tower.layers * tokens * (weights + 2 * tokens * tower.width)
+    return total
+
+
+SIDES = {form: functools.partial(ours, f"{form}_form") for form in ("jit", "shard_map", "pmap")} | {"torch": theirs}
+
 if __name__ == "__main__":
-    turns.main(__file__, __doc__, SIZES, {"ours": ours, "theirs": theirs}, "build/bench/step.json")
+    sizes, peak = SIZES, None
+    if "--gpu" in sys.argv:
+        sys.argv.remove("--gpu")
+        sizes, peak = ON_GPU, 989.0
+        if "--peak" in sys.argv:
+            at = sys.argv.index("--peak")
+            peak = float(sys.argv[at + 1])
+            del sys.argv[at : at + 2]
+    report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", default=list(sizes))
+    for size, found in (report or {}).items():
+        if peak and size in ON_GPU:
+            rates = {side: pair["median"][side] for side, pair in found.items()}
+            print(f"{size}: model FLOP utilisation " + ", ".join(
+                f"{side} {rate * flops(size) / peak / 1e12:.1%}" for side, rate in rates.items()))

@@ -59,25 +59,32 @@ def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "
         for process in processes.values():
             process.kill()
     medians = {side: statistics.median(values["examples_per_second"]) for side, values in result.items()}
-    return {**result, "ratio": round(medians[sides[0]] / medians[sides[1]], 3), "median": medians}
+    return {**result, "ratio": round(medians[sides[0]] / medians[sides[-1]], 3), "median": medians}
 
 
-def main(script: str, doc: str, sizes: dict[str, tuple[int, int]], build: dict[str, Callable], out: str) -> None:
-    """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the two sides."""
+def main(script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None) -> dict:
+    """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides.
+
+    The last side is the one that the others are compared with.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "SIZE"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=list(sizes))
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=default or list(sizes))
     parser.add_argument("--out", type=Path, default=Path(out))
     options = parser.parse_args()
     if options.worker:
         side, size = options.worker
         return worker(build[side](size), sizes[size][1])
-    report = {}
-    print(f"{'size':26} {'batch':>6} {'ours/s':>9} {'torch/s':>9} {'ratio':>7} {'MiB ours':>9} {'MiB torch':>10}")
+    report, (*others, last) = {}, build
     for size in options.sizes:
-        report[size] = found = compare(script, size, sizes[size][0], options.rounds)
-        print(f"{size:26} {sizes[size][0]:6} {found['median']['ours']:9.2f} {found['median']['theirs']:9.2f} "
-              f"{found['ratio']:7.2f} {found['ours']['peak_mib']:9} {found['theirs']['peak_mib']:10}", flush=True)
+        report[size] = {}
+        print(f"{size}, batch {sizes[size][0]}")
+        for side in others:  # two at a time: more would not fit into the memory of a small machine
+            report[size][side] = found = compare(script, size, sizes[size][0], options.rounds, (side, last))
+            columns = [f"{name:14} {rate:9.2f}/s {found[name]['peak_mib']:7} MiB"
+                       for name, rate in found["median"].items()]
+            print("  " + "     ".join(columns) + f"     {found['ratio']:6.2f}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report

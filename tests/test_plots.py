@@ -36,6 +36,15 @@ FIGURES = {
     "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),
     "augmentations": lambda: plots.augmentations(PICTURES[:2], [PICTURES, [np.full((8, 8, 3), 1.2)] * 3], NAMES[:2]),
     "projection": lambda: plots.projection(rng.normal(size=(9, 5)), NAMES * 3, np.arange(9) < 3, title="Peta"),
+    "placements": lambda: plots.placements(
+        {"rows": ((4, 4), {d: (slice(2 * d, 2 * d + 2), slice(None)) for d in (0, 1)}),
+         "everywhere": ((4, 4), {d: (slice(None), slice(None)) for d in range(8)})}, "Letak"),
+    "collectives": lambda: plots.collectives(
+        {"all_gather": (np.array([[1], [2]]), np.array([[1, 2], [1, 2]])), "psum": (np.array([[1], [2]]),) * 2}),
+    "collective_one": lambda: plots.collectives({"psum": (np.array([[1], [2]]), np.array([[3], [3]]))}),
+    "growth": lambda: plots.growth([8, 64, 512], {"gradients": [1e8, 2e8, 2e8]}, "devices", limits={"memory": 16e9}),
+    "rounding": lambda: plots.rounding(np.arange(9.0), np.arange(9.0), {"bfloat16": np.arange(9.0) // 2 * 2}, "x", "y"),
+    "resumed": lambda: plots.resumed_run({1: 3.0, 2: 2.0, 3: 1.0}, {1: 3.0, 2: 2.0}, {2: 2.0, 3: 1.0}, "Dilanjutkan"),
 }
 
 
@@ -57,3 +66,19 @@ def test_the_style_does_not_leak():
 def test_long_captions_are_cut():
     text = plots._cut(" ".join(["kata"] * 30), 20)
     assert text.count("\n") == 1 and text.endswith("…") and max(map(len, text.split("\n"))) <= 22
+
+
+def test_a_piece_on_several_devices_bears_all_their_numbers():
+    held = {0: (slice(0, 2), slice(None)), 4: (slice(0, 2), slice(None)), 1: (slice(2, 4), slice(None))}
+    axis = plots.placements({"x": ((4, 4), held)}).axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == ["0, 4", "1"]
+    whole = plots.placements({"x": ((4, 4), {d: (slice(None), slice(None)) for d in range(8)})})
+    assert [text.get_text() for text in whole.axes[0].texts] == ["0–7"]
+
+
+def test_an_exchanged_number_keeps_the_colour_of_its_device():
+    before, after = np.array([[10], [20]]), np.array([[20, 30], [10, 30]])
+    cells = plots.collectives({"x": (before, after)}).axes[0].patches
+    first, second, *rest = [cell.get_facecolor() for cell in cells]
+    assert first != second and [rest[0], rest[2]] == [second, first]
+    assert rest[1] == rest[3] and rest[1] not in (first, second)

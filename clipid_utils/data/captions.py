@@ -4,6 +4,7 @@ A record is `{"image_path" | "image", "captions": [str, …], "source", "split"}
 be missing. An `image_path` is relative to the file that lists it.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -57,10 +58,27 @@ def read_captions(
         missing = [row for row, name in enumerate(paths) if not os.path.isfile(name)]
         if missing:
             first = set(missing[:MOST_LISTED])
-            _refuse(path, [f"{path.name}:{number}: image_path {record['image_path']!r} not found under {root}: fetch "
-                           "the picture, leave the line out, or name another folder with root="
+            _refuse(path, [f"{path.name}:{number}: {_not_found(record['image_path'], root)}"
                            for row, (number, record, _) in enumerate(_lines(path)) if row in first], len(missing))
     return records
+
+
+def check_captions(path: str | os.PathLike, *, root: str | os.PathLike | None = None) -> Iterator[str | None]:
+    """For each record of a .jsonl or .parquet file in turn: "file:line: what is wrong and what to do", or None.
+
+    What `read_captions` raises for the first ten, here for all, missing pictures among the rest.
+    """
+    path = Path(path).absolute()
+    root = path.parent if root is None else Path(root).absolute()
+    for number, record, problem in _lines(path):
+        if not problem and "image_path" in record and not os.path.isfile(os.path.join(root, record["image_path"])):
+            problem = _not_found(record["image_path"], root)
+        yield problem and f"{path.name}:{number}: {problem}"
+
+
+def _not_found(picture: str, root: Path) -> str:
+    return (f"image_path {picture!r} not found under {root}: fetch the picture, leave the line out, or name another "
+            "folder with root=")
 
 
 def write_captions(rows: Iterable[dict], path: str | os.PathLike) -> None:
@@ -130,14 +148,20 @@ def _lines(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             yield from ((number, row, _problem(row, kind)) for number, row in enumerate(rows, 1))
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                    yield number, record, _problem(record, kind)
-                except json.JSONDecodeError as error:
-                    yield number, None, f"no JSON ({error.msg} at character {error.pos + 1}): write one record a line"
+            if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
+                yield number, *_parsed(line, kind)
+
+
+def _parsed(line: bytes, kind: str) -> tuple[object, str | None]:
+    try:
+        record = json.loads(line.decode())
+        return record, _problem(record, kind)
+    except UnicodeDecodeError as error:
+        return None, f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return None, f"no JSON ({error.msg} at character {error.pos + 1}): write one record a line"
 
 
 def _records(path: Path, root: Path) -> Iterator[dict]:

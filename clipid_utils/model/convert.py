@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from clipid_utils.model.clip import HybridCLIP, linear
@@ -51,11 +52,11 @@ def flatten_params(state: nnx.State) -> dict[str, jax.Array]:
 
 
 def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLike, format: str = "native") -> None:
-    """Writes a checkpoint folder; the weights replace an older file only once they are whole on disk.
+    """Writes a checkpoint folder; each file replaces an older one only once it is whole on disk.
 
     `format` is "native", or "vision-text-dual-encoder" for transformers' VisionTextDualEncoderModel and -Processor,
     whose config.json, weights and processor files are then written instead. ValueError for another format and for a
-    model that VisionTextDualEncoderModel cannot hold, before anything is written.
+    model that VisionTextDualEncoderModel cannot hold, before anything is written; OSError where the disk takes no more.
     """
     params = flatten_params(nnx.state(model, nnx.Param))
     if format == "native":
@@ -71,7 +72,12 @@ def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLi
     partial = folder / "model.safetensors.partial"
     partial.touch()
     mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "flax" if format == "native" else "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "flax" if format == "native" else "pt"})
+    except SafetensorError as error:
+        partial.unlink()
+        raise OSError(f"{folder}: the weights were not written ({error}); what was there is as it was. Make room on "
+                      "the disk and the folder writable, and save again") from error
     partial.chmod(mode)  # safetensors writes for the owner alone
     partial.replace(folder / "model.safetensors")
     write_json(folder / "config.json", config)

@@ -205,7 +205,9 @@ class CLIPProcessor:
             for name in (*TOKENIZER_FILES, "tokenizer_config.json"):  # another's would be taken for this one's
                 (folder / name).unlink(missing_ok=True)
         else:
-            self._whole().save(str(folder / "tokenizer.json"))
+            partial = folder / "tokenizer.json.partial"
+            self._whole().save(str(partial))
+            partial.replace(folder / "tokenizer.json")
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
                 "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,

@@ -77,8 +77,8 @@ def at_clamp(lines: Sequence[dict], clamp: float) -> str | None:
 
 
 def duplicated(lines: Sequence[dict]) -> str | None:
-    counts = [line["duplicates"] for line in lines if "duplicates" in line]
-    sizes = [math.exp(line["log_batch"]) for line in lines if "duplicates" in line]
+    lines = [line for line in lines if {"duplicates", "log_batch"} <= line.keys()]
+    counts, sizes = [line["duplicates"] for line in lines], [math.exp(line["log_batch"]) for line in lines]
     if not counts or sum(counts) <= DUPLICATES * sum(sizes):
         return None
     return (

@@ -35,6 +35,8 @@ def _quiet(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_quiet)
+# Of a failed save asyncio says the same of each array, up to thousands of lines, after the error that `save` raised
+logging.getLogger("asyncio").addFilter(lambda record: "OCDBT database" not in record.getMessage())
 
 
 def _is_key(leaf) -> bool:

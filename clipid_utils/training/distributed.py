@@ -39,8 +39,11 @@ class Placed(NamedTuple):
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """All devices of all processes (or the first `data` x `model`) as a mesh with the axes "data" and "model"."""
     count = jax.device_count()
+    if model < 1 or data is None and count % model:
+        raise ValueError(f"{count} devices cannot be cut into groups of {model}: choose a divisor of {count} as "
+                         "model, or name data too")
     data = count // model if data is None else data
-    if data * model > count or data < 1 or model < 1:
+    if data * model > count or data < 1:
         raise ValueError(f"a mesh of {data} x {model} wants {data * model} devices, and there are {count}")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
                          devices=jax.devices()[: data * model])
@@ -132,7 +135,10 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
     per_device = NamedSharding(Mesh(np.array(devices), "data"), P("data"))
 
     def place(state):
-        return _put(jax.tree.map(lambda x: jnp.stack([x] * len(devices)), state), per_device)
+        def copies(state):
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(devices), *x.shape)), state)
+
+        return jax.jit(copies, out_shardings=per_device)(state)
 
     def feed(batch):
         return {name: np.reshape(value, (len(devices), -1, *np.shape(value)[1:])) for name, value in batch.items()}
@@ -142,6 +148,9 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
         return state, jax.tree.map(lambda x: x[0], metrics)
 
     def first(tree):
-        return jax.tree.map(lambda x: x[0], tree)
+        return jax.tree.map(lambda x: x[0], tree)  # which lies on all devices still, as a copy on each
 
-    return Placed(step, place, feed, first, first, place)
+    def collect(tree):
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+    return Placed(step, place, feed, collect, first, place)

@@ -110,7 +110,8 @@ def fit(
     schedule = warmup_cosine(config.learning_rate, steps, warmup)
     transform = optimizer(schedule, config.weight_decay, config.clip_norm)
     if config.rates or config.layer_decay != 1.0:
-        transform = with_rates(transform, config.rates, config.layer_decay)
+        layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
+        transform = with_rates(transform, config.rates, config.layer_decay, layers)
     graph, state = init_state(model, transform, seed, config.trainable)
     placed = form(functools.partial(
         make_update, graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
@@ -119,9 +120,12 @@ def fit(
     ), mesh)
     alarms = Alarms(steps, warmup, max_logit_scale=model.config.max_logit_scale,
                     guessing_pays_log_batch=loss is clip_loss)
-    run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, bool(config.checkpoint_every), resume,
-              sinks or {})
+    run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype,
+              bool(config.checkpoint_every), resume, sinks or {})
+    for line in run.lines.history:
+        alarms(line)  # what rang before the run was stopped rings no second time
     evaluate = functools.partial(run.evaluate, validation, samples)
+    state = placed.place(state)  # under the same name: a first state kept here would take its memory to the end
     try:
         done, last, stopped = _train(run, graph, placed, state, feed, steps, config, schedule, alarms, evaluate, on_log,
                                      progress)
@@ -130,7 +134,7 @@ def fit(
     if stopped:
         run.save_weights("last", last)
         where = "" if out is None else f" in {Path(out) / 'last'}"
-        again = "; resume goes on from here" if run.states is not None else ""
+        again = "; resume goes on from here" if run.keeps_states else ""
         print(f"interrupted at step {done} of {steps}: the weights so far are kept{where}{again}")
     return FitResult(run.best or last, run.lines.history, stopped)
 
@@ -141,10 +145,10 @@ def _train(
 ) -> tuple[int, HybridCLIP, bool]:
     """Steps until the last one, Ctrl-C or SIGTERM: how many are done, the averaged model, whether it was stopped."""
     names, data, clock = leaf_names(state.params), iter(feed.dataset), Clock()
-    state, done, cut = placed.place(state), 0, 0
+    done, cut, owed = 0, 0, False
     if run.start is not None:
         state, saved = run.restore(placed, state, data)
-        done, cut = saved["step"], saved["truncated"]
+        done, cut, owed = saved["step"], saved["truncated"], saved["owed"]
     per_epoch, values, ahead, stop = feed.steps_per_epoch, {}, deque(maxlen=2), False
 
     def model() -> HybridCLIP:
@@ -169,6 +173,8 @@ def _train(
 
     with tqdm(total=steps, initial=done, desc="training", unit=" steps", disable=not progress) as bar, \
             interruptible() as asked:
+        if owed:
+            evaluate(model(), finite())
         while done < steps and not stop:
             batch = clock.next(data, ahead[-1] if ahead else None, feed.batch_size)
             cut += int(batch.pop("truncated").sum())
@@ -189,11 +195,12 @@ def _train(
                             on_log(run.lines.history)
             except KeyboardInterrupt:  # on_log's own
                 stop = True
-            if (done % (config.evaluate_every * (per_epoch or 1)) == 0 or end) and not stop:
+            due = done % (config.evaluate_every * (per_epoch or 1)) == 0 or end
+            if due and not stop:
                 with clock.pause():
                     evaluate(model(), {name: value for name, value in finite().items() if name in ("step", "epoch")})
-            if run.states is not None and (done % config.checkpoint_every == 0 or end or stop):
+            if run.keeps_states and (done % config.checkpoint_every == 0 or end or stop):
                 finite()
                 with clock.pause():
-                    run.save_state(placed, state, data, {"step": done, "truncated": cut})
+                    run.save_state(placed, state, data, {"step": done, "truncated": cut, "owed": due and stop})
         return done, model() if stop or run.best is None else run.best, stop

@@ -85,16 +85,20 @@ def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: fl
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(parts, labels))
 
 
-def rate_factors(params: nnx.State, rates: Mapping[str, float], layer_decay: float = 1.0) -> Any:
+def rate_factors(
+    params: nnx.State, rates: Mapping[str, float], layer_decay: float = 1.0, layers: Mapping[str, int] | None = None
+) -> Any:
     """For each leaf the factor on its learning rate.
 
     It is the product of two: that of the first of `rates`' patterns that fits (1 where none does), and `layer_decay`
     once for every layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA): embeddings learn slowest,
-    what stands after the last block, and the scale, at the full rate. ValueError for a pattern that fits nothing.
+    what stands after the last block, and the scale, at the full rate. `layers` is how many blocks each tower has; it is
+    needed where some are frozen, since without it the blocks in `params` are all. ValueError for a pattern that fits
+    nothing.
     """
     check_patterns(params, rates)
     found = [re.match(r"(\w+)\.blocks\.(\d+)\.", dotted(path)) for path, _ in nnx.to_flat_state(params)]
-    layers = {}
+    layers = dict(layers or {})
     for place in filter(None, found):
         layers[place[1]] = max(layers.get(place[1], 0), int(place[2]) + 1)
 
@@ -111,12 +115,13 @@ def rate_factors(params: nnx.State, rates: Mapping[str, float], layer_decay: flo
 
 
 def with_rates(
-    optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float = 1.0
+    optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float = 1.0,
+    layers: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer with its updates, decay and all, multiplied by `rate_factors`: a learning rate for each group."""
 
     def update(updates, state, params=None):
-        factors = rate_factors(updates, rates, layer_decay)
+        factors = rate_factors(updates, rates, layer_decay, layers)
         return jax.tree.map(lambda update, factor: factor * update, updates, factors), state
 
     return optax.chain(optimizer, optax.GradientTransformation(lambda params: optax.EmptyState(), update))

@@ -41,13 +41,15 @@ class Run:
     """What a run leaves behind: its log, the best weights so far, and the states from which it can go on."""
 
     def __init__(
-        self, path: Path | None, settings: dict, processor: CLIPProcessor, keeps_states: bool, resume: bool, sinks: dict
+        self, path: Path | None, settings: dict, processor: CLIPProcessor, dtype, keeps_states: bool, resume: bool,
+        sinks: dict,
     ):
-        self.path, self.processor = None if path is None else Path(path), processor
+        self.path, self.processor, self.dtype = None if path is None else Path(path), processor, dtype
         self.best: HybridCLIP | None = None
         self.best_recall = -math.inf
+        self.keeps_states = self.path is not None and keeps_states
         self.states = None
-        if self.path is not None and keeps_states:
+        if self.keeps_states or self.path is not None and (self.path / "checkpoints").is_dir():
             self.states = Checkpoints(self.path / "checkpoints")
         self.start = None if self.states is None else self.states.latest()
         if self.start is not None and not resume:
@@ -89,7 +91,8 @@ class Run:
         """The state of the last checkpoint, with the feed set to where it was; `progress` as it was saved."""
         state, progress = self.states.restore(placed.pack(state), data=data)
         if progress["best_recall"] is not None:
-            self.best_recall, self.best = progress["best_recall"], load_clip(self.path / "best")[0]
+            self.best_recall = progress["best_recall"]
+            self.best = load_clip(self.path / "best", dtype=self.dtype)[0]
         return placed.unpack(state), progress
 
     def evaluate(
@@ -97,7 +100,9 @@ class Run:
     ) -> None:
         """Logs the validation recall, and keeps `model` where text to picture R@1 is the best yet (ties: the later)."""
         recall = {} if validation is None else validation_recall(model, self.processor, validation)
-        self.lines.log({**line, **recall})
+        line = {**line, **recall}
+        if line not in self.lines.history:  # it is, where a resumed run was killed before its next checkpoint
+            self.lines.log(line)
         if samples and validation is not None:
             figure = retrieval_sample(model, self.processor, validation, samples)
             self.lines.picture("retrieval", figure, line["step"])
@@ -159,12 +164,19 @@ def interruptible():
     The signals do not break into a step, whose old state is already given away. With several processes all stop after
     the same step. Outside the main thread, where no signal arrives, only that is asked.
     """
+
+    def ask(*_) -> None:
+        if several:
+            signal.raise_signal(signal.SIGTERM)  # JAX listens for it, and tells the other processes
+        else:
+            asked.set()
+
     asked, several = threading.Event(), jax.process_count() > 1
     main = threading.current_thread() is threading.main_thread()
-    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]  # JAX listens for SIGTERM itself then
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in caught} if main else {}
+    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, ask) for number in caught} if main else {}
     try:
         yield lambda step: multihost_utils.reached_preemption_sync_point(step) if several else asked.is_set()
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own, which Python cannot set

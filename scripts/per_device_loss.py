@@ -1,0 +1,132 @@
+"""What the ancestor's loss cost: each device's own pairs as negatives, against the whole batch, on the dictionary.
+
+    python scripts/per_device_loss.py    # 25 to 40 minutes on 2 cores; writes data/per_device_loss.json
+
+The run of 2021 computed the loss on each of eight devices over that device's pairs alone and averaged the eight
+gradients. Here mini is trained twice a seed: with the loss over the batch of 256, and with the mean of the losses of
+eight shares of 32. Weights to begin with, batches, augmentation, optimizer and number of steps are the same. Recipe
+and optimizer are those of the shipped checkpoint, with two exceptions: the pictures of one concept do not stand side
+by side, and there is no loss between pictures. Both need the whole batch, and the ancestor had neither.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Array, Bool, Float
+
+from clipid_utils import metrics, paths
+from clipid_utils.data.loader import load_pairs
+from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.inference.evaluate import versions
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.model.processor import CLIPProcessor, to_rgb
+from clipid_utils.training.fit import fit
+from clipid_utils.training.loss import clip_loss
+from clipid_utils.training.optimizers import muon
+from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
+
+DEVICES = 8
+SPLITS = ("validation", "unseen_artist", "unseen_concept")
+KS = (1, 5, 10)
+
+
+def per_device_loss(
+    image_embeds: Float[Array, "B E"], text_embeds: Float[Array, "B E"], scale: Float[Array, ""],
+    positives: Bool[Array, "B B"] | None = None, axis: str | None = None,
+) -> Float[Array, ""]:
+    """The mean of `clip_loss` over the shares of `DEVICES` devices, each by itself, on one device."""
+    assert axis is None and positives is not None
+    shares = [x.reshape(DEVICES, -1, x.shape[-1]) for x in (image_embeds, text_embeds)]  # [devices, b, E]
+    b = len(image_embeds) // DEVICES
+    own = np.arange(DEVICES)
+    blocks = positives.reshape(DEVICES, b, DEVICES, b)[own, :, own, :]  # [devices, b, b]
+    return jax.vmap(lambda images, texts, right: clip_loss(images, texts, scale, right))(*shares, blocks).mean()
+
+
+LOSSES = {"whole batch": clip_loss, "per device": per_device_loss}
+
+
+def text_ranks(model: HybridCLIP, processor: CLIPProcessor, rows: Dataset) -> tuple[np.ndarray, int]:
+    """The rank of the first right picture for each distinct name, by `evaluate`'s protocol, and how many pictures."""
+    concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
+    asked = list(dict.fromkeys(zip(concepts, names, strict=True)))
+    images = embed_images(model, processor, [to_rgb(image) for image in rows["image"]], progress=False)
+    similarity = embed_texts(model, processor, [name for _, name in asked]) @ images.T
+    right = metrics.same_key([concept for concept, _ in asked], concepts, ([name for _, name in asked], names))
+    return metrics.ranks(similarity, right), len(rows)
+
+
+def summary(ranks: dict[str, list[np.ndarray]], pictures: int) -> dict:
+    """Recall of each loss, a query's hits averaged over the seeds, and the difference query by query.
+
+    `ranks[loss]` holds the ranks of each seed. Intervals are bootstraps over the queries.
+    """
+    of_split: dict = {"queries": len(next(iter(ranks.values()))[0]), "candidates": pictures}
+    hits = {loss: {k: np.stack([metrics.hits_at_k(rank, k) for rank in seeds]) for k in KS}
+            for loss, seeds in ranks.items()}  # [seeds, queries]
+    for loss, of_k in hits.items():
+        of_split[loss] = {f"R@{k}": metrics.with_interval(hit.mean(axis=0)) | {"seeds": list(hit.mean(axis=1))}
+                          for k, hit in of_k.items()}
+    whole, parts = hits.values()
+    of_split["difference"] = {f"R@{k}": metrics.with_interval((whole[k] - parts[k]).mean(axis=0)) for k in KS}
+    return of_split
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(float(value), 4) if isinstance(value, float) else value
+
+
+def run(options: argparse.Namespace) -> dict:
+    """The whole experiment, as one dict."""
+    dictionary, started = load_picture_dictionary(), time.time()
+    train = load_pairs(dictionary["train"], SOURCE_SIZE)
+    config = dataclasses.replace(MINI, epochs=options.epochs, image_image=0.0, group_concepts=False, log_every=18,
+                                 evaluate_every=options.epochs)
+    ranks: dict = {split: {loss: [] for loss in LOSSES} for split in SPLITS}
+    pictures, last = {}, {loss: [] for loss in LOSSES}
+    for seed in range(options.seeds):
+        for name, loss in LOSSES.items():
+            model, processor = new_mini(train, seed=seed)
+            result = fit(model, processor, train, None, config, seed=seed, loss=loss, optimizer=muon, progress=False)
+            end = [line for line in result.history if "loss" in line][-1]
+            last[name].append({key: end[key] for key in ("step", "loss", "logit_scale")})
+            for split in SPLITS:
+                found, pictures[split] = text_ranks(result.model, processor, dictionary[split])
+                ranks[split][name].append(found)
+            print(f"seed {seed}, {name}: loss {end['loss']:.3f}, validation R@1 "
+                  f"{(ranks['validation'][name][-1] == 0).mean():.3f}, {(time.time() - started) / 60:.1f} minutes",
+                  flush=True)
+    settings = {"devices": DEVICES, "seeds": options.seeds, "optimizer": "muon", "fit": dataclasses.asdict(config)}
+    return {"settings": settings, "versions": versions(), "pictures": len(train),
+            "minutes": round((time.time() - started) / 60, 1), "end_of_training": last,
+            "text_to_image": {split: summary(ranks[split], pictures[split]) for split in SPLITS}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=paths.DATA / "per_device_loss.json")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    report = rounded(run(options))
+    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for split, found in report["text_to_image"].items():
+        for name in (*LOSSES, "difference"):
+            print(f"{split:14} {name:12} " + "  ".join(
+                f"{k} {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for k, cell in found[name].items()))
+    print(f"{report['minutes']:.1f} minutes, all figures in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

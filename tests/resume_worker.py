@@ -1,0 +1,253 @@
+"""One run of training for a process of its own: what test_resume.py kills and test_processes.py starts twice.
+
+`start` hands it to Python's fork server, which has imported all this once; JAX's devices are made after the fork.
+"""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+from datasets import load_dataset
+from PIL import Image
+from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
+
+from clipid_utils.data.captions import read_captions, write_captions
+from clipid_utils.data.loader import records_feed, stream_feed
+from clipid_utils.training import checkpoint
+from clipid_utils.training.checkpoint import Checkpoints
+from clipid_utils.training.distributed import jit_form, make_mesh
+from clipid_utils.training.fit import FitConfig, fit
+
+STEPS, BATCH, COUNT, LARGER = 18, 8, 24, 24
+# Three steps an epoch: lines at 3, 6, 9, …, evaluations at 6, 12, 18, checkpoints at 4, 8, 12, 16, 18. Some captions
+# are longer than 6 tokens, so that an alarm rings.
+CONFIG = FitConfig(
+    steps=STEPS, batch_size=BATCH, learning_rate=3e-3, caption_tokens=6, drop_path=0.2, evaluate_every=2, log_every=3,
+    checkpoint_every=4, average_decay=0.9,
+)
+
+
+def write_data(folder: Path) -> None:
+    """The same pictures as captions records and as two tars, JPEGs of several sizes."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(COUNT):
+        pixels = np.kron(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), np.ones((8 + number % 3, 8, 1), np.uint8))
+        Image.fromarray(pixels).save(folder / f"{number:02d}.jpg", quality=95)
+        concept = number % len(NAMES)
+        rows.append({"image_path": f"{number:02d}.jpg", "captions": [NAMES[concept], ", ".join(KEYWORDS[concept])]})
+    write_captions(rows, folder / "captions.jsonl")
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(shard * COUNT // 2, (shard + 1) * COUNT // 2):
+                caption = json.dumps({"captions": rows[number]["captions"]}).encode()
+                for name, content in ((f"{number:02d}.jpg", (folder / f"{number:02d}.jpg").read_bytes()),
+                                      (f"{number:02d}.json", caption)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def make_feed(kind: str, data: Path | None, processor, **share):
+    """The pairs in memory, or a feed of the records or the tars of `data`, and the config to it."""
+    if kind == "dictionary":
+        return tiny_pairs(COUNT, LARGER), CONFIG
+    datasets.config.HF_DATASETS_CACHE = data / "cache"
+    options = {"seed": 0, "length": CONFIG.caption_tokens, **share}
+    if kind == "records":
+        records = read_captions(data / "captions.jsonl")
+        return records_feed(records, processor.tokenize, LARGER, BATCH, **options), CONFIG
+    stream = load_dataset("webdataset", data_files=str(data / "*.tar"), split="train", streaming=True)
+    feed = stream_feed(stream, processor.tokenize, LARGER, BATCH, shuffle_window=10, **options)
+    return feed, dataclasses.replace(CONFIG, evaluate_every=6)
+
+
+def around(wrap, form=jit_form):
+    """A form of the step in which `wrap` gets the `Placed` step and returns another."""
+    return lambda make_update, mesh: wrap(form(make_update, mesh))
+
+
+def at_step(number: int, act):
+    """For `around`: calls `act()` when step `number` has been computed and before the loop has heard of it."""
+
+    def wrap(placed):
+        def step(state, batch):
+            done = int(np.asarray(state.step).max()) + 1
+            result = jax.block_until_ready(placed.step(state, batch))
+            if done == number:
+                act()
+            return result
+
+        return placed._replace(step=step)
+
+    return wrap
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait() -> None:
+    """For a signal, as a long step would be met by it."""
+    print("waiting", flush=True)
+    signal.pause()
+
+
+def die_in_save(number: int, point: str) -> None:
+    """From here on: killed in the save of step `number`, whose folder is made ("begun"), whose arrays are there
+    ("written"), or which is whole but for its name ("sealed")."""
+    sealed, save, finalize = checkpoint._Sealed, checkpoint._Sealed.async_save, checkpoint._Sealed.finalize
+
+    async def async_save(self, directory, *args, **options):
+        if point == "begun":
+            die()
+        return await save(self, directory, *args, **options)
+
+    def finalize_and_die(self, directory):
+        last = f"/{number}." in str(directory)  # the save before may not be over yet
+        if point == "sealed" or not last:
+            finalize(self, directory)
+        if last:
+            die()
+
+    sealed.async_save, sealed.finalize = async_save, finalize_and_die
+
+
+def die_in_best() -> None:
+    """From here on: killed in the middle of the next text file beside the best weights."""
+    write = Path.write_text
+
+    def write_half_and_die(self, text, *args, **options):
+        if "best" in self.parts:
+            write(self, text[: len(text) // 2], *args, **options)
+            die()
+        return write(self, text, *args, **options)
+
+    Path.write_text = write_half_and_die
+
+
+def train(
+    out: Path, kind: str = "dictionary", data: Path | None = None, *, resume: bool = False,
+    stopped: tuple[str, int] | None = None,
+) -> None:
+    """A run, or the rest of one; `stopped` says how and by which step it is killed, or waits for a signal."""
+    how, step = stopped or ("", 0)
+    act = {"": None, "step": die, "best": die_in_best, "wait": wait}.get(how, lambda: die_in_save(step, how))
+    clip = tiny_clip()
+    feed, config = make_feed(kind, data, clip[1])
+    fit(*clip, feed, tiny_pairs(), config, seed=0, out=out, resume=resume, progress=False, mesh=make_mesh(1),
+        form=around(at_step(step, act)))
+
+
+def prepare(cache: Path, devices: int = 1) -> None:
+    """JAX in a new process as the tests have it: on simulated devices, what was compiled once not compiled again."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    cache_compiled(cache)
+
+
+def cache_compiled(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _main(log: Path, cache: Path, devices: int, run, args, options) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    prepare(cache, devices)
+    run(*args, **options)
+    print("CPU", time.process_time())
+
+
+class Process:
+    """`run(*args, **options)` in a process of its own on so many devices; what it prints goes to the file `log`."""
+
+    def __init__(self, run, *args, log: Path, cache: Path, devices: int = 1, **options):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["resume_worker"])
+        self.log = log
+        self.process = context.Process(target=_main, args=(log, cache, devices, run, args, options), daemon=True)
+        self.process.start()
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.is_file() else ""
+
+    def ends(self, code: int, timeout: float = 300) -> str:
+        """What it printed, once it has ended, with this exit code."""
+        self.process.join(timeout)  # no judgement of its speed: a process that hangs ends the test
+        text = self.output()
+        if self.process.exitcode != code:
+            ended = self.process.exitcode
+            self.process.kill()
+            raise AssertionError(f"the process ended with {ended}, not {code}:\n{text[-6000:]}")
+        return text
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+
+# --- What a run leaves behind --------------------------------------------------------------------------------------
+
+
+def lines(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock says."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("examples_per_second", "data_wait_fraction")
+    return [{key: value for key, value in line.items() if key not in timed}
+            for line in found if line.get("alarm") != "data_wait"]
+
+
+def last_state(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of the last checkpoint by their names: parameters, average, optimizer, step, key."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        notes = last_notes(folder)
+        like = {name: _shape(text) for name, text in notes["leaves"].items()}
+        restored, _ = checkpoints.restore(like)
+    return {name: np.asarray(jax.random.key_data(leaf) if name in notes["keys"] else leaf)
+            for name, leaf in restored.items()}
+
+
+def _shape(text: str) -> jax.ShapeDtypeStruct:
+    """Of "float32[2, 3]"."""
+    if text.startswith("key"):
+        return jax.eval_shape(lambda: jax.random.key(0))
+    kind, _, sides = text.rstrip("]").partition("[")
+    return jax.ShapeDtypeStruct([int(side) for side in sides.split(",") if side], jnp.dtype(kind))
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder."""
+    there = (folder / "checkpoints").iterdir() if (folder / "checkpoints").is_dir() else []
+    return sorted(int(path.name) for path in there if path.name.isdecimal())
+
+
+def last_notes(folder: Path) -> dict:
+    """What stands beside the arrays of the last checkpoint: place in the data, counts, best recall."""
+    return json.loads((folder / "checkpoints" / str(steps(folder)[-1]) / "state" / "run.json").read_text())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: the last state, the data's place, the best weights, the lines of the log."""
+    assert steps(one) == steps(other)
+    ours, theirs = last_notes(one), last_notes(other)
+    assert ours["data"] == theirs["data"] and ours["extra"]["truncated"] == theirs["extra"]["truncated"]
+    ours, theirs = last_state(one), last_state(other)
+    for name, value in theirs.items():
+        assert ours[name].tobytes() == value.tobytes(), name
+    for line, expected in zip(lines(one), lines(other), strict=True):
+        assert line == expected, (line, expected)
+    assert (one / "best" / "model.safetensors").read_bytes() == (other / "best" / "model.safetensors").read_bytes()
