@@ -1,0 +1,139 @@
+"""Target tokens per second of beam search, in turns with MarianMTModel.generate of transformers on torch.
+
+Both sides: one model, of opus-mt's size and random weights, one list of token ids, the same beam, and as many steps,
+since the shortest and the longest translation have one length. Ours is CTranslate2 as `Translator` opens it, in int8,
+or in float32 as torch has it; theirs is float32, or bfloat16 where the size says so. The sides alternate, as turns.py
+has it. At the end stand hours and cost for many captions, from the rate measured here.
+
+    python benchmarks/bench_translate.py [--rounds 3] [--sizes opus_mt_beam4 …] [--out build/bench/translate.json]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import turns
+
+SOURCE, TARGET, SENTENCES = 24, 26, 64  # tokens of a caption on either side, as of CC12M's, and captions a run
+SIZES = {  # target tokens a run, timed runs a round
+    "opus_mt_beam4": (SENTENCES * TARGET, 2),
+    "opus_mt_beam1": (SENTENCES * TARGET, 2),
+    "opus_mt_beam4_float32": (SENTENCES * TARGET, 2),  # ours in torch's precision
+    "opus_mt_beam4_bfloat16": (SENTENCES * TARGET, 2),  # torch in the precision that some CPUs are fast in
+}
+CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
+    "vocab_size": 54796, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "max_position_embeddings": 512,
+    "activation_function": "swish", "scale_embedding": True, "pad_token_id": 54795, "eos_token_id": 0,
+    "decoder_start_token_id": 54795, "forced_eos_token_id": 0,
+}
+CAPTIONS = 12_000_000
+CORE_HOUR = 0.04  # US dollars, about what clouds ask for a core of a large machine on demand; yours may differ
+EFFICIENCY = {2: 1.0, 16: 0.9, 96: 0.7}  # assumed of each core, beside the two measured: they share memory and clock
+
+
+def beam(size: str) -> int:
+    return int(size.split("beam")[1][0])
+
+
+def sentences() -> np.ndarray:
+    return np.random.default_rng(0).integers(2, CONFIG["vocab_size"] - 1, (SENTENCES, SOURCE))
+
+
+def ours(size: str):
+    """A function that translates all sentences."""
+    import ctranslate2
+
+    from clipid_utils.data.translate import Translator
+
+    folder = Path("build/bench/opus_size")
+    if not (folder / "vocab.json").is_file():
+        write_random_model(folder)
+    translator = Translator(folder, beam=beam(size), device="cpu")
+    if size.endswith("float32"):
+        from clipid_utils.data.marian import converted_folder
+
+        translator.engine = ctranslate2.Translator(
+            str(converted_folder(folder, "float32")), inter_threads=translator.workers, intra_threads=1)
+    ids = [[f"t{token}" for token in row] + ["</s>"] for row in sentences()]
+    size = max(1, translator.batch_tokens // SOURCE)  # as the Translator cuts batches
+    batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+
+    def run():
+        running = [translator.engine.translate_batch(
+            batch, asynchronous=True, beam_size=translator.beam, min_decoding_length=TARGET, max_decoding_length=TARGET,
+        ) for batch in batches]
+        assert all(len(result.result().hypotheses[0]) == TARGET for batch in running for result in batch)
+
+    return run
+
+
+def write_random_model(folder: Path) -> None:
+    """The folder of a Marian model with random weights; its pieces are those of the model in data/translator."""
+    import shutil
+
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    from clipid_utils.data.translate import OURS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    MarianMTModel(MarianConfig(**CONFIG)).save_pretrained(folder)
+    for name in ("source.spm", "target.spm"):
+        shutil.copyfile(OURS / name, folder / name)
+    tokens = ["</s>", "<unk>", *(f"t{number}" for number in range(2, CONFIG["vocab_size"] - 1)), "<pad>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+
+
+def theirs(size: str):
+    """The same on torch, in one batch and in eval mode."""
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if size.endswith("bfloat16") else torch.float32
+    model = MarianMTModel(MarianConfig(**CONFIG)).eval().to(dtype)
+    ids = torch.from_numpy(np.concatenate([sentences(), np.zeros((SENTENCES, 1), np.int64)], axis=1))
+
+    def run():
+        with torch.inference_mode():
+            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beam(size),
+                                  do_sample=False, min_new_tokens=TARGET, max_new_tokens=TARGET)
+        assert made.shape == (SENTENCES, TARGET + 1)  # the first starts the decoder
+
+    return run
+
+
+def costs(tokens_per_second: float, cores: int) -> list[dict]:
+    """Hours and dollars for CAPTIONS, from the rate that `cores` have here."""
+    rows = []
+    for count, efficiency in EFFICIENCY.items():
+        hours = CAPTIONS * TARGET / (tokens_per_second / cores * count * efficiency) / 3600
+        rows.append({"cores": count, "efficiency": efficiency, "hours": round(hours, 1),
+                     "dollars": round(hours * count * CORE_HOUR)})
+    return rows
+
+
+def main() -> None:
+    turns.main(__file__, __doc__, SIZES, {"ours": ours, "theirs": theirs}, "build/bench/translate.json")
+    if "--worker" in sys.argv:
+        return
+    from clipid_utils.data.translate import usable_cores
+
+    out = Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "build/bench/translate.json")
+    report = json.loads(out.read_text())
+    if "opus_mt_beam4" in report:
+        rate = report["opus_mt_beam4"]["median"]["ours"]
+        report["costs"] = costs(rate, usable_cores())
+        print(f"\n{CAPTIONS:,} captions of {TARGET} tokens, beam 4, at {rate:.0f} tokens/s on {usable_cores()} cores:")
+        for row in report["costs"]:
+            print(f"{row['cores']:4} cores at {row['efficiency']:.0%} of that each: {row['hours']:8.1f} h, "
+                  f"{row['dollars']} $ at {CORE_HOUR} $ a core and hour")
+        print(f"a GPU of R tokens/s at P $ an hour: {CAPTIONS * TARGET / 3600:,.0f} / R hours, times P $; not measured")
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

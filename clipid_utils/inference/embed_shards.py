@@ -1,0 +1,44 @@
+"""The pictures of a Parquet table as vectors beside them: a function for `clipid_utils.data.scale.map_shards`."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from clipid_utils.model.convert import load_clip
+from clipid_utils.model.embed import embed_images
+
+
+class EmbedPictures:
+    """Adds `image_embeds`, a list of float32 of unit length, to a table with pictures in `image` or `image_path`.
+
+    `checkpoint` is what `load_clip` takes; a relative path starts at `root`. `image` holds a picture's bytes, or
+    {"bytes", "path"} as `datasets` stores it. A picture that cannot be read gets a null, so that no row is lost.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike, root: str | os.PathLike = ".", batch_size: int = 64):
+        self.model, self.processor = load_clip(checkpoint)
+        self.root, self.batch_size = Path(root), batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        name = next((name for name in ("image", "image_path") if name in table.column_names), None)
+        if name is None:
+            raise ValueError(f"the rows have the columns {', '.join(table.column_names)}, neither image nor image_path")
+        pictures = [self._opened(value) for value in table[name].to_pylist()]
+        readable = [picture for picture in pictures if picture is not None]
+        found = iter(embed_images(self.model, self.processor, readable, self.batch_size, progress=False))
+        vectors = [None if picture is None else np.asarray(next(found), np.float32) for picture in pictures]
+        return table.append_column("image_embeds", pa.array(vectors, pa.list_(pa.float32())))
+
+    def _opened(self, value) -> Image.Image | None:
+        if isinstance(value, dict):
+            value = value["bytes"] or value["path"]
+        try:
+            picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else self.root / value)
+            picture.load()
+            return picture
+        except (OSError, TypeError, ValueError, Image.DecompressionBombError):
+            return None

@@ -1,0 +1,273 @@
+"""Trains the small English to Indonesian model of data/translator, converts it, and measures it.
+
+    .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour of one core
+    .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip gate
+
+A Marian model in Hugging Face's form: the same code that serves opus-mt converts and runs it. It learns from the human
+pairs of translator_corpus.py and from sentences made of them; each way of making some is also trained without for a
+while, and what the validation pairs say to that is recorded. The float weights go to build/translator, the int8 ones,
+the card's figures (metrics.json) and the pieces to data/translator.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from tqdm.auto import tqdm
+from transformers import MarianConfig, MarianMTModel, MarianTokenizer
+from translator_corpus import Corpus, Maker, Pair, read_corpus, word_by_word
+
+from clipid_utils.data.marian import convert
+from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.data.translate import Translator
+from clipid_utils.metrics import bootstrap_interval
+from clipid_utils.paths import DATA
+
+BUILD = Path("build/translator")
+# How often a sentence is drawn by which way; "cased" and "sampled" say how it is written and cut into pieces.
+SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.25, "swap": 0.35}
+WAYS = {  # of making more sentences of the same words, one more each
+    "human pairs alone": (),
+    "+ other capitals, sampled pieces": ("cased", "sampled"),
+    "+ keywords and templates": ("cased", "sampled", "keyword", "template"),
+    "+ swapped words": ("cased", "sampled", "keyword", "template", "swap"),
+}
+ALL = WAYS["+ swapped words"]
+
+
+def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
+    """One SentencePiece model for both languages, so that a name is the same pieces in both; returns the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "source"), vocab_size=size, hard_vocab_limit=False,
+        character_coverage=1.0, split_digits=True, minloglevel=2,
+    )
+    (folder / "source.model").replace(folder / "source.spm")
+    (folder / "source.vocab").unlink()
+    shutil.copyfile(folder / "source.spm", folder / "target.spm")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
+    pieces = [model.id_to_piece(number) for number in range(3, model.vocab_size())]
+    vocabulary = {piece: number for number, piece in enumerate(["</s>", "<unk>", *pieces, "<pad>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    return vocabulary
+
+
+class Batches:
+    """Batches of (source, labels) [B, L], drawn without end; sentences of a length together."""
+
+    def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], ways, options):
+        self.rng = np.random.default_rng(options.seed)
+        self.maker, self.ways, self.tokens = Maker(corpus, self.rng), ways, options.tokens
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
+        self.vocabulary, self.reverse = vocabulary, options.reverse
+        shares = {way: share for way, share in SHARES.items() if way in ("name", "caption", *ways)}
+        self.names, self.odds = list(shares), np.array(list(shares.values())) / sum(shares.values())
+
+    def encode(self, text: str) -> list[int]:
+        sampled = "sampled" in self.ways and self.rng.random() < 0.5
+        options = {"enable_sampling": True, "alpha": 0.2, "nbest_size": -1} if sampled else {}
+        pieces = self.pieces.encode(text, out_type=str, **options)
+        return [self.vocabulary.get(piece, 1) for piece in pieces] + [0]
+
+    def pair(self) -> Pair:
+        pair = getattr(self.maker, self.names[self.rng.choice(len(self.names), p=self.odds)])()
+        pair = self.maker.cased(pair) if "cased" in self.ways else pair
+        return pair[::-1] if self.reverse else pair
+
+    def __iter__(self):
+        while True:
+            pairs = [tuple(map(self.encode, self.pair())) for _ in range(1500)]
+            pairs.sort(key=lambda pair: max(map(len, pair)))
+            batches = [[]]
+            for pair in pairs:
+                if (len(batches[-1]) + 1) * max(map(len, pair)) > self.tokens:
+                    batches.append([])
+                batches[-1].append(pair)
+            for index in self.rng.permutation(len(batches)):
+                yield tuple(self.padded(side) for side in zip(*batches[index], strict=True))
+
+    def padded(self, rows) -> torch.Tensor:
+        array = np.full((len(rows), max(map(len, rows))), self.vocabulary["<pad>"])
+        for row, ids in zip(array, rows, strict=True):
+            row[: len(ids)] = ids
+        return torch.from_numpy(array)
+
+
+def new_model(vocabulary: dict[str, int], options) -> MarianMTModel:
+    torch.manual_seed(options.seed)
+    pad = vocabulary["<pad>"]
+    width = options.width
+    return MarianMTModel(MarianConfig(
+        vocab_size=len(vocabulary), d_model=width, encoder_layers=options.layers, decoder_layers=options.layers,
+        encoder_attention_heads=options.heads, decoder_attention_heads=options.heads, encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width, max_position_embeddings=256, activation_function="swish", scale_embedding=True,
+        dropout=options.dropout, attention_dropout=0.1, activation_dropout=0.1, init_std=0.02, pad_token_id=pad,
+        eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad, num_beams=4, max_length=256,
+    ))
+
+
+def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
+    """Trains a model for so many steps and writes its averaged weights as a folder of Hugging Face's form."""
+    pairs = [*corpus.names["train"], *corpus.captions["train"], *corpus.keywords]
+    texts = [text for pair in pairs for side in pair for text in ([side] if isinstance(side, str) else side)]
+    vocabulary = write_pieces(folder, texts, options.vocabulary)
+    model = new_model(vocabulary, options)
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, ways, options))
+    bar = tqdm(range(steps), desc=folder.name)
+    for step in bar:
+        fraction = min((step + 1) / options.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = options.rate * fraction
+        source, labels = next(batches)
+        shifted = torch.cat([torch.full((len(labels), 1), pad), labels[:, :-1]], dim=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=source, attention_mask=source != pad, decoder_input_ids=shifted).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=pad,
+                                                 label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                average[name].lerp_(value, 1 - decay)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.load_state_dict(average, strict=False)
+    model.save_pretrained(folder)
+    files = (str(folder / name) for name in ("source.spm", "target.spm", "vocab.json"))
+    MarianTokenizer(*files).save_pretrained(folder)
+    return folder
+
+
+def scores(found: list[str], expected: list[str]) -> dict:
+    """chrF and BLEU of the corpus with their signatures, and chrF's 95% interval over sentences drawn anew."""
+    chrf, bleu = CHRF(), BLEU()
+    low, high = bootstrap_interval(
+        np.arange(len(found)), samples=300,
+        statistic=lambda rows: chrf.corpus_score([found[i] for i in rows], [[expected[i] for i in rows]]).score)
+    return {"chrF": {"value": chrf.corpus_score(found, [expected]).score, "low": low, "high": high},
+            "BLEU": bleu.corpus_score(found, [expected]).score, "sentences": len(found),
+            "exact": float(np.mean([f.lower() == e.lower() for f, e in zip(found, expected, strict=True)])),
+            "signatures": [str(chrf.get_signature()), str(bleu.get_signature())]}
+
+
+def translated(translate, pairs: list[Pair]) -> list[str]:
+    return [translation.text for translation in translate([source for source, _ in pairs])]
+
+
+def measured(folder: Path, sets: dict[str, list[Pair]]) -> dict:
+    """The scores on each set after conversion to int8, with beam 4: as the model is used."""
+    convert(folder, folder / "int8", "int8")
+    translate = Translator(folder / "int8")
+    return {name: scores(translated(translate, pairs), [target for _, target in pairs]) for name, pairs in sets.items()}
+
+
+def examples(translate, baseline, pairs: list[Pair]) -> dict:
+    """Sentences of four words and more with what became of them: the five of best, of middling and of worst chrF."""
+    pairs = [pair for pair in pairs if pair[0].count(" ") > 2]
+    found, chrf = translated(translate, pairs), CHRF()
+    rows = [{"source": source, "expected": target, "found": text, "word_by_word": baseline(source),
+             "chrF": round(chrf.sentence_score(text, [target]).score, 1)}
+            for (source, target), text in zip(pairs, found, strict=True)]
+    rows.sort(key=lambda row: -row["chrF"])
+    middle = len(rows) // 2
+    return {"good": rows[:5], "middling": rows[middle - 2 : middle + 3], "bad": rows[-5:]}
+
+
+def report(folder: Path, corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
+    """The figures on the test pairs beside the baseline's, with examples."""
+    model, found = measured(folder, sets), {}
+    if options.reverse:
+        corpus = reversed_corpus(corpus)
+    baseline = word_by_word(corpus)
+    for name, pairs in sets.items():
+        plain = scores([baseline(source) for source, _ in pairs], [target for _, target in pairs])
+        found[name] = {"model": model[name], "word_by_word": plain}
+    translate = Translator(folder / "int8")
+    return {"test": found, "examples": {name: examples(translate, baseline, pairs) for name, pairs in sets.items()}}
+
+
+def reversed_corpus(corpus: Corpus) -> Corpus:
+    def turned(pairs):
+        return [pair[::-1] for pair in pairs]
+
+    return Corpus({split: turned(pairs) for split, pairs in corpus.names.items()},
+                  {split: turned(pairs) for split, pairs in corpus.captions.items()}, {}, turned(corpus.keywords))
+
+
+def compare_ways(corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
+    """What the validation pairs say to a smaller model, trained as long with one more way each time."""
+    small = argparse.Namespace(**{**vars(options), "width": 128, "warmup": 100})
+    found = {}
+    for number, (name, ways) in enumerate(WAYS.items()):
+        folder = train(corpus, BUILD / f"way-{number}", ways, options.way_steps, small)
+        figures = measured(folder, sets)
+        found[name] = {split: {"chrF": figures[split]["chrF"], "BLEU": figures[split]["BLEU"]} for split in sets}
+        print(name, {split: round(figures[split]["chrF"]["value"], 1) for split in sets}, flush=True)
+    return {"steps": options.way_steps, "width": 128, "validation": found}
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="data/translator, or data/translator-back for --reverse")
+    parser.add_argument("--reverse", action="store_true", help="Indonesian to English")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--way-steps", type=int, default=600, help="of each model that compares the ways; 0 for none")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on either side")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    out = options.out or DATA / ("translator-back" if options.reverse else "translator")
+    corpus = read_corpus(load_picture_dictionary())
+    turned = reversed_corpus(corpus) if options.reverse else corpus
+    choosing, testing = ({"captions": turned.captions[split], "names": turned.names[split]}
+                         for split in ("validation", "test"))
+    ways = compare_ways(corpus, choosing, options) if options.way_steps else None
+    started, cpu = time.time(), time.process_time()
+    folder = train(corpus, BUILD / out.name, ALL, options.steps, options)
+    seconds = {"wall": round(time.time() - started), "cpu": round(time.process_time() - cpu)}
+    found = report(folder, corpus, testing, options)
+    for split, names in found["test"].items():
+        print(split, {name: (round(row["chrF"]["value"], 1), round(row["BLEU"], 1)) for name, row in names.items()})
+    figures = {
+        "settings": {key: value for key, value in vars(options).items() if key not in ("out", "threads")},
+        "seconds": seconds, "versions": {library.__name__: library.__version__ for library in (torch, sentencepiece)},
+        "pairs": {"names": {split: len(pairs) for split, pairs in corpus.names.items()},
+                  "captions": {split: len(pairs) for split, pairs in corpus.captions.items()}},
+        "validation": {name: row for name, row in measured(folder, choosing).items()}, "ways": ways, **found,
+    }
+    shutil.copytree(folder / "int8", out, dirs_exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(rounded(figures), indent=1, ensure_ascii=False) + "\n",
+                                      encoding="utf-8")
+    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

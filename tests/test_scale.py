@@ -1,0 +1,160 @@
+"""Shards through a Ray cluster on this machine: with workers that die, and with runs that are begun anew."""
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tiny import tiny_clip
+from tiny_marian import ENGLISH, tiny_marian
+
+from clipid_utils.data import marian
+from clipid_utils.data.scale import TranslateTable, map_shards
+from clipid_utils.data.translate import Translator, translate_rows
+from clipid_utils.inference.embed_shards import EmbedPictures
+from clipid_utils.model.convert import save_clip
+from clipid_utils.model.embed import embed_images
+
+try:
+    import ray
+except ModuleNotFoundError:
+    ray = None
+
+needs_ray = pytest.mark.skipif(ray is None, reason="Ray is not installed: pip install .[scale]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers' room. Their processes find the modules that these tests find."""
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(here), str(here.parent)])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+class DiesOnce:
+    """`TranslateTable`, whose process is killed in the middle of one shard, the first time that it is there."""
+
+    def __init__(self, model: str, marker: str):
+        self.translate, self.marker = TranslateTable(model), Path(marker)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        made = self.translate(table)
+        if table["id"][0].as_py() == 30 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+
+class Uneven:
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return table.slice(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return marian.converted_folder(tiny_marian(tmp_path_factory.mktemp("marian") / "hf"), "int8",
+                                   tmp_path_factory.mktemp("converted"))
+
+
+def write_shards(folder: Path, count: int = 8, rows: int = 10) -> list[Path]:
+    folder.mkdir()
+    for shard in range(count):
+        ids = range(shard * rows, (shard + 1) * rows)
+        captions = [[ENGLISH[i % 12], f"{ENGLISH[i % 7]} and {ENGLISH[i % 5]}"] for i in ids]
+        table = pa.table({"id": ids, "captions": captions, "image_path": [f"pictures/{i}.jpg" for i in ids]})
+        pq.write_table(table, folder / f"part-{shard:05}.parquet")
+    return sorted(folder.glob("*.parquet"))
+
+
+def read_shards(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@needs_ray
+def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path):
+    shards = write_shards(tmp_path / "english")
+    options = {"model": str(model), "marker": str(tmp_path / "died")}
+    assert map_shards(shards, tmp_path / "out", DiesOnce, options, workers=2, progress=False) == 80
+    assert (tmp_path / "died").exists()
+    made = read_shards(tmp_path / "out")
+    assert [row["id"] for row in made] == list(range(80))
+    translator = Translator(model)
+    for shard in shards:  # the same as one machine's function makes of each
+        translate_rows(shard, tmp_path / "alone" / shard.stem, translator, progress=False)
+    alone = [row for shard in shards for row in read_shards(tmp_path / "alone" / shard.stem)]
+    for here, there in zip(made, alone, strict=True):
+        assert os.path.normpath(tmp_path / "out" / here.pop("image_path")) == os.path.normpath(
+            tmp_path / "alone" / "part-00000" / there.pop("image_path"))
+        assert here == there
+    # A second run, on whom two shards are left, makes just these
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    for name in ("part-00002.parquet", "part-00005.parquet"):
+        (tmp_path / "out" / name).unlink()
+    assert map_shards(shards, tmp_path / "out", DiesOnce, options, workers=1, progress=False) == 80
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    assert {name for name in after if after[name] != before[name]} == {"part-00002.parquet", "part-00005.parquet"}
+    assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(80))
+    with pytest.raises(ValueError, match="part-00000.parquet was made with .*name another folder"):
+        map_shards(shards, tmp_path / "out", TranslateTable, {"model": str(model)})
+
+
+@needs_ray
+def test_pictures_are_embedded_and_one_that_is_broken_loses_no_row(cluster, tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    rng, pictures = np.random.default_rng(0), []
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        rows = []
+        for _ in range(5):
+            pictures.append(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
+            pictures[-1].save(data := io.BytesIO(), "PNG")
+            rows.append({"bytes": data.getvalue(), "path": None})
+        rows.insert(2, {"bytes": b"<svg/>", "path": None})
+        pq.write_table(pa.table({"image": rows}), tmp_path / "in" / f"{shard}.parquet")
+    shards = sorted((tmp_path / "in").glob("*.parquet"))
+    options = {"checkpoint": str(tmp_path / "clip")}
+    assert map_shards(shards, tmp_path / "out", EmbedPictures, options, progress=False) == 12
+    vectors = [row["image_embeds"] for row in read_shards(tmp_path / "out")]
+    assert vectors[2] is None and vectors[8] is None
+    found = np.array([vector for vector in vectors if vector is not None], np.float32)
+    np.testing.assert_allclose(found, embed_images(clip, processor, pictures, progress=False), atol=1e-5)
+
+
+@needs_ray
+def test_a_function_that_loses_a_row_is_caught(cluster, tmp_path):
+    with pytest.raises(Exception, match="10 rows went in and 9 came out"):
+        map_shards(write_shards(tmp_path / "in", 1), tmp_path / "out", Uneven, {}, progress=False)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_without_ray_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .\[scale\]"):
+        map_shards([], tmp_path, TranslateTable, {})
+
+
+@needs_ray
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two shards have the same name"):
+        map_shards([tmp_path / "a" / "0.parquet", tmp_path / "b" / "0.parquet"], tmp_path / "out", TranslateTable, {})
+
+
+def test_pictures_by_path_start_at_the_root(tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    embed = EmbedPictures(tmp_path / "clip", root=tmp_path)
+    table = embed(pa.table({"image_path": ["a.png", "gone.png", None]}))
+    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
+    with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
+        embed(pa.table({"x": [1]}))
