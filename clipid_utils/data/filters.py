@@ -264,8 +264,8 @@ class NearIndex:
     """Signatures by number, found again by near copies of them without comparing all with all.
 
     FAISS looks a perceptual hash up in four tables of 16 bits each: hashes that differ in at most 11 of 64 bits differ
-    in at most 2 of some 16, so that none is missed and few others are looked at. The hashes are in memory, about 100
-    bytes each; the thumbnails, 3 kB each, in a temporary file.
+    in at most 2 of some 16, so that none is missed and few others are looked at. In memory are the hashes and numbers;
+    the thumbnails, 3 kB each, are in a temporary file.
     """
 
     RECORD = np.dtype([("hash", "<u8"), ("thumbnail", "u1", (32, 32, 3))])
