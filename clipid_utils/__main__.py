@@ -1,4 +1,4 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | check | download | train | evaluate`."""
+"""The course's long runs in a shell: `python -m clipid_utils prepare | check | download | translate | …`."""
 
 import argparse
 import json
@@ -45,6 +45,19 @@ def download(options: argparse.Namespace) -> None:
     print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
 
 
+def translate(options: argparse.Namespace) -> None:
+    from clipid_utils.data.translate import OURS, Translator, translate_rows
+
+    try:
+        translator = Translator(options.model or OURS, beam=options.beam, device=options.device)
+        report = translate_rows(options.file, options.folder, translator, column=options.column)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where it stopped") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"{report}\n{options.folder}: part-*.parquet; dropped are the captions that stayed English, each marked so")
+
+
 def train_mini(options: argparse.Namespace) -> None:
     from clipid_utils.data.picture_dictionary import load_picture_dictionary
     from clipid_utils.training.recipes import train_mini
@@ -82,6 +95,15 @@ def main() -> None:
     command.add_argument("--per-host", type=int, default=4, help="connections to one host at once")
     command.add_argument("--interval", type=float, default=0.1, help="seconds between two requests to one host")
     command.set_defaults(run=download)
+    command = commands.add_parser("translate", help="English captions into Indonesian; again: what is not done yet")
+    command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
+    command.add_argument("folder", type=Path, help="where the Parquet shards go")
+    command.add_argument("--model", default=None, help="a folder or an id such as Helsinki-NLP/opus-mt-en-id; by "
+                         "default the small model of data/translator")
+    command.add_argument("--column", default="captions", help="the one with the English")
+    command.add_argument("--beam", type=int, default=4)
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    command.set_defaults(run=translate)
     command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)

@@ -63,8 +63,8 @@ def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
 class Batches:
     """Batches of (source, labels) [B, L], drawn without end; sentences of a length together."""
 
-    def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], ways, options):
-        self.rng = np.random.default_rng(options.seed)
+    def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], ways, start: int, options):
+        self.rng = np.random.default_rng([options.seed, start])
         self.maker, self.ways, self.tokens = Maker(corpus, self.rng), ways, options.tokens
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
         self.vocabulary, self.reverse = vocabulary, options.reverse
@@ -122,9 +122,20 @@ def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
     model = new_model(vocabulary, options)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, ways, options))
-    bar = tqdm(range(steps), desc=folder.name)
+    kept, start = folder / f"state-{steps}.pt", 0
+    if kept.is_file():  # an interrupted run goes on, with other sentences than it would have had
+        state = torch.load(kept)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average = state["average"]
+    pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, ways, start, options))
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=10)
     for step in bar:
+        if step > start and step % 200 == 0:
+            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "average": average}, kept.with_suffix(".partial"))
+            os.replace(kept.with_suffix(".partial"), kept)
         fraction = min((step + 1) / options.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = options.rate * fraction
         source, labels = next(batches)
@@ -147,6 +158,7 @@ def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
     model.save_pretrained(folder)
     files = (str(folder / name) for name in ("source.spm", "target.spm", "vocab.json"))
     MarianTokenizer(*files).save_pretrained(folder)
+    kept.unlink(missing_ok=True)
     return folder
 
 

@@ -98,11 +98,12 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path)
     # A second run, on whom two shards are left, makes just these
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     for name in ("part-00002.parquet", "part-00005.parquet"):
-        (tmp_path / "out" / name).unlink()
+        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.123.partial")  # as if they had died in writing
     assert map_shards(shards, tmp_path / "out", DiesOnce, options, workers=1, progress=False) == 80
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert {name for name in after if after[name] != before[name]} == {"part-00002.parquet", "part-00005.parquet"}
     assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(80))
+    assert not list((tmp_path / "out").glob("*.partial"))
     with pytest.raises(ValueError, match="part-00000.parquet was made with .*name another folder"):
         map_shards(shards, tmp_path / "out", TranslateTable, {"model": str(model)})
 

@@ -400,3 +400,21 @@ def test_bad_rows_are_named(tmp_path):
         list(read_tables(path, 1))
     with pytest.raises(ValueError, match="records: in rows 2 to 2: the key 'x', which the rows before have not"):
         list(read_tables([{"a": 1}, {"a": 1, "x": 2}], 1))
+
+
+def test_the_command(folder, tmp_path, monkeypatch, capsys):
+    from clipid_utils.__main__ import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clipid_utils", "translate", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows(20))))
+    said = run(tmp_path / "a.jsonl", tmp_path / "out", "--model", folder, "--beam", 2, "--device", "cpu")
+    kept = sum(mark == "" for row in read_shards(tmp_path / "out") for mark in row["captions_mark"])
+    assert f" {kept} kept, " in said and "stayed English" in said
+    with pytest.raises(SystemExit, match="was made with beam 2, and now it is 4"):
+        run(tmp_path / "a.jsonl", tmp_path / "out", "--model", folder)
+    with pytest.raises(SystemExit, match="no 'title': name the English's"):
+        run(tmp_path / "a.jsonl", tmp_path / "other", "--model", folder, "--column", "title")

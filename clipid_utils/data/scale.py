@@ -58,8 +58,8 @@ def map_shards(
     `make` and `options` are sent to the workers, each of which calls it once: by default as many as the cluster has
     room for, with `cores` cores and `gpus` GPUs each. `out`, the shards and a model's folder lie where all nodes see
     them. A relative `image_path` then starts at `out`. Ray is started here where it is not yet. Shards that are there
-    already are left as they are; raises ValueError where one was made by another `make` or with other options, or where
-    two have the same name, and ModuleNotFoundError without Ray.
+    already are left as they are, so that one call at a time may write to `out`. Raises ValueError where one was made by
+    another `make` or with other options, or where two have the same name, and ModuleNotFoundError without Ray.
     """
     try:
         import ray
@@ -71,6 +71,8 @@ def map_shards(
     if len({shard.name for shard in shards}) != len(shards):
         raise ValueError("two shards have the same name, and would become one: rename them, or map folder by folder")
     out.mkdir(parents=True, exist_ok=True)
+    for partial in out.glob("*.partial"):  # of workers that died while they wrote
+        partial.unlink()
     settings = _settings(make, options)
     left = [shard for shard in shards if not _is_made(out / shard.name, settings)]
     rows = sum(pq.read_metadata(out / shard.name).num_rows for shard in shards if shard not in left)
