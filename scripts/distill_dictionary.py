@@ -25,7 +25,7 @@ from clipid_utils.data.ahead import Steps, usable_threads
 from clipid_utils.data.captions import flip_allowed, sample_caption
 from clipid_utils.data.loader import Feed, PicturePairs, load_pairs
 from clipid_utils.data.picture_dictionary import load_picture_dictionary
-from clipid_utils.inference.evaluate import retrieval_both_ways, versions
+from clipid_utils.inference.evaluate import retrieval_both_ways, rounded, versions
 from clipid_utils.model.clip import HybridCLIP, TextEncoder
 from clipid_utils.model.config import PRESETS
 from clipid_utils.model.embed import embed_pixels
@@ -118,14 +118,6 @@ def find(model: HybridCLIP, processor: CLIPProcessor, rows: Dataset, pixels: np.
     return {key: found[key] for key in ("R@1", "R@10", "queries", "candidates")}
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def run(options: argparse.Namespace) -> dict:
     """The whole experiment, as one dict."""
     dictionary, seed, minutes, started = load_picture_dictionary(), options.seed, {}, time.time()
@@ -191,7 +183,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=6000, help="the student's, of both languages")
     parser.add_argument("--pictures", type=int, help="fewer pictures to train on, for a trial")
     options = parser.parse_args()
-    report = rounded(run(options))
+    report = rounded(run(options), 4)
     options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for split, figures in report["text_to_image"].items():
         for name, found in figures.items():

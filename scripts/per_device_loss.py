@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from clipid_utils import metrics, paths
 from clipid_utils.data.loader import load_pairs
 from clipid_utils.data.picture_dictionary import load_picture_dictionary
-from clipid_utils.inference.evaluate import versions
+from clipid_utils.inference.evaluate import rounded, versions
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_images, embed_texts
 from clipid_utils.model.processor import CLIPProcessor, to_rgb
@@ -79,14 +79,6 @@ def summary(ranks: dict[str, list[np.ndarray]], pictures: int) -> dict:
     return of_split
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(float(value), 4) if isinstance(value, float) else value
-
-
 def run(options: argparse.Namespace) -> dict:
     """The whole experiment, as one dict."""
     dictionary, started = load_picture_dictionary(), time.time()
@@ -119,7 +111,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
-    report = rounded(run(options))
+    report = rounded(run(options), 4)
     options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for split, found in report["text_to_image"].items():
         for name in (*LOSSES, "difference"):

@@ -28,6 +28,7 @@ from translator_corpus import Corpus, Maker, Pair, read_corpus, word_by_word
 from clipid_utils.data.marian import convert
 from clipid_utils.data.picture_dictionary import load_picture_dictionary
 from clipid_utils.data.translate import Translator
+from clipid_utils.inference.evaluate import rounded
 from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
@@ -230,14 +231,6 @@ def compare_ways(corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
     return {"steps": options.way_steps, "width": 128, "validation": found}
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="data/translator, or data/translator-back for --reverse")
@@ -276,7 +269,7 @@ def main() -> None:
         "validation": {name: row for name, row in measured(folder, choosing).items()}, "ways": ways, **found,
     }
     shutil.copytree(folder / "int8", out, dirs_exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(rounded(figures), indent=1, ensure_ascii=False) + "\n",
+    (out / "metrics.json").write_text(json.dumps(rounded(figures, 4), indent=1, ensure_ascii=False) + "\n",
                                       encoding="utf-8")
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 

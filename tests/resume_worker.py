@@ -49,6 +49,14 @@ def cached_in(folder: Path):
     datasets.config.HF_DATASETS_CACHE = before
 
 
+@contextmanager
+def data_in(folder: Path):
+    """The folder with the pictures in it, and what `datasets` makes of them."""
+    write_data(folder)
+    with cached_in(folder / "cache"):
+        yield folder
+
+
 def write_data(folder: Path) -> None:
     """The same pictures as captions records and as two tars, JPEGs of several sizes."""
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clipid_utils import plots
+from clipid_utils.plots.style import cut
 
 rng = np.random.default_rng(0)
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
@@ -64,7 +65,7 @@ def test_the_style_does_not_leak():
 
 
 def test_long_captions_are_cut():
-    text = plots._cut(" ".join(["kata"] * 30), 20)
+    text = cut(" ".join(["kata"] * 30), 20)
     assert text.count("\n") == 1 and text.endswith("…") and max(map(len, text.split("\n"))) <= 22
 
 

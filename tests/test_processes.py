@@ -17,9 +17,7 @@ from clipid_utils.training.fit import fit
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    worker.write_data(folder)
-    with worker.cached_in(folder / "cache"):
+    with worker.data_in(tmp_path_factory.mktemp("data")) as folder:
         yield folder
 
 

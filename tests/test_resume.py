@@ -56,9 +56,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    worker.write_data(folder)
-    with worker.cached_in(folder / "cache"):
+    with worker.data_in(tmp_path_factory.mktemp("data")) as folder:
         yield folder
 
 

@@ -72,7 +72,7 @@ def evaluate_checkpoint(
         report["zero_shot"][split] = zero_shot_both(model, processor, rows, image_embeds, seed)
     if "train" in dictionary and "unseen_artist" in splits:
         report["pixel_nearest_neighbour"] = pixel_baseline(dictionary["unseen_artist"], dictionary["train"], seed)
-    report = _rounded(report)
+    report = rounded(report)
     if out is not None:
         text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
         write_whole(Path(out), lambda file: file.write(text.encode()))
@@ -157,7 +157,10 @@ def _pixels(images) -> Float[np.ndarray, "N pixels"]:
     return np.stack(small).reshape(len(small), -1) / 255
 
 
-def _rounded(value):
+def rounded(value, digits: int = 6):
+    """A report with every float in it rounded, for a file that people read."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return round(value, 6) if isinstance(value, float) else value
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return round(value, digits) if isinstance(value, float) else value

@@ -1,0 +1,210 @@
+"""Figures of counts, curves and scores."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
+
+from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, cut, styled
+
+
+@styled
+def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", unit: str = "pictures") -> Figure:
+    """Stacked bars: `counts[group][artist]`, groups downwards from the largest, artists as colours."""
+    groups = sorted(counts, key=lambda group: -sum(counts[group].values()))
+    parts = list(dict.fromkeys(part for group in groups for part in counts[group]))
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.3 * len(groups)))
+    left = np.zeros(len(groups))
+    for i, part in enumerate(parts):
+        values = np.array([counts[group].get(part, 0) for group in groups])
+        axis.barh(groups, values, left=left, label=part, color=COLOURS[i % len(COLOURS)], edgecolor="white")
+        left += values
+    for y, total in enumerate(left):
+        axis.text(total, y, f" {int(total):,}", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel=unit, title=title)
+    axis.margins(x=0.1)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@styled
+def caption_lengths(
+    lengths: Mapping[str, Sequence[int]], limit: int | None = None, unit: str = "tokens", title: str = ""
+) -> Figure:
+    """Histogram of caption lengths, one outline a kind of caption; `limit` draws where the tokenizer cuts."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    longest = max(max(values) for values in lengths.values())
+    step = max(1, longest // 60)
+    edges = np.arange(0.5, longest + step + 0.5, step)
+    for (name, values), colour in zip(lengths.items(), COLOURS, strict=False):
+        label = f"{name} (median {np.median(values):.0f})"
+        axis.hist(values, bins=edges, histtype="step", linewidth=2, color=colour, label=label)
+    if limit is not None:
+        over = sum(int((np.asarray(values) > limit).sum()) for values in lengths.values())
+        axis.axvline(limit + 0.5, color=GREY, linestyle="--", label=f"cut after {limit} ({over:,} longer)")
+    axis.set(xlabel=f"{unit} in a caption", ylabel="captions", title=title)
+    axis.legend()
+    return figure
+
+
+@styled
+def training_curves(
+    steps: Sequence[int] | np.ndarray,
+    loss: Sequence[float] | np.ndarray,
+    batch_size: int | None = None,
+    recall_steps: Sequence[int] = (),
+    recall: Mapping[str, Sequence[float]] | None = None,
+    title: str = "",
+) -> Figure:
+    """The loss (thin: each step, thick: mean) with log(batch), which chance pays, and validation recall beside it.
+
+    `recall` maps a name ("R@1") to one value a step of `recall_steps`.
+    """
+    recall = recall or {}
+    figure, axes = plt.subplots(1, 2 if recall else 1, figsize=(9 if recall else 5.5, 3.2), squeeze=False)
+    axis = axes[0, 0]
+    axis.plot(steps, loss, color=SKY, linewidth=0.7)
+    span = max(1, len(loss) // 30)
+    if span > 1:
+        smooth = np.convolve(loss, np.ones(span) / span, mode="valid")
+        axis.plot(steps[span - 1 :], smooth, color=BLUE, label=f"mean of {span} steps")
+    if batch_size:
+        chance = math.log(batch_size)
+        axis.axhline(chance, color=GREY, linestyle="--", label=f"chance: log({batch_size}) = {chance:.2f}")
+    axis.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
+    if span > 1 or batch_size:
+        axis.legend()
+    for (name, values), colour, marker in zip(recall.items(), (BLUE, ORANGE, GREEN, RED), "os^D", strict=False):
+        axes[0, 1].plot(recall_steps, values, color=colour, marker=marker, markersize=4, label=name)
+    if recall:
+        axes[0, 1].set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="Validation recall")
+        axes[0, 1].legend(loc="upper left")
+    return figure
+
+
+def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
+    """`training_curves` of the lines that `fit` logs (`metrics.jsonl`): some hold a loss, some validation recall."""
+    losses = [line for line in history if "loss" in line]
+    checks = [line for line in history if "text_to_picture_R@1" in line]
+    batch_size = round(math.exp(losses[0]["log_batch"])) if losses else None
+    recall = {f"R@{k}": [line[f"text_to_picture_R@{k}"] for line in checks] for k in (1, 5, 10)} if checks else None
+    steps, values = [line["step"] for line in losses], [line["loss"] for line in losses]
+    return training_curves(steps, values, batch_size, [line["step"] for line in checks], recall, title)
+
+
+@styled
+def recall_bars(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]],
+    metrics: Sequence[str] = ("R@1", "R@5", "R@10"),
+    reference: Mapping[str, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as `metrics.json` holds them.
+
+    `reference` draws named horizontal lines (nearest neighbours in pixels, chance).
+    """
+    figure, axis = plt.subplots(figsize=(max(5.5, 1.1 + 0.62 * len(results) * len(metrics)), 3.4))
+    wide = 0.8 / len(metrics)
+    for i, metric in enumerate(metrics):
+        cells = [result[metric] for result in results.values()]
+        values = np.array([cell["value"] for cell in cells])
+        error = [values - [cell["low"] for cell in cells], [cell["high"] for cell in cells] - values]
+        x = np.arange(len(results)) + (i - (len(metrics) - 1) / 2) * wide
+        axis.bar(x, values, wide * 0.94, color=COLOURS[i], label=metric)
+        axis.errorbar(x, values, np.maximum(error, 0), fmt="none", ecolor="#333333", capsize=3, linewidth=1)
+        for position, cell in zip(x, cells, strict=True):
+            axis.text(position, cell["high"] + 0.012, f"{cell['value']:.2f}", ha="center", fontsize=8)
+    for (name, level), style in zip((reference or {}).items(), ("--", ":", "-."), strict=False):
+        axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=f"{name}: {level:.2f}")
+    room = int((figure.get_figwidth() - 1.1) / len(results) / 0.09)  # letters
+    axis.set_xticks(range(len(results)), [cut(label, room) for label in results])
+    axis.grid(axis="x", visible=False)
+    axis.set(ylim=(0, 1.05), ylabel="share of queries", title=title)
+    axis.legend(ncols=len(metrics), loc="upper left", bbox_to_anchor=(0, -0.14), fontsize=9)
+    return figure
+
+
+@styled
+def confusion_matrix(
+    true: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], names: Sequence[str], title: str = ""
+) -> Figure:
+    """Which class (rows) is taken for which (columns), in per cent of the row; beside the name the row's pictures."""
+    size = len(names)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.asarray(true), np.asarray(predicted)), 1)
+    totals = matrix.sum(axis=1, keepdims=True)
+    share = 100 * matrix / np.maximum(totals, 1)
+    figure, axis = plt.subplots(figsize=(2.8 + 0.5 * size, 1.6 + 0.42 * size))
+    axis.imshow(share, vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(size), [cut(name, 18, 1) for name in names], rotation=40, ha="right", rotation_mode="anchor")
+    labels = [f"{cut(name, 22, 1)} ({int(n)})" for name, n in zip(names, totals[:, 0], strict=True)]
+    axis.set_yticks(range(size), labels)
+    axis.grid(False)
+    for (y, x), value in np.ndenumerate(share):
+        if value >= 0.5:
+            colour = "white" if value < 50 else "black"
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set(xlabel="taken for", ylabel="is", title=title)
+    return figure
+
+
+@styled
+def parameter_bars(counts: Mapping[str, int], title: str = "") -> Figure:
+    """How many parameters each part of the model has, in the order given, with its share of the whole."""
+    total = sum(counts.values())
+    figure, axis = plt.subplots(figsize=(7, 0.7 + 0.32 * len(counts)))
+    axis.barh(list(counts), list(counts.values()), color=BLUE)
+    for y, count in enumerate(counts.values()):
+        axis.text(count, y, f" {count:,} ({count / total:.0%})", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.margins(x=0.3)
+    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
+    axis.set(title=title or f"{total:,} parameters")
+    return figure
+
+
+@styled
+def schedule(rates: Float[np.ndarray, " steps"] | Sequence[float], title: str = "Learning rate") -> Figure:
+    """The learning rate over the steps, its peak marked."""
+    rates = np.asarray(rates)
+    figure, axis = plt.subplots(figsize=(5.5, 2.6))
+    axis.plot(rates, color=BLUE)
+    peak = int(rates.argmax())
+    axis.plot(peak, rates[peak], "o", color=RED)
+    note = f"{rates[peak]:.2g} at step {peak:,}"
+    axis.annotate(note, (peak, rates[peak]), xytext=(10, 4), textcoords="offset points")
+    axis.set(xlabel="step", title=title, ylim=(0, rates.max() * 1.2))
+    return figure
+
+
+@styled
+def projection(
+    embeds: Float[np.ndarray, "N E"], labels: Sequence[str], marked: Bool[np.ndarray, " N"] | None = None,
+    mark_names: tuple[str, str] = ("pictures", "texts"), title: str = "",
+) -> Figure:  # fmt: skip
+    """Embeddings on their first two principal components, a colour and marker a label; `marked` rows are framed."""
+    centred = embeds - embeds.mean(axis=0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    points = centred @ directions[:2].T
+    explained = singular[:2] ** 2 / (singular**2).sum()
+    marked = np.zeros(len(embeds), bool) if marked is None else np.asarray(marked)
+    labels = np.asarray([str(label) for label in labels])
+    figure, axis = plt.subplots(figsize=(7.2, 4.4))
+    for i, label in enumerate(dict.fromkeys(labels)):
+        colour, marker = COLOURS[i % len(COLOURS)], "os^DvPX*"[(i + i // len(COLOURS)) % 8]
+        chosen = labels == label
+        look = {"color": colour, "marker": marker}
+        axis.scatter(*points[chosen & ~marked].T, s=16, alpha=0.75, label=cut(label, 24, 1), **look)
+        axis.scatter(*points[chosen & marked].T, s=90, edgecolor="black", linewidth=1.3, **look)
+    axis.set(xlabel=f"component 1 ({explained[0]:.0%})", ylabel=f"component 2 ({explained[1]:.0%})", title=title)
+    if marked.any():
+        axis.scatter([], [], s=90, color="white", edgecolor="black", label=f"framed: {mark_names[1]}")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return figure
