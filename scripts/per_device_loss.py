@@ -17,16 +17,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from datasets import Dataset
 from jaxtyping import Array, Bool, Float
+from recall_of_runs import Ranks, difference, line, recalls, text_ranks
 
-from clipid_utils import metrics, paths
+from clipid_utils import paths
 from clipid_utils.data.loader import load_pairs
 from clipid_utils.data.picture_dictionary import load_picture_dictionary
 from clipid_utils.inference.evaluate import rounded, versions
-from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.embed import embed_images, embed_texts
-from clipid_utils.model.processor import CLIPProcessor, to_rgb
 from clipid_utils.training.fit import fit
 from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import muon
@@ -34,7 +31,6 @@ from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
 
 DEVICES = 8
 SPLITS = ("validation", "unseen_artist", "unseen_concept")
-KS = (1, 5, 10)
 
 
 def per_device_loss(
@@ -53,30 +49,11 @@ def per_device_loss(
 LOSSES = {"whole batch": clip_loss, "per device": per_device_loss}
 
 
-def text_ranks(model: HybridCLIP, processor: CLIPProcessor, rows: Dataset) -> tuple[np.ndarray, int]:
-    """The rank of the first right picture for each distinct name, by `evaluate`'s protocol, and how many pictures."""
-    concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
-    asked = list(dict.fromkeys(zip(concepts, names, strict=True)))
-    images = embed_images(model, processor, [to_rgb(image) for image in rows["image"]], progress=False)
-    similarity = embed_texts(model, processor, [name for _, name in asked]) @ images.T
-    right = metrics.same_key([concept for concept, _ in asked], concepts, ([name for _, name in asked], names))
-    return metrics.ranks(similarity, right), len(rows)
-
-
-def summary(ranks: dict[str, list[np.ndarray]], pictures: int) -> dict:
-    """Recall of each loss, a query's hits averaged over the seeds, and the difference query by query.
-
-    `ranks[loss]` holds the ranks of each seed. Intervals are bootstraps over the queries.
-    """
-    of_split: dict = {"queries": len(next(iter(ranks.values()))[0]), "candidates": pictures}
-    hits = {loss: {k: np.stack([metrics.hits_at_k(rank, k) for rank in seeds]) for k in KS}
-            for loss, seeds in ranks.items()}  # [seeds, queries]
-    for loss, of_k in hits.items():
-        of_split[loss] = {f"R@{k}": metrics.with_interval(hit.mean(axis=0)) | {"seeds": list(hit.mean(axis=1))}
-                          for k, hit in of_k.items()}
-    whole, parts = hits.values()
-    of_split["difference"] = {f"R@{k}": metrics.with_interval((whole[k] - parts[k]).mean(axis=0)) for k in KS}
-    return of_split
+def summary(ranks: dict[str, Ranks], pictures: int) -> dict:
+    """Recall of each loss, and the difference query by query."""
+    whole, parts = ranks.values()
+    return {"queries": len(whole[0]), "candidates": pictures, **{loss: recalls(of) for loss, of in ranks.items()},
+            "difference": difference(whole, parts)}
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -86,7 +63,7 @@ def run(options: argparse.Namespace) -> dict:
     config = dataclasses.replace(MINI, epochs=options.epochs, image_image=0.0, group_concepts=False, log_every=18,
                                  evaluate_every=options.epochs)
     ranks: dict = {split: {loss: [] for loss in LOSSES} for split in SPLITS}
-    pictures, last = {}, {loss: [] for loss in LOSSES}
+    last: dict = {loss: [] for loss in LOSSES}
     for seed in range(options.seeds):
         for name, loss in LOSSES.items():
             model, processor = new_mini(train, seed=seed)
@@ -94,15 +71,14 @@ def run(options: argparse.Namespace) -> dict:
             end = [line for line in result.history if "loss" in line][-1]
             last[name].append({key: end[key] for key in ("step", "loss", "logit_scale")})
             for split in SPLITS:
-                found, pictures[split] = text_ranks(result.model, processor, dictionary[split])
-                ranks[split][name].append(found)
+                ranks[split][name].append(text_ranks(result.model, processor, dictionary[split]))
             print(f"seed {seed}, {name}: loss {end['loss']:.3f}, validation R@1 "
                   f"{(ranks['validation'][name][-1] == 0).mean():.3f}, {(time.time() - started) / 60:.1f} minutes",
                   flush=True)
     settings = {"devices": DEVICES, "seeds": options.seeds, "optimizer": "muon", "fit": dataclasses.asdict(config)}
     return {"settings": settings, "versions": versions(), "pictures": len(train),
             "minutes": round((time.time() - started) / 60, 1), "end_of_training": last,
-            "text_to_image": {split: summary(ranks[split], pictures[split]) for split in SPLITS}}
+            "text_to_image": {split: summary(ranks[split], len(dictionary[split])) for split in SPLITS}}
 
 
 def main() -> None:
@@ -115,8 +91,7 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for split, found in report["text_to_image"].items():
         for name in (*LOSSES, "difference"):
-            print(f"{split:14} {name:12} " + "  ".join(
-                f"{k} {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for k, cell in found[name].items()))
+            print(f"{split:14} {name:12} {line(found[name])}")
     print(f"{report['minutes']:.1f} minutes, all figures in {options.out}")
 
 

@@ -2,10 +2,11 @@
 
     .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour of one core
     .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip gate
+    .venv-bench/bin/python scripts/train_translator.py --without 0  # and 1: without half of the names
+    .venv-bench/bin/python scripts/train_translator.py --way-steps 600  # then: what each way of making sentences brings
 
 A Marian model in Hugging Face's form: the same code that serves opus-mt converts and runs it. It learns from the human
-pairs of translator_corpus.py and from sentences made of them; each way of making some is also trained without for a
-while, and what the validation pairs say to that is recorded. The float weights go to build/translator, the int8 ones,
+pairs of translator_corpus.py and from sentences made of them. The float weights go to build/translator, the int8 ones,
 the card's figures (metrics.json) and the pieces to data/translator.
 """
 
@@ -32,7 +33,7 @@ from clipid_utils.inference.evaluate import rounded
 from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
-BUILD = Path("build/translator")
+BUILD, HALVES = Path("build/translator"), Path("build/halves")
 # How often a sentence is drawn by which way; "cased" and "sampled" say how it is written and cut into pieces.
 SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.25, "swap": 0.35}
 WAYS = {  # of making more sentences of the same words, one more each
@@ -231,12 +232,20 @@ def compare_ways(corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
     return {"steps": options.way_steps, "width": 128, "validation": found}
 
 
+def write_figures(figures: dict, out: Path) -> None:
+    text = json.dumps(rounded(figures, 4), indent=1, ensure_ascii=False) + "\n"
+    (out / "metrics.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="data/translator, or data/translator-back for --reverse")
     parser.add_argument("--reverse", action="store_true", help="Indonesian to English")
+    parser.add_argument("--without", type=int, choices=(0, 1), help="half of the dictionary's names to hold out more; "
+                        "the model goes to build/halves, for scripts/added_pictures.py")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--way-steps", type=int, default=600, help="of each model that compares the ways; 0 for none")
+    parser.add_argument("--way-steps", type=int, help="train no model, but for so many steps a small one for each way "
+                        "of making sentences, and add what they reach to metrics.json")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on either side")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=3)
@@ -250,11 +259,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     out = options.out or DATA / ("translator-back" if options.reverse else "translator")
-    corpus = read_corpus(load_picture_dictionary())
+    if options.without is not None:
+        out = HALVES / f"half-{options.without}"
+    corpus = read_corpus(load_picture_dictionary(), options.without)
     turned = reversed_corpus(corpus) if options.reverse else corpus
     choosing, testing = ({"captions": turned.captions[split], "names": turned.names[split]}
                          for split in ("validation", "test"))
-    ways = compare_ways(corpus, choosing, options) if options.way_steps else None
+    if options.way_steps:
+        figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        write_figures(figures | {"ways": compare_ways(corpus, choosing, options)}, out)
+        return
     started, cpu = time.time(), time.process_time()
     folder = train(corpus, BUILD / out.name, ALL, options.steps, options)
     seconds = {"wall": round(time.time() - started), "cpu": round(time.process_time() - cpu)}
@@ -266,11 +280,10 @@ def main() -> None:
         "seconds": seconds, "versions": {library.__name__: library.__version__ for library in (torch, sentencepiece)},
         "pairs": {"names": {split: len(pairs) for split, pairs in corpus.names.items()},
                   "captions": {split: len(pairs) for split, pairs in corpus.captions.items()}},
-        "validation": {name: row for name, row in measured(folder, choosing).items()}, "ways": ways, **found,
+        "validation": {name: row for name, row in measured(folder, choosing).items()}, **found,
     }
     shutil.copytree(folder / "int8", out, dirs_exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(rounded(figures, 4), indent=1, ensure_ascii=False) + "\n",
-                                      encoding="utf-8")
+    write_figures(figures, out)
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 

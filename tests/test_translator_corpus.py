@@ -22,13 +22,17 @@ ANIMALS = {"cat": "kucing", "dog": "anjing", "horse": "kuda", "cow": "sapi", "du
            "goat": "kambing", "rabbit": "kelinci", "bird": "burung", "bee": "lebah", "frog": "katak", "snake": "ular"}
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
+def dictionary() -> DatasetDict:
     train = [concept(en, en, ind, "animals", ["animal", "nature"], ["hewan", "alam"]) for en, ind in ANIMALS.items()]
     train += [concept("tuxpaint:a-fox", "A fox.", "Rubah.", "animals")]  # its name is held out, as "fox"
     train += [concept("x", "thing", "benda", "objects", ["fox", "thing"], ["rubah", "benda"])]
-    dictionary = {"train": train, "unseen_concept": [concept("fox", "fox", "rubah")]}
-    return read_corpus(DatasetDict({split: Dataset.from_list(rows) for split, rows in dictionary.items()}))
+    splits = {"train": train, "unseen_concept": [concept("fox", "fox", "rubah")]}
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return read_corpus(dictionary())
 
 
 def test_nothing_held_out_is_trained_on(corpus):
@@ -40,6 +44,17 @@ def test_nothing_held_out_is_trained_on(corpus):
         assert not hidden & {bare(word) for keywords in corpus.keywords for word in keywords[side]}
     assert not set(corpus.names["validation"]) & set(corpus.names["train"]) and len(shown) > 1000
     assert not set(corpus.captions["validation"]) & set(corpus.captions["train"])
+
+
+def test_what_each_half_holds_out_is_trained_on_without_the_other():
+    held_out = []
+    for half in (0, 1):
+        corpus = read_corpus(dictionary(), half)
+        names = {bare(english) for english, _ in corpus.names["test"]}
+        assert not names & {bare(english) for english, _ in (*corpus.names["train"], *corpus.captions["train"])}
+        assert not names & {bare(word) for english, _ in corpus.keywords for word in english}
+        held_out.append(names - {"fox"})
+    assert held_out[0] | held_out[1] == {*ANIMALS, "thing"} and not held_out[0] & held_out[1]
 
 
 def test_words_that_stand_for_each_other_are_found_in_bags():
