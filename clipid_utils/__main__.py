@@ -9,10 +9,16 @@ from clipid_utils.paths import CHECKPOINTS
 
 
 def prepare(options: argparse.Namespace) -> None:
+    from clipid_utils.data.fetch import FetchError
+    from clipid_utils.data.openclipart import load_openclipart
     from clipid_utils.data.picture_dictionary import load_picture_dictionary
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
+    try:
+        print(f"{'openclipart':16} {len(load_openclipart()[0]):5} pictures, named in English")
+    except FetchError as error:  # without apt-get: notebook 02 then translates the dictionary's own English
+        print(error)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -73,7 +73,7 @@ def drawings(dictionary: DatasetDict) -> tuple[dict[str, Dataset], dict]:
     said = sum(bool(unseen & {text.casefold() for text in (name, *keywords)})
                for name, keywords in zip(kept["name_id"], kept["keywords_id"], strict=True))
     return ({FILTERED: kept, UNFILTERED: rows},
-            {"unfiltered": len(rows), "filtered": len(kept), "that say an unseen concept's name": said, **counts})
+            {"unfiltered": len(rows), "filtered": len(kept), "saying an unseen name": said, **counts})
 
 
 def machine_captions(train: Dataset) -> tuple[Dataset, dict]:
@@ -103,7 +103,8 @@ def trained(name: str, make: Callable[[], PicturePairs], seed: int, steps: int, 
             raise SystemExit("stopped: the same command goes on after the last whole run")
         end = [line for line in result.history if "loss" in line][-1]
         ranks = {split: text_ranks(result.model, processor, dictionary[split]) for split in SPLITS}
-        end = {"step": end["step"], "loss": end["loss"], "pictures": len(train), "minutes": (time.time() - started) / 60}
+        end = {"step": end["step"], "loss": end["loss"], "pictures": len(train),
+               "minutes": (time.time() - started) / 60}
         WORK.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".part.npz"), **ranks, end=json.dumps(end))
         path.with_suffix(".part.npz").replace(path)

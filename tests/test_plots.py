@@ -32,6 +32,8 @@ FIGURES = {
     "heatmap": lambda: plots.heatmap_overlay(PICTURES[0], {"penutupan": rng.normal(size=(4, 4))}, "kucing"),
     "heatmap_flat": lambda: plots.heatmap_overlay(PICTURES[0], {"nol": np.zeros((4, 4))}),
     "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}, reference={"acak": 0.1}),
+    "differences": lambda: plots.differences(
+        {"saringan": {"validation": CELL, "photographs": {"value": 0.0, "low": -0.01, "high": 0.02}}}, "R@10", "Beda"),
     "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
     "parameters": lambda: plots.parameter_bars({"image": 1_200_000, "text": 800_000}),
     "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),

@@ -99,10 +99,13 @@ def with_good_captions(rows: Dataset, gates: dict[str, Gate], report: Report) ->
     for place, _, indonesian in pass_gates(((english, ind) for _, english, ind in captions), gates, report):
         names.setdefault(captions[place][0], indonesian)
     kept, words = sorted(names), []
-    for english, indonesian in zip(rows.select(kept)["keywords_en"], rows.select(kept)["keywords_id"], strict=True):
+    rows = rows.select(kept)
+    if not kept:  # to which `datasets` can add no column
+        return rows
+    for english, indonesian in zip(rows["keywords_en"], rows["keywords_id"], strict=True):
         pairs = [(word, text) for word, text in zip(english, indonesian, strict=True) if word.lower() != text.lower()]
         words.append(list(dict.fromkeys(text for _, _, text in pass_gates(pairs, GATES, Report()))))
-    rows = rows.select(kept).remove_columns(["name_id", "keywords_id"])
+    rows = rows.remove_columns(["name_id", "keywords_id"])
     return rows.add_column("name_id", [names[row] for row in kept]).add_column("keywords_id", words)
 
 

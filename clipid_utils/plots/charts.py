@@ -131,6 +131,34 @@ def recall_bars(
 
 
 @styled
+def differences(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str = "R@1", title: str = ""
+) -> Figure:
+    """Differences with their 95% intervals, a panel a question: `results[question][split] = {"value", "low", "high"}`.
+
+    Filled are those whose interval does not hold 0.
+    """
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    figure, axes = plt.subplots(1, len(results), figsize=(3.1 * len(results), 1.1 + 0.36 * len(names)), sharey=True,
+                                sharex=True, squeeze=False)
+    for axis, (question, found) in zip(axes[0], results.items(), strict=True):
+        for y, name in enumerate(names):
+            cell = found[name]
+            sure = cell["low"] > 0 or cell["high"] < 0
+            axis.plot([cell["low"], cell["high"]], [y, y], color=BLUE if sure else GREY, linewidth=2)
+            axis.plot(cell["value"], y, "o", color=BLUE if sure else GREY, markerfacecolor=BLUE if sure else "white")
+            axis.annotate(f"{cell['value']:+.3f}", (cell["value"], y), xytext=(0, 5), textcoords="offset points",
+                          ha="center", fontsize=8)
+        axis.axvline(0, color="#333333", linewidth=1)
+        axis.set_title(question, fontsize=10)
+        axis.set(xlabel=f"difference in {unit}", ylim=(len(names) - 0.5, -0.7))
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    figure.suptitle(title)
+    return figure
+
+
+@styled
 def confusion_matrix(
     true: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], names: Sequence[str], title: str = ""
 ) -> Figure:
