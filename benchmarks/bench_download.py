@@ -41,12 +41,12 @@ def serve() -> None:
 
 
 def measure(urls: Iterator[str], count: int) -> dict:
-    """A download of `count` URLs into a folder that is thrown away; its memory after a quarter and at the end."""
+    """A download of `count` URLs into a folder that is thrown away; its memory half-way and at the end."""
     process, memory = psutil.Process(), []
 
     def rows() -> Iterator[dict]:
         for row, url in enumerate(urls):
-            if row in (count // 4, count - 1):
+            if row in (count // 2, count - 1):
                 memory.append(round(process.memory_info().rss / 2**20))
             yield {"url": url, "captions": ["gambar"], "source": None, "split": None, "row": row}
 
@@ -57,7 +57,7 @@ def measure(urls: Iterator[str], count: int) -> dict:
         seconds = time.perf_counter() - start
     return {"rows": report.read, "kept": report.kept, "a_second": round(count / seconds, 1),
             "processor_ms": round((sum(process.cpu_times()[:2]) - processor) / count * 1000, 2),
-            "mib_after_a_quarter": memory[0], "mib_at_the_end": memory[1]}
+            "mib_half_way": memory[0], "mib_at_the_end": memory[1]}
 
 
 def main() -> None:
