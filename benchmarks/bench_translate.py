@@ -117,7 +117,7 @@ def costs(tokens_per_second: float, cores: int) -> list[dict]:
 
 
 def main() -> None:
-    turns.main(__file__, __doc__, SIZES, {"ours": ours, "theirs": theirs}, "build/bench/translate.json")
+    turns.main(__file__, __doc__, SIZES, {"ours": ours, "torch": theirs}, "build/bench/translate.json")
     if "--worker" in sys.argv:
         return
     from clipid_utils.data.translate import usable_cores
@@ -125,7 +125,7 @@ def main() -> None:
     out = Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "build/bench/translate.json")
     report = json.loads(out.read_text())
     if "opus_mt_beam4" in report:
-        rate = report["opus_mt_beam4"]["median"]["ours"]
+        rate = report["opus_mt_beam4"]["ours"]["median"]["ours"]
         report["costs"] = costs(rate, usable_cores())
         print(f"\n{CAPTIONS:,} captions of {TARGET} tokens, beam 4, at {rate:.0f} tokens/s on {usable_cores()} cores:")
         for row in report["costs"]:

@@ -31,8 +31,8 @@ def worker(run: Callable[[], None], times: int) -> None:
         print(json.dumps({"seconds": statistics.median(seconds), "peak_mib": round(peak)}), flush=True)
 
 
-def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "theirs")) -> dict:
-    """Runs the sides in turns; examples per second of each round, their medians, and the ratio of the medians."""
+def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str, ...]) -> dict:
+    """Runs the sides in turns; examples per second of each round, their medians, and the first's through the last's."""
     # Huge pages for both: without, XLA spends a quarter of a step in page faults (model/ops.py). Nothing that trims,
     # which the Makefile sets for notebooks: torch takes and gives back far more buffers and would be half as fast.
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
@@ -62,10 +62,13 @@ def compare(script: str, name: str, examples: int, rounds: int, sides=("ours", "
     return {**result, "ratio": round(medians[sides[0]] / medians[sides[-1]], 3), "median": medians}
 
 
-def main(script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None) -> dict:
+def main(
+    script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None
+) -> dict | None:
     """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides.
 
-    The last side is the one that the others are compared with.
+    The last side is the one that the others are compared with. Returns `report[size][side]`, what `compare` found of
+    that side and the last one; None in the process of a side.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "SIZE"), help=argparse.SUPPRESS)

@@ -42,12 +42,14 @@ def download(options: argparse.Namespace) -> None:
     from clipid_utils.data.one_picture import Limits
 
     limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
-    with open(options.rows, "rb") as file:
-        total = sum(1 for _ in file)
     try:
+        with open(options.rows, "rb") as file:
+            total = sum(1 for _ in file)
         report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact, total=total)
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on where it stopped") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
     print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
 
 

@@ -1,6 +1,6 @@
 """What the ancestor's loss cost: each device's own pairs as negatives, against the whole batch, on the dictionary.
 
-    python scripts/per_device_loss.py    # 25 to 40 minutes on 2 cores; writes data/per_device_loss.json
+    python scripts/per_device_loss.py    # about 40 minutes on 2 cores; writes data/per_device_loss.json
 
 The run of 2021 computed the loss on each of eight devices over that device's pairs alone and averaged the eight
 gradients. Here mini is trained twice a seed: with the loss over the batch of 256, and with the mean of the losses of

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 from reference import unpack
+from tiny import tiny_pairs
 
 from clipid_utils import load_clip
 from clipid_utils.model.clip import HybridCLIP
@@ -113,6 +114,17 @@ def test_tars_and_going_on(place, tmp_path):
     assert (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text() == before
 
 
+def test_features_are_not_computed_of_tars(place, tmp_path):
+    with pytest.raises(ValueError, match="stage 1 .*captions records.*pairs-.*tar"):
+        run(small("indobert-base", place, tmp_path / "run", train="pairs-*.tar"))
+
+
+def test_a_new_mini_computes_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_pairs", lambda pictures, size: tiny_pairs(12, size))
+    model, _ = command.start(Recipe(tmp_path, vision=None, dtype="bfloat16"), datasets.Dataset.from_dict({}))
+    assert model.vision.dtype == model.text.dtype == np.dtype("bfloat16")
+
+
 def test_help_lists_the_recipes_and_a_recipe_its_options(capsys):
     for arguments, words in (["--help"], list(RECIPES)), (["mini", "--help"], ["--resume", "--out", "--tensorboard"]):
         with pytest.raises(SystemExit) as end:
@@ -123,7 +135,7 @@ def test_help_lists_the_recipes_and_a_recipe_its_options(capsys):
 
 @pytest.mark.parametrize("options, message", [
     (["--train", "missing.jsonl"], "missing.jsonl"), (["--train", "none-*.tar"], "no file fits"),
-    (["--model-devices", "3"], "divisor of 8"),
+    (["--model-devices", "3"], "divisor of 8"), (["--form", "pmap", "--shard", "data"], "--form jit"),
 ])
 def test_what_is_wrong_is_one_line(options, message, place, tmp_path):
     towers = ["--vision", str(place / "vision"), "--text", str(place / "text"), "--out", str(tmp_path)]

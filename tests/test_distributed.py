@@ -408,6 +408,15 @@ def test_a_mesh_takes_the_first_devices(sides, shape):
     assert set(mesh.devices.flat) == set(jax.devices()[: math.prod(shape)])
 
 
+def test_devices_that_share_their_rows_are_of_one_process(monkeypatch):
+    """Two processes would put different pictures under the same rows."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert make_mesh(model=4).devices.shape == (2, 4)
+    with pytest.raises(ValueError, match="a divisor of 4"):
+        make_mesh(model=8)
+
+
 @pytest.mark.parametrize("sides", [
     {"data": 9}, {"data": 5, "model": 2}, {"data": 0}, {"data": -1}, {"model": 9}, {"data": 1, "model": 0},
     {"model": 0}, {"model": -1}, {"model": 3},

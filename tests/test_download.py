@@ -526,3 +526,13 @@ def test_the_command_downloads_a_list_and_says_what_became_of_it(tmp_path, monke
     main()
     assert capsys.readouterr().out.startswith("2 read, 0 kept, 2 dropped\n       1 no public address\n")
     assert {line["status"] for line in manifest(tmp_path / "out").values()} == {"refused"}
+
+
+@pytest.mark.parametrize("text, message", [(None, "rows.jsonl"), ("{", "rows.jsonl:1: no row")])
+def test_what_is_wrong_with_the_list_is_one_line(text, message, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    if text is not None:
+        rows.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["clipid_utils", "download", str(rows), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=message):
+        main()

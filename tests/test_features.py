@@ -185,6 +185,13 @@ def test_records_are_opened_as_the_processor_does(tmp_path, records):
     assert sorted(seen) == [0, 1, 2, 3, 5]
 
 
+def test_a_last_batch_of_broken_pictures_is_left_out_as_any_other(tmp_path, records):
+    model, processor = tiny_clip()
+    with pytest.warns(UserWarning, match="4.png cannot be read"):  # the fifth of five, in batches of four
+        features = cached(tmp_path / "cache", model, processor, records.select(range(5)))
+    assert np.isnan(features.images[4]).all() and np.isfinite(features.images[:4]).all()
+
+
 def test_records_with_pictures_inside_give_the_same(tmp_path, records):
     model, processor = tiny_clip()
     good = records.select([0, 1, 2, 3, 5])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_clip, tiny_pairs
+from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 from clipid_utils import load_clip
 from clipid_utils.model.convert import flatten_params
@@ -259,6 +259,37 @@ def test_a_wild_learning_rate_is_said_so():
 def test_a_batch_of_one_pair_is_refused():
     with pytest.raises(ValueError, match="batch_size is 1.*at least 2 pairs"):
         run(tiny_clip(), {"batch_size": 1})
+
+
+def test_validation_pictures_of_another_size_stop_before_the_first_step():
+    with pytest.raises(ValueError, match="validation pictures have 32 pixels a side and the model takes 16"):
+        fit(*tiny_clip(), tiny_pairs(12), tiny_pairs(12, size=32), FitConfig(**QUICK), seed=0, mesh=make_mesh(1),
+            progress=False)
+
+
+def test_a_log_that_fails_at_the_end_leaves_the_last_checkpoint_to_be_written(tmp_path, monkeypatch):
+    run = module.Run(tmp_path, {}, tiny_processor(), np.float32, True, False, {})
+    closed, close = [], run.states.close
+
+    def fail():
+        raise OSError("no network")
+
+    monkeypatch.setattr(run.lines, "close", fail)
+    monkeypatch.setattr(run.states, "close", lambda: closed.append(close()))
+    with pytest.raises(OSError, match="no network"):
+        run.close()
+    assert closed
+
+
+def test_where_to_go_on_after_a_failure_is_what_resuming_allows(tmp_path, monkeypatch):
+    """A resumed run refuses other settings, and with the same ones it would fail again."""
+    run = module.Run(tmp_path, {}, tiny_processor(), np.float32, True, False, {})
+    assert run.kept == "nothing was saved before it"
+    monkeypatch.setattr(run.states, "latest", lambda: 500)
+    assert "step 500" in run.kept and "start in another folder" in run.kept and "best" not in run.kept
+    run.best = tiny_clip()[0]
+    assert run.kept.endswith(f"from the weights in {tmp_path / 'best'}")
+    run.close()
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -159,3 +159,19 @@ def test_pictures_by_path_start_at_the_root(tmp_path):
     assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
     with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
         embed(pa.table({"x": [1]}))
+
+
+def test_whatever_a_broken_picture_raises_it_is_a_null(tmp_path):
+    """Pillow raises SyntaxError for a PNG in which a later chunk has no name."""
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(file, "PNG")
+    good, at = file.getvalue(), file.getvalue().rindex(b"IDAT")
+    assert at > good.index(b"IDAT")
+    broken = good[:at] + b"\0\1\2\3" + good[at + 4 :]
+    with pytest.raises(SyntaxError):
+        Image.open(io.BytesIO(broken)).load()
+    embed = EmbedPictures(tmp_path / "clip", batch_size=2)
+    table = embed(pa.table({"image": [good, broken, good, good]}))
+    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, False, False]

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,17 @@ class EmbedPictures:
         name = next((name for name in ("image", "image_path") if name in table.column_names), None)
         if name is None:
             raise ValueError(f"the rows have the columns {', '.join(table.column_names)}, neither image nor image_path")
-        pictures = [self._opened(value) for value in table[name].to_pylist()]
-        readable = [picture for picture in pictures if picture is not None]
-        found = iter(embed_images(self.model, self.processor, readable, self.batch_size, progress=False))
-        vectors = [None if picture is None else np.asarray(next(found), np.float32) for picture in pictures]
+        there = []
+
+        def pictures() -> Iterator[Image.Image]:  # one batch at a time is held decoded, not the shard
+            for value in table[name].to_pylist():
+                picture = self._opened(value)
+                there.append(picture is not None)
+                if picture is not None:
+                    yield picture
+
+        found = iter(embed_images(self.model, self.processor, pictures(), self.batch_size, progress=False))
+        vectors = [np.asarray(next(found), np.float32) if readable else None for readable in there]
         return table.append_column("image_embeds", pa.array(vectors, pa.list_(pa.float32())))
 
     def _opened(self, value) -> Image.Image | None:
@@ -40,5 +48,5 @@ class EmbedPictures:
             picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else self.root / value)
             picture.load()
             return picture
-        except (OSError, TypeError, ValueError, Image.DecompressionBombError):
+        except Exception:  # a broken file can raise anything
             return None

@@ -2,7 +2,7 @@
 
 The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what was a fault in
 them is not repeated: the loss sees the whole batch, and a resumed run is the same run. `indobert-base` and
-`indonesian-roberta-base` are how we would train the same towers today; no run of that size has been made here.
+`indonesian-roberta-base` train the same towers with what is known today; no run of that size has been made here.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ class Recipe:
 
     out: Annotated[Path, tyro.conf.arg(help="the run's folder")]
     train: str = "dictionary"
-    """Captions records (JSONL or Parquet), WebDataset tars ("shards/*.tar"), or the picture dictionary."""
+    """Captions records (JSONL or Parquet), the picture dictionary, or, for stages without features, WebDataset tars
+    ("shards/*.tar")."""
     validation: str | None = None
     """Captions records; the dictionary's own where it is trained on."""
     vision: str | None = "openai/clip-vit-base-patch32"
@@ -73,8 +74,9 @@ class Recipe:
     hosts: bool = False
     """Several processes: calls jax.distributed.initialize(), which finds the others on a TPU pod or under Slurm."""
     workers: int = 0
-    """Processes that decode pictures; 0: threads."""
+    """Processes that decode the pictures of captions records; 0: threads."""
     validation_pictures: int = 2000
+    """The most of the validation records that are measured on: the first ones."""
     samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
     """Queries whose first pictures are kept at each evaluation."""
     seed: int = 0
@@ -96,7 +98,7 @@ ANCESTOR = (
     Stage(dataclasses.replace(_ANCESTOR, learning_rate=1e-5, trainable=("vision.*", "text.*")), "adabelief"),
 )
 TODAY = (
-    Stage(FitConfig(augmentation=None, caption_tokens=64), features=ProjectionConfig(batch_size=4096)),
+    Stage(FitConfig(), features=ProjectionConfig(batch_size=4096)),
     Stage(FitConfig(
         epochs=10, batch_size=4096, chunks=8, learning_rate=2e-4, weight_decay=0.1, layer_decay=0.8, caption_tokens=64,
         rates={"*.projection.*": 2.0}, evaluate_every=1, log_every=20, checkpoint_every=500,
@@ -136,13 +138,24 @@ def start(recipe: Recipe, pictures: Dataset | None) -> tuple[HybridCLIP, CLIPPro
         if pictures is None:
             raise ValueError("a mini model learns its tokenizer from the picture dictionary: name the towers with "
                              "--vision and --text to train on other data")
-        model, processor = new_mini(load_pairs(pictures, SOURCE_SIZE), seed=recipe.seed)
+        model, processor = new_mini(load_pairs(pictures, SOURCE_SIZE), seed=recipe.seed,
+                                    dtype=jnp.dtype(recipe.dtype))
     else:
         model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=jnp.dtype(recipe.dtype))
         processor = CLIPProcessor.from_towers(recipe.vision, recipe.text)
     if recipe.logit_scale is not None:
         model.logit_scale[...] = jnp.asarray(math.log(recipe.logit_scale), jnp.float32)
     return model, processor
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ValueError for options that do not go together, before anything is loaded."""
+    if recipe.shard != "none" and recipe.form != "jit":
+        raise ValueError(f"--shard {recipe.shard} needs --form jit: the others keep a copy of all on each device")
+    for number, stage in enumerate(recipe.stages, 1):
+        if stage.features is not None and recipe.train.endswith(".tar"):
+            raise ValueError(f"stage {number} computes features of captions records, which --train {recipe.train} are "
+                             "not: take a recipe without such a stage, or name a .jsonl or .parquet file")
 
 
 def make_feed(recipe: Recipe, stage: Stage, size: int, tokenize) -> Feed:
@@ -165,6 +178,7 @@ def run(recipe: Recipe) -> bool:
     With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read (the projections of
     a stage on features are trained anew, in minutes, to the same weights). Raises what `fit` raises.
     """
+    check(recipe)
     if recipe.hosts:
         jax.distributed.initialize()
     dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
@@ -185,9 +199,7 @@ def run(recipe: Recipe) -> bool:
             result = train_projections(model, features, stage.features, seed=recipe.seed,
                                        optimizer=OPTIMIZERS[stage.optimizer])
         else:
-            form = FORMS[recipe.form]
-            if form is jit_form and recipe.shard != "none":
-                form = functools.partial(jit_form, params=recipe.shard)
+            form = FORMS[recipe.form] if recipe.shard == "none" else functools.partial(jit_form, params=recipe.shard)
             feed = pairs if pairs is not None else make_feed(recipe, stage, size, processor.tokenize)
             result = fit(model, processor, feed, validation, stage.fit, seed=recipe.seed, out=out, form=form, mesh=mesh,
                          optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,

@@ -37,11 +37,17 @@ class Placed(NamedTuple):
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
-    """All devices of all processes (or the first `data` x `model`) as a mesh with the axes "data" and "model"."""
+    """All devices of all processes (or the first `data` x `model`) as a mesh with the axes "data" and "model".
+
+    Raises ValueError where they cannot be cut so, or where the devices of a "model" group would be of two processes.
+    """
     count = jax.device_count()
     if model < 1 or data is None and count % model:
         raise ValueError(f"{count} devices cannot be cut into groups of {model}: choose a divisor of {count} as "
                          "model, or name data too")
+    if jax.process_count() > 1 and jax.local_device_count() % model:
+        raise ValueError(f"the {model} devices of a group share their rows, and would lie in several processes, each "
+                         f"with rows of its own: choose a divisor of {jax.local_device_count()} as model")
     data = count // model if data is None else data
     if data * model > count or data < 1:
         raise ValueError(f"a mesh of {data} x {model} wants {data * model} devices, and there are {count}")

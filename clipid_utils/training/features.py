@@ -266,7 +266,7 @@ def _image_batches(
         for picture in pictures:
             if isinstance(picture, str):
                 warnings.warn(f"{picture}: training leaves it out", stacklevel=3)
-        if not there.any():
+        if not there.any() and len(pictures) == min(batch_size, len(data)):  # the last batch may be one picture
             raise ValueError(f"none of {len(pictures)} pictures can be read, the last of them {pictures[-1]}: are "
                              "their folders where they were?")
         pixels = np.zeros((batch_size, size, size, 3), np.uint8)  # the last batch is filled up: one compiled shape

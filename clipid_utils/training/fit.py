@@ -63,7 +63,13 @@ class FitResult:
     interrupted: bool
 
 
-def _check(model: HybridCLIP, feed: Feed, config: FitConfig, loss: Callable, mesh: Mesh) -> None:
+def _check(
+    model: HybridCLIP, feed: Feed, validation: PicturePairs | None, config: FitConfig, loss: Callable, mesh: Mesh
+) -> None:
+    size = model.config.vision.image_size
+    if validation is not None and validation.images.shape[1:3] != (size, size):
+        raise ValueError(f"the validation pictures have {validation.images.shape[1]} pixels a side and the model takes "
+                         f"{size}: load them at {size}")
     if feed.batch_size < 2:
         raise ValueError("batch_size is 1: a contrastive loss needs at least 2 pairs, and learns from many")
     if loss is siglip_loss and model.logit_bias is None or loss is clip_loss and model.logit_bias is not None:
@@ -73,7 +79,8 @@ def _check(model: HybridCLIP, feed: Feed, config: FitConfig, loss: Callable, mes
                          f"{config.chunks} chunks: choose a multiple of {mesh.shape['data'] * config.chunks}, or "
                          "mesh=make_mesh(…) of fewer devices")
     if config.steps is None and feed.steps_per_epoch is None:
-        raise ValueError("a stream has no epochs to count: set FitConfig.steps")
+        raise ValueError("a stream has no epochs to count: set FitConfig.steps, and evaluate_every, which counts steps "
+                         "of a stream")
 
 
 def fit(
@@ -96,15 +103,16 @@ def fit(
     if there is one, to the very weights of a run that was never stopped. Ctrl-C and SIGTERM end the run after the step
     it is in: its state is kept, and the weights so far stand in `out/last`.
 
-    Raises ValueError for a batch of one pair, an empty caption, or another config on resuming; FileExistsError where
-    `out` holds another run's checkpoints; FloatingPointError when the loss is not finite.
+    Raises ValueError for a batch of one pair, validation pictures of another size, an empty caption, or another config
+    on resuming; FileExistsError where `out` holds another run's checkpoints; FloatingPointError when the loss is not
+    finite.
     """
     mesh = mesh or make_mesh()
     feed = train if isinstance(train, Feed) else dictionary_feed(
         train, processor.tokenize, config.batch_size, seed=seed, length=config.caption_tokens,
         group_concepts=config.group_concepts, process_index=jax.process_index(), process_count=jax.process_count(),
     )
-    _check(model, feed, config, loss, mesh)
+    _check(model, feed, validation, config, loss, mesh)
     steps = config.steps or config.epochs * feed.steps_per_epoch
     warmup = round(config.warmup * steps)
     schedule = warmup_cosine(config.learning_rate, steps, warmup)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 from datasets import Dataset
 from flax import nnx
 
@@ -41,14 +42,14 @@ def tokenizer_corpus(pairs: PicturePairs) -> Iterator[str]:
     yield from (fill(template, name, group) for template, name, group in named)
 
 
-def new_mini(train: PicturePairs, *, seed: int) -> tuple[HybridCLIP, CLIPProcessor]:
+def new_mini(train: PicturePairs, *, seed: int, dtype=jnp.float32) -> tuple[HybridCLIP, CLIPProcessor]:
     """A mini model with random weights, and its processor with a tokenizer learned from the training captions."""
     config = PRESETS["mini"]
     tokenizer = train_wordpiece(tokenizer_corpus(train), config.text.vocab_size)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.get_vocab_size())
     # Longer texts are cut, and counted, in use as in training, which never sees the positions beyond
     processor = CLIPProcessor(tokenizer, config.vision.image_size, MINI.caption_tokens)
-    return HybridCLIP(dataclasses.replace(config, text=text), rngs=nnx.Rngs(seed)), processor
+    return HybridCLIP(dataclasses.replace(config, text=text), dtype=dtype, rngs=nnx.Rngs(seed)), processor
 
 
 def pairs_checksum(pairs: PicturePairs) -> str:

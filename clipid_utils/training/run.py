@@ -61,9 +61,11 @@ class Run:
 
     def close(self) -> None:
         """Waits for what is still being written."""
-        self.lines.close()
-        if self.states is not None:
-            self.states.close()
+        try:
+            self.lines.close()
+        finally:
+            if self.states is not None:
+                self.states.close()
 
     @property
     def writes(self) -> bool:
@@ -73,9 +75,11 @@ class Run:
     @property
     def kept(self) -> str:
         """Where to go on after a failure, in words."""
-        if self.states is not None and self.states.latest() is not None:
-            return f"resume from step {self.states.latest()} in {self.path}"
         best = self.path is not None and self.best is not None
+        step = None if self.states is None else self.states.latest()
+        if step is not None:
+            where = f", from the weights in {self.path / 'best'}" if best else ""
+            return f"{self.path} goes on from step {step} with the same settings alone: start in another folder{where}"
         return f"the best weights before it are in {self.path / 'best'}" if best else "nothing was saved before it"
 
     def save_weights(self, name: str, model: HybridCLIP) -> None:
