@@ -15,7 +15,7 @@ from tiny import tiny_pairs, tiny_processor
 from clipid_utils.data import loader
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.loader import batches, dictionary_feed, records_feed, stream_feed
-from clipid_utils.data.streams import EndlessRows
+from clipid_utils.data.streams import EndlessRows, picture_and_captions
 
 COUNT, SIZE = 23, 24
 
@@ -269,3 +269,7 @@ def test_a_stream_without_pictures_says_so(tokenize, folder, tmp_path, monkeypat
     monkeypatch.setattr(loader, "MOST_UNREADABLE", 6)
     with pytest.warns(UserWarning, match="a.jpg cannot be read"), pytest.raises(ValueError, match="none of 6 rows"):
         taken(stream_feed(stream, tokenize, SIZE, 2, seed=0, length=12, columns=("picture", "words")), 1)
+
+
+def test_a_null_among_the_captions_is_no_caption():
+    assert picture_and_captions({"image": b"1", "captions": ["a cat", None, " "]}) == (b"1", ["a cat"])

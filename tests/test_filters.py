@@ -113,6 +113,7 @@ def test_near_captions_are_dropped_and_one_word_makes_a_difference():
                 "mobil merah di jalan", "mobil biru di jalan"]  # fmt: skip
     assert dropped(filters.near_captions(), *captions) == captions[1:3]
     assert dropped(filters.near_captions(threshold=0.4), *captions[3:]) == captions[4:]
+    assert dropped(filters.near_captions(), "☂☂☂", "☀☀☀☀") == []  # without a word, but not the same
 
 
 def test_broken_pictures_are_named_and_the_others_stay(tmp_path):

@@ -234,6 +234,11 @@ def test_a_sheet_is_drawn_evenly_and_read_back(tmp_path):
     assert ratings[:4].tolist() == [[0, 0], [4, 4], [1, 2], [4, 4]]
 
 
+def test_a_row_without_its_last_comma_has_no_rating(tmp_path):
+    (tmp_path / "a.csv").write_text("number,english,indonesian,rating\n1,a cat,kucing\n2,a dog,anjing,4\n")
+    assert read_sheets([tmp_path / "a.csv"]).tolist() == [[0], [4]]
+
+
 def test_bad_sheets_are_named(tmp_path):
     write_sheet([("a", "b")], tmp_path / "a.csv")
     write_sheet([("a", "c")], tmp_path / "b.csv")

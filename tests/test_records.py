@@ -73,6 +73,15 @@ def test_each_bad_line_is_named_with_what_to_do(tmp_path):
         assert line.startswith(f"captions.jsonl:{number}: ") and words in line, line
 
 
+def test_half_a_character_is_named_like_other_faults(tmp_path):
+    record = {"image_path": "a.jpg", "captions": ["anak \ud83d"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: captions holds .*half a character"):
+        read_captions(tmp_path / "a.jsonl", check_files=False)
+    with pytest.raises(ValueError, match="record 0: captions holds .*half a character"):
+        write_captions([record], tmp_path / "b.jsonl")
+
+
 def test_pictures_that_are_not_there_are_named_by_their_line(tmp_path):
     pictures(tmp_path)
     lines = [json.dumps({"image_path": name, "captions": ["a"]}) for name in ("0.jpg", "gone.jpg", "2.jpg")]

@@ -132,6 +132,20 @@ def test_pictures_are_embedded_and_one_that_is_broken_loses_no_row(cluster, tmp_
 
 
 @needs_ray
+def test_pictures_beside_their_shards_are_found_from_out(cluster, tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    (tmp_path / "in" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / "pictures" / "a.png")
+    pq.write_table(pa.table({"image_path": ["pictures/a.png", "pictures/gone.png"]}), tmp_path / "in" / "0.parquet")
+    options, out = {"checkpoint": str(tmp_path / "clip"), "root": str(tmp_path / "out")}, tmp_path / "out"
+    assert map_shards([tmp_path / "in" / "0.parquet"], out, EmbedPictures, options, progress=False) == 2
+    made = read_shards(out)
+    assert [row["image_embeds"] is None for row in made] == [False, True]
+    assert (out / made[0]["image_path"]).is_file()
+
+
+@needs_ray
 def test_a_function_that_loses_a_row_is_caught(cluster, tmp_path):
     with pytest.raises(Exception, match="10 rows went in and 9 came out"):
         map_shards(write_shards(tmp_path / "in", 1), tmp_path / "out", Uneven, {}, progress=False)
@@ -157,21 +171,32 @@ def test_pictures_by_path_start_at_the_root(tmp_path):
     embed = EmbedPictures(tmp_path / "clip", root=tmp_path)
     table = embed(pa.table({"image_path": ["a.png", "gone.png", None]}))
     assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
+    with pytest.raises(ValueError, match=r"none of 2 pictures is there, the first of them .*/b/a.png'.*root="):
+        EmbedPictures(tmp_path / "clip", root=tmp_path / "b")(pa.table({"image_path": ["a.png", None, "gone.png"]}))
     with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
         embed(pa.table({"x": [1]}))
 
 
-def test_whatever_a_broken_picture_raises_it_is_a_null(tmp_path):
-    """Pillow raises SyntaxError for a PNG in which a later chunk has no name."""
+def test_a_file_that_breaks_amid_its_pixels_is_a_broken_picture_like_others(tmp_path):
     clip, processor = tiny_clip()
     save_clip(clip, processor, tmp_path / "clip", format="native")
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(file, "PNG")
-    good, at = file.getvalue(), file.getvalue().rindex(b"IDAT")
-    assert at > good.index(b"IDAT")
-    broken = good[:at] + b"\0\1\2\3" + good[at + 4 :]
-    with pytest.raises(SyntaxError):
-        Image.open(io.BytesIO(broken)).load()
-    embed = EmbedPictures(tmp_path / "clip", batch_size=2)
-    table = embed(pa.table({"image": [good, broken, good, good]}))
-    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, False, False]
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(data := io.BytesIO(), "PNG")
+    good = data.getvalue()
+    place = good.rindex(b"IDAT")
+    broken = good[:place] + b"\0DAT" + good[place + 4 :]  # Pillow raises SyntaxError
+    table = EmbedPictures(tmp_path / "clip")(pa.table({"image": [broken, good]}))
+    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [True, False]
+
+
+def test_no_more_pictures_than_a_batch_are_open(tmp_path, monkeypatch):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    embed, opened, seen = EmbedPictures(tmp_path / "clip", root=tmp_path, batch_size=2), [], []
+    open_one, prepare = embed._opened, type(processor).__call__
+    embed._opened = lambda value: opened.append(value) or open_one(value)
+    monkeypatch.setattr(type(processor), "__call__",
+                        lambda self, **given: seen.append(len(opened)) or prepare(self, **given))
+    assert embed(pa.table({"image_path": ["a.png"] * 6})).num_rows == 6
+    assert seen == [2, 4, 6]

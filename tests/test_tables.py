@@ -109,6 +109,11 @@ def test_a_quoted_table_with_line_breaks_and_a_broken_end(tmp_path):
     (tmp_path / "open.tsv").write_text('id\n1\n"2\n' + ("3" * 1000 + "\n") * 17_000)
     with pytest.raises(ValueError, match=r"open\.tsv:3: .*does not close"):
         list(quoted_table([tmp_path / "open.tsv"], ("id",), report))
+    (tmp_path / "open.tsv").write_text('id\n1\n"2\n3\n4\n')  # csv itself would give "2\n3\n4\n" and say nothing
+    rows = quoted_table([tmp_path / "open.tsv"], ("id",), report)
+    assert next(rows)[-1] == ["1"]
+    with pytest.raises(ValueError, match=r"open\.tsv:3: .*does not close"):
+        next(rows)
     with pytest.raises(ValueError, match=r"open\.tsv:1: the header lacks caption"):
         list(quoted_table([tmp_path / "open.tsv"], ("id", "caption"), report))
 
@@ -157,7 +162,7 @@ def test_the_first_text_of_a_key_stays(items):
         first.setdefault(key, text)
     other = OnDisk(items)
     assert all(disk.get(key) == other.get(key) == text for key, text in first.items())
-    assert disk.get("c") is None
+    assert disk.get("c") is None and disk.get("\ud83d") is None  # half an emoji, which JSON can hold
 
 
 @pytest.mark.parametrize("url, mime_type, reason", [

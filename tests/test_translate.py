@@ -21,7 +21,7 @@ from tiny_marian import CONFIG, ENGLISH, tiny_marian
 from clipid_utils.data import marian
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.marian import convert, converted_folder
-from clipid_utils.data.shards import read_tables
+from clipid_utils.data.shards import move_paths, read_tables
 from clipid_utils.data.translate import Translation, Translator, batches_by_length, loops, translate_rows
 
 WORDS = sorted({word for text in ENGLISH for word in text.split()})
@@ -400,6 +400,24 @@ def test_bad_rows_are_named(tmp_path):
         list(read_tables(path, 1))
     with pytest.raises(ValueError, match="records: in rows 2 to 2: the key 'x', which the rows before have not"):
         list(read_tables([{"a": 1}, {"a": 1, "x": 2}], 1))
+    with pytest.raises(ValueError, match="records: in rows 1 to 2: .*All rows need the same keys"):
+        list(read_tables([{"a": 1}, {"a": "b"}], 2))
+
+
+def test_the_types_of_the_first_rows_are_looked_for_once_a_key(monkeypatch):
+    """Once a row, a shard of a machine with many cores would take hours."""
+    looked, array = [], pa.array
+    monkeypatch.setattr("clipid_utils.data.shards.pa.array", lambda values: looked.append(1) or array(values))
+    (table,) = read_tables(rows(100), 100)
+    assert table.num_rows == 100 and len(looked) == 4
+
+
+def test_pictures_are_found_from_a_folder_behind_a_link(tmp_path):
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "deep")
+    (tmp_path / "a.jpg").touch()
+    table = move_paths(pa.table({"image_path": ["a.jpg"]}), tmp_path, tmp_path / "data")
+    assert (tmp_path / "data" / table["image_path"][0].as_py()).samefile(tmp_path / "a.jpg")
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):

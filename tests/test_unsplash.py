@@ -37,6 +37,7 @@ def test_photos_with_their_descriptions_and_keywords(tmp_path, ending):
 def test_the_full_set_comes_in_parts(tmp_path):
     (tmp_path / "photos.tsv000").write_text(PHOTOS + photo("a", "x"))
     (tmp_path / "photos.tsv001").write_text(PHOTOS + photo("b", "y"))
+    (tmp_path / "keywords.tsv000").write_text(KEYWORDS)
     assert [row["row"] for row in read_unsplash(tmp_path, Report(), width=320)] == [0, 1]
 
 
@@ -44,5 +45,8 @@ def test_another_folder_or_file_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"no photos\.tsv000 here: unpack the archive"):
         list(read_unsplash(tmp_path, Report()))
     (tmp_path / "photos.tsv000").write_text("a\tb\n")
+    with pytest.raises(ValueError, match=r"no keywords\.tsv000 here: unpack the archive"):
+        list(read_unsplash(tmp_path, Report()))
+    (tmp_path / "keywords.tsv000").write_text(KEYWORDS)
     with pytest.raises(ValueError, match=r"photos\.tsv000:1: the header lacks photo_id, photo_image_url"):
         list(read_unsplash(tmp_path, Report()))

@@ -30,6 +30,7 @@ SIDES = re.compile(r"\b(kiri|kanan|timur|barat|tenggara|jarum jam|left|right|eas
 
 TEXTS = {"captions": datasets.List(Value("string")), "source": Value("string"), "split": Value("string")}
 PICTURES = {"image_path": Value("string"), "image": datasets.Image()}
+HALF = re.compile("[\ud800-\udfff]")  # "\\ud83d" in JSON, half an emoji
 MOST_LISTED = 10  # bad lines that an error quotes; all are counted
 
 
@@ -127,6 +128,8 @@ def _problem(record, kind: str) -> str | None:
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
             return f"captions holds {caption!r}: an empty caption matches nothing; drop it or write one"
+        if HALF.search(caption):
+            return f"captions holds {caption!r}: half a character, which UTF-8 cannot hold; take the escape out"
     for key in ("source", "split"):
         if not isinstance(record.get(key), str | None):
             return f"{key} is {record[key]!r}: write a string, or leave it out"

@@ -28,6 +28,7 @@ from clipid_utils.data.addresses import PublicNetwork
 from clipid_utils.data.captions import write_captions
 from clipid_utils.data.one_picture import Fetcher, Limits, Refused, parse_url, to_jpeg
 from clipid_utils.data.report import Report
+from clipid_utils.data.tables import NO_TEXT, NOT_UTF8, text_lines
 
 AGENT = "clip-indonesian/{version} (+https://github.com/galuhsahid/clip-indonesian{contact})"
 ROW = ("row", "url", "captions", "source", "split")
@@ -73,17 +74,31 @@ def download(
 def read_urls(path: str | os.PathLike) -> Iterator[dict]:
     """The rows of a JSON lines file, `{"url": …, "captions": […]}` a line; a row without `row` gets its line's number.
 
-    Raises ValueError that names a line that is no such row.
+    Blank lines count and are passed over. Raises ValueError that names a line that is no such row.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            try:
-                row = json.loads(line)
-                yield {"row": number, "source": None, "split": None, **row, "url": row["url"],
-                       "captions": row["captions"]}
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number + 1}: no row ({type(error).__name__}: {error}): write "
-                                 '{"url": "https://…", "captions": ["…"]}') from None
+    for number, line in text_lines(Path(path)):
+        if not line.strip():
+            continue
+        try:
+            row = {"row": number - 1, "source": None, "split": None, **json.loads(line)}
+            problem = _problem(row)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem or NO_TEXT.search(line):
+            raise ValueError(f"{path}:{number}: no row ({problem or NOT_UTF8}): write "
+                             '{"url": "https://…", "captions": ["…"]}')
+        yield row
+
+
+def _problem(row: dict) -> str | None:
+    """What of a row would only show once all are downloaded; a bad `url` is listed as such."""
+    _, captions, number = row["url"], row["captions"], row["row"]  # KeyError for what is missing
+    fits = {
+        "row": type(number) is int and number >= 0,
+        "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
+        "source": isinstance(row["source"], str | None), "split": isinstance(row["split"], str | None),
+    }
+    return next((f"{key} is {row[key]!r}"[:80] for key, right in fits.items() if not right), None)
 
 
 class Manifest:
@@ -106,6 +121,7 @@ class Manifest:
         for line in self._whole_lines():
             if line["status"] != "failed":
                 self.add(line)
+        os.fsync(self.file.fileno())  # or else a power cut could leave an empty file under the name
         self.file.close()
         os.replace(part, path)
         self.file, self.reader = open(path, "ab"), open(path, "rb")
@@ -234,10 +250,10 @@ def _write_records(manifest: Manifest, folder: Path) -> Report:
     def kept() -> Iterator[dict]:
         for line in manifest.lines():
             reason = None if line["status"] == "kept" else line["error"].split(":")[0]
-            captions = [text for text in line["captions"] if text.strip()]
+            captions = [text for text in (NO_TEXT.sub("", text) for text in line["captions"]) if text.strip()]
             if reason or not captions:
                 reason = (reason or "no caption") + (" (may pass)" if line["status"] == "failed" else "")
-                report.drop(reason, f"row {line['row']}: {line['url']}: {line['error']}")
+                report.drop(reason, f"row {line['row']}: {line['url']}: {line['error'] or reason}")
                 continue
             report.keep()
             yield {"image_path": line["path"], "captions": captions, "source": line["source"], "split": line["split"]}

@@ -180,7 +180,7 @@ def near_captions(threshold: float = 0.8, hashes: int = 64, letters: int = 4) ->
 
     def check(caption: str) -> str | None:
         nonlocal number
-        text = f" {normalise(caption)} "
+        text = f" {normalise(caption) or caption.strip()} "
         sketch = RMinHash(num_perm=hashes, seed=0)
         sketch.update(sorted({text[i : i + letters] for i in range(max(1, len(text) - letters + 1))}))
         number += 1

@@ -54,4 +54,5 @@ class OnDisk:
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
+    key = key.encode("utf-8", "surrogatepass")  # JSON can hold half a character
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big", signed=True)

@@ -55,7 +55,7 @@ def read_sheets(paths: Sequence[str | os.PathLike]) -> Int[np.ndarray, "items ra
         ]:
             raise ValueError(f"{path} and {paths[0]} hold other pairs, or in another order: give copies of one sheet")
         for item, row in enumerate(rows):
-            said = row["rating"].strip()
+            said = (row["rating"] or "").strip()  # a row may lack its last comma
             if said and said not in map(str, SCALE):
                 raise ValueError(f"{path}:{item + 2}: the rating {said!r} is none of {SCALE}: correct it, or leave it "
                                  "empty")

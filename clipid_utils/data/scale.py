@@ -57,9 +57,10 @@ def map_shards(
 
     `make` and `options` are sent to the workers, each of which calls it once: by default as many as the cluster has
     room for, with `cores` cores and `gpus` GPUs each. `out`, the shards and a model's folder lie where all nodes see
-    them. A relative `image_path` then starts at `out`. Ray is started here where it is not yet. Shards that are there
-    already are left as they are, so that one call at a time may write to `out`. Raises ValueError where one was made by
-    another `make` or with other options, or where two have the same name, and ModuleNotFoundError without Ray.
+    them. A relative `image_path` starts at `out`, for the function too. Ray is started here where it is not yet. Shards
+    that are there already are left as they are, so that one call at a time may write to `out`. Raises ValueError where
+    one was made by another `make` or with other options, or where two have the same name, and ModuleNotFoundError
+    without Ray.
     """
     try:
         import ray

@@ -50,8 +50,8 @@ def read_tables(source: Source, rows: int, skip: int = 0, schema: pa.Schema | No
     records = islice(_lines(source) if is_path(source) else enumerate(source, 1), skip, None)
     while chunk := list(islice(records, rows)):
         values = [record for _, record in chunk]
-        schema = schema or _schema(values)
         try:
+            schema = schema or _schema(values)
             stray = sorted(set().union(*values) - set(schema.names))
             if stray:
                 raise pa.ArrowInvalid(f"the key {stray[0]!r}, which the rows before have not")
@@ -80,7 +80,8 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
 
 def _schema(records: list[dict]) -> pa.Schema:
     """The types of the keys; of one that is null so far it is taken to be a string."""
-    columns = {key: pa.array([record.get(key) for record in records]).type for record in records for key in record}
+    keys = dict.fromkeys(key for record in records for key in record)
+    columns = {key: pa.array([record.get(key) for record in records]).type for key in keys}
     return pa.schema([(key, pa.string() if kind == pa.null() else kind) for key, kind in columns.items()])
 
 
@@ -140,7 +141,7 @@ def move_paths(table: pa.Table, source: Path, out: Path) -> pa.Table:
     """The relative picture paths of a file in the folder `source`, made to start at the folder `out`."""
     if "image_path" not in table.column_names:
         return table
-    way = os.path.relpath(source.absolute(), out.absolute())
+    way = os.path.relpath(source.resolve(), out.resolve())  # what ".." after a link leads to is not above the link
     paths = [path if path is None or os.path.isabs(path) else os.path.normpath(os.path.join(way, path))
              for path in table["image_path"].to_pylist()]
     return table.set_column(table.column_names.index("image_path"), "image_path", pa.array(paths, pa.string()))

@@ -67,8 +67,8 @@ class _RowsIterator(grain.DatasetIterator):
 def picture_and_captions(row: dict, columns: tuple[str, str] | None = None) -> tuple:
     """What a row holds of the two `columns`, by default the first of the lists above that it has.
 
-    The picture is a path, bytes, {"bytes", "path"} or None, the captions are a list without blank ones. Of a dict, such
-    as JSON in a tar, they are its "captions" or "caption". Raises ValueError where there are no such columns.
+    The picture is a path, bytes, {"bytes", "path"} or None, the captions are a list without blank ones and nulls. Of a
+    dict, such as JSON in a tar, they are its "captions" or "caption". Raises ValueError for rows without such columns.
     """
     pictures, captions = (PICTURE_COLUMNS, CAPTION_COLUMNS) if columns is None else ([columns[0]], [columns[1]])
     found = []
@@ -81,4 +81,4 @@ def picture_and_captions(row: dict, columns: tuple[str, str] | None = None) -> t
     if isinstance(texts, dict):
         texts = texts.get("captions") or texts.get("caption")
     texts = [texts] if isinstance(texts, str) else texts or []
-    return picture, [text for text in texts if text.strip()]
+    return picture, [text for text in texts if isinstance(text, str) and text.strip()]

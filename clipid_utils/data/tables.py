@@ -27,6 +27,7 @@ COCO_2014 = re.compile(r"^COCO_\w+2014_")  # COCO 2017 has the same pictures und
 SVG = re.compile(r"[^?#]*\.svgz?(?:[?#]|$)", re.IGNORECASE)
 MOST_LINES = 20  # that a quoted caption may go over
 NOT_UTF8 = "not UTF-8"
+END = "\ud800"  # the line after the last, which no file can hold: csv itself takes a quote that stays open for closed
 
 
 def clean_caption(text) -> str:
@@ -181,8 +182,8 @@ def quoted_table(
     count = itertools.count()
     for path in paths:
         lines = (line.replace("\r", " ") + "\n" for _, line in text_lines(path))  # csv refuses a \r amid a line
-        table = csv.reader(lines, delimiter="\t")
-        header = next(table, [])
+        table = csv.reader(itertools.chain(lines, [END]), delimiter="\t")
+        header = [name for name in next(table) if name != END]
         missing = [name for name in columns if not name.endswith("?") and name not in header]
         if missing:
             raise ValueError(f"{path}:1: the header lacks {', '.join(missing)}: it is {' | '.join(header)[:200]!r}; is "
@@ -204,7 +205,10 @@ def _numbered(table, path: Path) -> Iterator[tuple[int, list[str]]]:
     number = table.line_num + 1
     try:
         for fields in table:
-            if fields:
+            if fields and fields[-1].endswith(END):
+                if fields != [END]:
+                    raise csv.Error("the file ends within it")
+            elif fields:
                 yield number, fields
             number = table.line_num + 1
     except csv.Error as error:

@@ -27,8 +27,10 @@ def read_unsplash(
     """
     folder = Path(folder)
     photos, lists = _parts(folder, "photos"), _parts(folder, "keywords")
-    if not photos:
-        raise ValueError(f"{folder}: no photos.tsv000 here: unpack the archive of Unsplash Lite, and name its folder")
+    for table, parts in (("photos", photos), ("keywords", lists)):
+        if not parts:
+            raise ValueError(f"{folder}: no {table}.tsv000 here: unpack the archive of Unsplash Lite, and name its "
+                             "folder")
     keywords = OnDisk((photo, ", ".join(dict.fromkeys(words)))
                       for photo, _, words in gathered(_keywords(lists, report, confidence)))
     columns, seen = ("photo_id", "photo_image_url", "photo_description?", "ai_description?"), OnDisk()
