@@ -51,7 +51,7 @@ def translator(folder, cache):
 
 
 def reference_scores(folder: Path, source: list[str], target: list[str]) -> np.ndarray:
-    """The log probability of each target token by Marian's formulas: post-norm, sinusoids, a zero first input."""
+    """The log probability of each target token by Marian's formulas: post-norm, sinusoids, <pad> as the first input."""
     weights, vocabulary = load_file(folder / "model.safetensors"), json.loads((folder / "vocab.json").read_text())
     width, heads = CONFIG["d_model"], CONFIG["encoder_attention_heads"]
     rates = 10000 ** (-np.arange(width // 2) * 2 / width)
@@ -76,7 +76,7 @@ def reference_scores(folder: Path, source: list[str], target: list[str]) -> np.n
 
     def embed(ids):
         angles = np.arange(len(ids))[:, None] * rates
-        vectors = np.stack([weights["model.shared.weight"][i] if i >= 0 else np.zeros(width) for i in ids])
+        vectors = weights["model.shared.weight"][ids]
         return vectors * np.sqrt(width) + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     def layers(x, part, memory=None):
@@ -92,13 +92,15 @@ def reference_scores(folder: Path, source: list[str], target: list[str]) -> np.n
 
     ids = [[vocabulary.get(token, vocabulary["<unk>"]) for token in tokens] for tokens in (source, target)]
     memory = layers(embed(ids[0]), "encoder")
-    decoded = layers(embed([-1, *ids[1][:-1]]), "decoder", memory)
+    decoded = layers(embed([vocabulary["<pad>"], *ids[1][:-1]]), "decoder", memory)
     logits = decoded @ weights["model.shared.weight"].T + weights["final_logits_bias"]
     probabilities = softmax(logits[:, :-1])  # never <pad>
     return np.log(probabilities[np.arange(len(target)), ids[1]])
 
 
-def test_a_converted_model_scores_as_marians_formulas_do(folder, tmp_path):
+@pytest.mark.parametrize("trained_start", [False, True])
+def test_a_converted_model_scores_as_marians_formulas_do(tmp_path, trained_start):
+    folder = tiny_marian(tmp_path / "hf", trained_start=trained_start)
     convert(folder, tmp_path / "ct2", "float32")
     engine = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type="float32")
     tokens = list(json.loads((folder / "vocab.json").read_text()))[2:-1]

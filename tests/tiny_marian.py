@@ -43,8 +43,9 @@ def random_weights(config: dict, tokens: int, seed: int = 0) -> dict[str, np.nda
     return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
-def tiny_marian(folder: Path, seed: int = 0, **changes) -> Path:
-    """Writes the model's folder; `changes` are entries of the config."""
+def tiny_marian(folder: Path, seed: int = 0, trained_start: bool = False, **changes) -> Path:
+    """Writes the model's folder; `changes` are entries of the config. The decoder starts from the embedding of <pad>,
+    zero as opus-mt's is, or with `trained_start` like any other."""
     folder.mkdir(parents=True, exist_ok=True)
     pieces = {}
     for side, texts in (("source", ENGLISH), ("target", INDONESIAN)):
@@ -60,5 +61,8 @@ def tiny_marian(folder: Path, seed: int = 0, **changes) -> Path:
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     config = {**CONFIG, "vocab_size": len(tokens), "pad_token_id": len(tokens) - 1, **changes}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(random_weights(config, len(tokens), seed), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = random_weights(config, len(tokens), seed)
+    if not trained_start:
+        weights["model.shared.weight"][-1] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

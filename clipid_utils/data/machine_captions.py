@@ -4,7 +4,7 @@
     rows = with_good_captions(rows, caption_gates(rows), report)
     rows = with_good_pictures(rows, another_report)
 
-Notebook 02 goes through this step by step; scripts/added_pictures.py trains on what comes out.
+scripts/added_pictures.py trains on what comes out.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,9 @@
 """A Marian model in Hugging Face's form (opus-mt, what `transformers` trains) as CTranslate2 wants it, without torch.
 
 CTranslate2's own converter builds the model in torch to read its weights. Here they come out of their file as numpy
-arrays (model/weights.py), and the written files are the same byte for byte.
+arrays (model/weights.py), and for opus-mt's models the written files are the same byte for byte. One that
+`transformers` trained may start from another embedding than zero, which that converter drops, and with it the first
+word.
 """
 
 import hashlib
@@ -117,10 +119,17 @@ def _spec(folder: Path) -> TransformerSpec:
         (config["encoder_layers"], config["decoder_layers"]), config["encoder_attention_heads"], pre_norm=False,
         activation=_ACTIVATIONS[activation],
     )
-    # As the vocabulary: <pad>, the last one, only starts Marian's decoder, whose first embedding is zero.
-    embedding = weights["model.shared.weight"][: len(tokens)]
+    embedding, bias = weights["model.shared.weight"], weights.get("final_logits_bias")
     if len(embedding) != len(tokens):
         raise ValueError(f"{folder / 'vocab.json'} has {len(tokens)} tokens and the model {len(embedding)} embeddings")
+    bias = np.zeros(len(tokens), np.float32) if bias is None else bias.reshape(-1)
+    # <pad>, the last token, only starts the decoder. Marian starts from a zero embedding, and so do opus-mt's models;
+    # in one that was trained by `transformers` its row has learnt with the others.
+    from_zero = not np.any(embedding[-1])
+    if from_zero:
+        embedding, bias, tokens = embedding[:-1], bias[:-1], tokens[:-1]
+    else:
+        bias = np.append(bias[:-1], np.float32(-1e9))  # never said
     scale = float(np.sqrt(config["d_model"])) if config.get("scale_embedding") else 1.0
     for part, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
         part.scale_embeddings = scale
@@ -128,14 +137,14 @@ def _spec(folder: Path) -> TransformerSpec:
         (part.embeddings[0] if name == "encoder" else part.embeddings).weight = embedding
         for number, layer in enumerate(part.layer):
             _fill_layer(layer, weights, f"model.{name}.layers.{number}.")
-    spec.decoder.start_from_zero_embedding = True
+    spec.decoder.start_from_zero_embedding = from_zero
     spec.decoder.projection.weight = embedding
-    bias = weights.get("final_logits_bias")
-    if bias is not None and np.any(bias):
-        spec.decoder.projection.bias = bias.reshape(-1)[: len(tokens)]
+    if np.any(bias):
+        spec.decoder.projection.bias = bias
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
-    for key, token in {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "decoder_start": "</s>"}.items():
+    start = "</s>" if from_zero else "<pad>"
+    for key, token in {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "decoder_start": start}.items():
         setattr(spec.config, f"{key}_token", token)
     return spec
 
@@ -158,7 +167,7 @@ def _tokens(folder: Path) -> list[str]:
     tokens = sorted(vocabulary, key=vocabulary.get)
     if tokens[-1] != "<pad>" or sorted(vocabulary.values()) != list(range(len(tokens))):
         raise ValueError(f"{folder / 'vocab.json'}: the tokens must be numbered from 0 on, with '<pad>' the last")
-    return tokens[:-1]
+    return tokens
 
 
 def _positions(length: int, width: int) -> np.ndarray:
