@@ -70,19 +70,21 @@ def ours(size: str):
 
 
 def write_random_model(folder: Path) -> None:
-    """The folder of a Marian model with random weights; its pieces are those of the model in data/translator."""
-    import shutil
-
+    """The folder of a Marian model with random weights; its pieces, which are not used, are of any text."""
+    import sentencepiece
     import torch
     from transformers import MarianConfig, MarianMTModel
 
-    from clipid_utils.data.translate import OURS
+    from clipid_utils.paths import DATA
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     MarianMTModel(MarianConfig(**CONFIG)).save_pretrained(folder)
-    for name in ("source.spm", "target.spm"):
-        shutil.copyfile(OURS / name, folder / name)
+    for side in ("source", "target"):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(DATA / "parallel" / "captions.tsv"), model_prefix=str(folder / side), vocab_size=1000,
+            minloglevel=2)
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
     tokens = ["</s>", "<unk>", *(f"t{number}" for number in range(2, CONFIG["vocab_size"] - 1)), "<pad>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
 

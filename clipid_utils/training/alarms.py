@@ -22,14 +22,14 @@ LINES = 5
 STUCK = 0.98
 # Steps after warm-up until then, or a tenth of the run where that is less.
 PATIENCE = 200
-# 1 - cosine, averaged over the pairs of a batch. Random weights give 0.02 to 0.07 (mini, and the pictures of B/32), the
-# shipped checkpoint 0.67. The mini's texts fall to 0.016 early in its warm-up before they part; towers that tell less
-# apart when it is over have lost in training what random weights give.
+# 1 - cosine, averaged over the pairs of a batch. Random weights give more than this; texts may come near it early in
+# the warm-up before they part. Towers that tell less apart when it is over have lost in training what random weights
+# give.
 COLLAPSED = 0.01
 # The step sets the scale to its clamp exactly; this is room for float32 and for an average of the last few steps.
 AT_CLAMP = 1e-3
-# Of the pictures in a batch. The course's own data hold some that two names share (the flags of Norway and Svalbard):
-# at most 2 in a batch of 256 over 30 epochs, which costs nothing that could be learned.
+# Of the pictures in a batch. The course's own data hold a few that two names share (the flags of Norway and Svalbard),
+# which costs nothing that could be learned.
 DUPLICATES = 0.01
 # Of the captions since the start. The shipped run cuts 0.4%, the longest lists of keywords.
 TRUNCATED = 0.01
