@@ -46,6 +46,7 @@ BAD = [
     ("length", "a cat", "seekor kucing yang sedang duduk di atas kursi"), ("length", "a cat", " "),
     ("length", "a small brown dog runs along the beach", "anjing"),
     ("copy", "a cat and a dog", "kucing and anjing"), ("copy", "a wooden fence post", "wooden fence post"),
+    ("copy", "a butterfly", "A butterfly"),
     ("repetition", "a cat", "kucing kucing kucing"),
     ("repetition", "people walk through the old town in the rain at night", "orang di kota tua orang di kota orang di"),
     ("numbers", "three cats", "dua kucing"), ("numbers", "cats", "dua ekor kucing"), ("numbers", "2015", "tahun 2016"),
@@ -93,6 +94,7 @@ def test_language():
 
 def test_names_may_stay_as_they_are():
     assert check_copy("the skyline of New York City", "cakrawala New York City") == ""
+    assert check_copy("New York", "New York") == ""
     assert check_copy("fence post Texas", "fence post Texas")  # the other words were copied too
     assert check_copy("hot dog", "hot dog")  # a price: what both languages say alike is stopped
 

@@ -77,6 +77,17 @@ def test_a_row_without_a_good_name_takes_its_description_or_goes():
     assert len(with_good_captions(lone, caption_gates(lone), Report())) == 0
 
 
+def test_what_the_translator_gave_up_passes_no_gate():
+    def gives_up(texts):
+        return [Translation(text, "loops") if text == "Froggy" else Translation("kodok") for text in texts]
+
+    found = in_indonesian(named(rows("Froggy", "frog")), gives_up)
+    assert found["name_mark"][:] == ["loops", ""]
+    report = Report()
+    assert with_good_captions(found, caption_gates(found), report)["name_id"][:] == ["kodok"]
+    assert report.dropped == {"not translated: loops": 1} and report.read == 2
+
+
 def test_keywords_that_stayed_english_go():
     found = in_indonesian(named(rows("red car", keywords=("pet", "froggy", "Pet"))), Dictionary(Pet="peliharaan"))
     assert with_good_captions(found, caption_gates(found), Report())["keywords_id"][:] == [["peliharaan"]]

@@ -104,18 +104,21 @@ def check_length(english: str, indonesian: str) -> str:
 
 
 def check_copy(english: str, indonesian: str) -> str:
-    """Stops what is still English: words that only English has, or more than half of at least two words copied.
+    """Stops what is still English: words that only English has, all of two or more words copied, or more than half of
+    the longer ones.
 
     Names may be copied, that is words with a capital letter inside the English text, and so may a single word: a robot
     is a robot in both languages.
     """
-    found = words(indonesian)
+    found, source = words(indonesian), words(english)
     foreign = ENGLISH_ONLY.intersection(found)
     if foreign:
         return f"{sorted(foreign)[0]!r} is English"
     names = {word.lower() for word in _WORD.findall(english)[1:] if word[0].isupper()}
     plain = [word for word in found if word not in names]
-    copied = [word for word in plain if len(word) > 2 and word in words(english)]
+    if len(plain) > 1 and found == source:
+        return "copied whole"
+    copied = [word for word in plain if len(word) > 2 and word in source]
     return f"copied: {' '.join(copied)}" if len(copied) >= 2 and 2 * len(copied) > len(plain) else ""
 
 

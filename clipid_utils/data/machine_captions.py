@@ -4,7 +4,7 @@
     rows = with_good_captions(rows, caption_gates(rows), report)
     rows = with_good_pictures(rows, another_report)
 
-scripts/added_pictures.py trains on what comes out.
+Notebook 02 goes through this step by step; scripts/added_pictures.py trains on what comes out.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,16 +47,18 @@ def in_indonesian(rows: Dataset, translate: Callable[[list[str]], list[Translati
     """Rows with `name_id`, `keywords_id`, `group_id` and, where they have a `description_en`, `description_id`.
 
     Each is the translation of the column of that name in English, and replaces the column where there is one. What
-    could not be translated stays English; "" stays "".
+    could not be translated stays English, and `name_mark` and `description_mark` say why; "" stays "".
     """
     columns = {"name_id": rows["name_en"][:], "group_id": [group.replace("_", " ") for group in rows["group"]]}
     if "description_en" in rows.column_names:
         columns["description_id"] = rows["description_en"][:]
     keywords = rows["keywords_en"][:]
     texts = sorted({text for column in (*columns.values(), *keywords) for text in column})
-    found = dict(zip(texts, (translation.text for translation in translate(texts)), strict=True))
-    columns = {name: [found[text] for text in column] for name, column in columns.items()}
-    columns["keywords_id"] = [[found[word] for word in words] for words in keywords]
+    found = dict(zip(texts, translate(texts), strict=True))
+    marks = {name.replace("_id", "_mark"): [found[text].mark for text in column]
+             for name, column in columns.items() if name != "group_id"}
+    columns = {name: [found[text].text for text in column] for name, column in columns.items()} | marks
+    columns["keywords_id"] = [[found[word].text for word in words] for words in keywords]
     for name, column in columns.items():
         rows = rows.remove_columns(name) if name in rows.column_names else rows
         rows = rows.add_column(name, column)
@@ -90,12 +92,18 @@ def of_indonesian(check: Callable[[str], str | None]) -> Gate:
 def with_good_captions(rows: Dataset, gates: dict[str, Gate], report: Report) -> Dataset:
     """The rows of which a caption passes the gates: the name, or else the description, which then is `name_id`.
 
-    The report counts captions, names and descriptions together. Keywords that do not pass `GATES` go uncounted, and
-    with them those that are still as they were: a keyword more is not worth an English word.
+    The report counts captions, names and descriptions together; what the translator marked passes no gate. Keywords
+    that do not pass `GATES` go uncounted, and with them those that are still as they were: a keyword more is not worth
+    an English word.
     """
-    captions = [(row, english, indonesian) for kind in ("name", "description") for row, (english, indonesian) in
-                enumerate(zip(rows[f"{kind}_en"], rows[f"{kind}_id"], strict=True)) if english]
-    names: dict[int, str] = {}
+    captions, names = [], {}
+    for kind in ("name", "description"):
+        columns = (rows[f"{kind}_{part}"][:] for part in ("en", "id", "mark"))
+        for row, (english, indonesian, mark) in enumerate(zip(*columns, strict=True)):
+            if mark and english:
+                report.drop(f"not translated: {mark}", english)
+            elif english:
+                captions.append((row, english, indonesian))
     for place, _, indonesian in pass_gates(((english, ind) for _, english, ind in captions), gates, report):
         names.setdefault(captions[place][0], indonesian)
     kept, words = sorted(names), []

@@ -81,7 +81,9 @@ def map_shards(
         return rows
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    workers = workers or max(1, min(len(left), int(ray.cluster_resources().get("CPU", 1) // cores)))
+    there = ray.cluster_resources()
+    room = [there.get(name, 0) // each for name, each in (("CPU", cores), ("GPU", gpus)) if each]
+    workers = workers or max(1, int(min(len(left), *room)))
     # A block for each shard, or one worker's death would cost several; no limit on how often one may die
     mapped = ray.data.from_items([{"shard": str(shard)} for shard in left], override_num_blocks=len(left)).map(
         _Worker, fn_constructor_args=(make, options, str(out)), num_cpus=cores, num_gpus=gpus or None,
