@@ -3,8 +3,8 @@
 All three shuffle 600 JPEGs of 500 x 375 pixels, decode them, resize them to 224 by the same Pillow calls
 (`decode_square`), draw a caption for each and tokenize a batch of 16. On one core each side works in its own process,
 pinned to that core; on two it has two worker processes, where `datasets`, which has none, is read through torch's
-DataLoader, as its manual says. Before a timed stretch each side gives away what it has made ahead. `--wait` tells
-instead which share of its time a training step of ViT-B/32 and BERT-base, on the CPU, waits for its batch.
+DataLoader, as its manual says. Before a timed stretch each side gives away what it has made ahead. Then it tells which
+share of its time a training step of ViT-B/32 and BERT-base, on the CPU, waits for its batch; `--wait` tells that alone.
 
     python benchmarks/bench_loader.py [--rounds 5] [--wait] [--out build/bench/loader.json]
 """
@@ -171,24 +171,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CORES"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--wait", action="store_true", help="how long a training step waits, instead")
+    parser.add_argument("--wait", action="store_true", help="only how long a training step waits")
     parser.add_argument("--out", type=Path, default=Path("build/bench/loader.json"))
     options = parser.parse_args()
     if options.worker:
         return worker(*options.worker)
     prepare()
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if options.wait:
-        for workers in (0, 1, 2):
-            report[f"wait, {workers} workers"] = found = waiting(workers)
-            print(f"{workers} workers: {found['data_wait_fraction']:.2%} of {found['seconds_a_step']} s a step waited")
-    else:
+    if not options.wait:
         print(f"{'pictures/s per core':20}" + "".join(f"{side:>10}" for side in SIDES) + "   ours by: torch  datasets")
         for cores in CORES:
             report[cores] = found = turns.compare(__file__, cores, TIMED * BATCH, options.rounds, tuple(SIDES))
             speed = {side: found["median"][side] / int(cores[0]) for side in SIDES}
             print(f"{cores:20}" + "".join(f"{value:10.1f}" for value in speed.values())
                   + f"{speed['ours'] / speed['torch']:17.2f}{speed['ours'] / speed['datasets']:10.2f}", flush=True)
+    for workers in (0, 1, 2):
+        report[f"wait, {workers} workers"] = found = waiting(workers)
+        print(f"{workers} workers: {found['data_wait_fraction']:.2%} of {found['seconds_a_step']} s a step waited")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Pictures and texts to arrays in turns: `CLIPProcessor` against transformers' CLIPImageProcessor and AutoTokenizer.
 
-    python benchmarks/bench_processor.py [--size 224] [--batch 16] [--rounds 15] [--json build/bench/processor.json]
+    python benchmarks/bench_processor.py [--size 224] [--batch 16] [--rounds 15] [--out build/bench/processor.json]
 
 The pictures are one photograph (matplotlib's) at the sizes of thumbnails, web pages and cameras, decoded beforehand.
 "In turns" means that every round times each contender once, so that a busy machine slows all of them alike; the table
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("size", 224), ("batch", 16), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, default=Path("build/bench/processor.json"), help="where the results go")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/processor.json"), help="where the results go")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     results = pictures(options.size, options.batch, options.rounds)
@@ -128,8 +128,8 @@ def main() -> None:
         "load before": round(load, 2), "pillow": PIL.__version__, "transformers": transformers.__version__,
         "pictures": results, "milliseconds for 256 captions": captions,
     }  # fmt: skip
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exact top-10 of 25,000 x 512 in turns: `clipid_utils.inference.search.top_k` against faiss, and what else was tried.
 
-    python benchmarks/bench_search.py [--size 25000] [--width 512] [--rounds 30] [--json results.json]
+    python benchmarks/bench_search.py [--size 25000] [--width 512] [--rounds 30] [--out build/bench/search.json]
 
 "In turns" means that every round times each contender once, so that a busy machine slows all of them alike; the table
 shows medians. The process is given as many threads as the machine has for each contender.
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("size", 25000), ("width", 512), ("k", 10), ("rounds", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/search.json"))
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     embeds = rng.normal(size=(options.size, options.width)).astype(np.float32)
@@ -75,9 +75,8 @@ def main() -> None:
         "size": options.size, "width": options.width, "k": options.k, "rounds": options.rounds,
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "milliseconds": results,
     }  # fmt: skip
-    print(json.dumps(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

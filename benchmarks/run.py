@@ -1,9 +1,57 @@
-"""Every benchmark in turn, one after the other: `make bench`. Figures also go to build/bench/*.json."""
+"""The benchmarks, one after the other: `make bench` runs all, `--record` keeps their figures in the repository.
 
+    python benchmarks/run.py                       # all; figures also go to build/bench/*.json
+    python benchmarks/run.py translate cache       # some
+    python benchmarks/run.py translate --record    # and into data/benchmarks.json, beside what it holds of the others
+"""
+
+import argparse
+import json
+import os
+import platform
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
-for script in sorted(Path(__file__).parent.glob("bench_*.py")):
-    print(f"\n{script.name}", flush=True)
-    subprocess.run([sys.executable, str(script)], check=True)
+HERE = Path(__file__).resolve().parent
+RECORD = HERE.parent / "data" / "benchmarks.json"
+LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "ctranslate2", "grain", "pillow", "faiss-cpu")
+SCRIPTS = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+
+
+def processor() -> str:
+    """What the machine says its CPU is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(SCRIPTS)}; all without one")
+    parser.add_argument("--record", action="store_true", help=f"keep the figures in {RECORD.name}")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(SCRIPTS):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(SCRIPTS)}")
+    for name in options.names or SCRIPTS:
+        print(f"\n{SCRIPTS[name].name}", flush=True)
+        out, started = Path(f"build/bench/{name}.json"), time.time()
+        subprocess.run([sys.executable, str(SCRIPTS[name]), "--out", str(out)], check=True)
+        if options.record:
+            record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+            record[name] = {
+                "processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+                "versions": {library: version(library) for library in LIBRARIES},
+                "minutes": round((time.time() - started) / 60, 1),
+                "figures": json.loads(out.read_text(encoding="utf-8")),
+            }
+            text = json.dumps(dict(sorted(record.items())), indent=1, ensure_ascii=False)
+            RECORD.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

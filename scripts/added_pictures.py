@@ -1,6 +1,6 @@
 """What machine-translated captions are worth on the picture dictionary: three questions, one budget.
 
-    .venv-bench/bin/python scripts/train_translator.py --without 0 --steps 1500   # and --without 1
+    .venv-bench/bin/python scripts/train_translator.py --without 0   # and --without 1
     python scripts/added_pictures.py    # about 50 minutes on 2 cores; writes data/added_pictures.json
 
 The recipe of the shipped checkpoint is trained for so many steps, with two seeds, on four sets: the dictionary's human
@@ -86,8 +86,10 @@ def machine_captions(train: Dataset) -> tuple[Dataset, dict]:
     rows = concatenate_datasets(parts).select(order)
     pairs = sorted(set(zip(rows["name_id"], train["name_id"], strict=True)))
     found, expected = zip(*pairs, strict=True)
+    figures = [json.loads((HALVES / f"half-{half}" / "metrics.json").read_text(encoding="utf-8")) for half in (0, 1)]
     return rows, {"chrF": CHRF().corpus_score(found, [expected]).score,
-                  "exact": float(np.mean([f.lower() == e.lower() for f, e in pairs])), "names": len(pairs)}
+                  "exact": float(np.mean([f.lower() == e.lower() for f, e in pairs])), "names": len(pairs),
+                  "translators": [{key: of[key] for key in ("settings", "test")} for of in figures]}
 
 
 def trained(name: str, make: Callable[[], PicturePairs], seed: int, steps: int, dictionary) -> tuple[dict, dict]:
