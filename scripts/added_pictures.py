@@ -1,6 +1,6 @@
 """What machine-translated captions are worth on the picture dictionary: three questions, one budget.
 
-    .venv-bench/bin/python scripts/train_translator.py --without 0   # and --without 1
+    .venv-bench/bin/python scripts/train_translator.py --without 0 --steps 1500   # and --without 1
     python scripts/added_pictures.py    # about 50 minutes on 2 cores; writes data/added_pictures.json
 
 The recipe of the shipped checkpoint is trained for so many steps, with two seeds, on four sets: the dictionary's human

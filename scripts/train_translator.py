@@ -34,15 +34,16 @@ from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
 BUILD, HALVES = Path("build/translator"), Path("build/halves")
-# How often a sentence is drawn by which way; "cased" and "sampled" say how it is written and cut into pieces.
-SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.25, "swap": 0.35}
+# How often a sentence is drawn by which way; "cased" says how it is written.
+SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.2, "swap": 0.28, "copied": 0.12}
 WAYS = {  # of making more sentences of the same words, one more each
     "human pairs alone": (),
-    "+ other capitals, sampled pieces": ("cased", "sampled"),
-    "+ keywords and templates": ("cased", "sampled", "keyword", "template"),
-    "+ swapped words": ("cased", "sampled", "keyword", "template", "swap"),
+    "+ other capitals": ("cased",),
+    "+ keywords and templates": ("cased", "keyword", "template"),
+    "+ swapped words": ("cased", "keyword", "template", "swap"),
+    "+ words that nobody knows": ("cased", "keyword", "template", "swap", "copied"),
 }
-ALL = WAYS["+ swapped words"]
+ALL = WAYS["+ words that nobody knows"]
 
 
 def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
@@ -74,10 +75,7 @@ class Batches:
         self.names, self.odds = list(shares), np.array(list(shares.values())) / sum(shares.values())
 
     def encode(self, text: str) -> list[int]:
-        sampled = "sampled" in self.ways and self.rng.random() < 0.5
-        options = {"enable_sampling": True, "alpha": 0.2, "nbest_size": -1} if sampled else {}
-        pieces = self.pieces.encode(text, out_type=str, **options)
-        return [self.vocabulary.get(piece, 1) for piece in pieces] + [0]
+        return [self.vocabulary.get(piece, 1) for piece in self.pieces.encode(text, out_type=str)] + [0]
 
     def pair(self) -> Pair:
         pair = getattr(self.maker, self.names[self.rng.choice(len(self.names), p=self.odds)])()
@@ -111,9 +109,28 @@ def new_model(vocabulary: dict[str, int], options) -> MarianMTModel:
         vocab_size=len(vocabulary), d_model=width, encoder_layers=options.layers, decoder_layers=options.layers,
         encoder_attention_heads=options.heads, decoder_attention_heads=options.heads, encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width, max_position_embeddings=256, activation_function="swish", scale_embedding=True,
-        dropout=options.dropout, attention_dropout=0.1, activation_dropout=0.1, init_std=0.02, pad_token_id=pad,
+        dropout=options.dropout, attention_dropout=0.0, activation_dropout=0.0, init_std=0.02, pad_token_id=pad,
         eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad, num_beams=4, max_length=256,
     ))
+
+
+class Optimizers(list):
+    """Muon for the matrices of the blocks and AdamW for the rest, each with its own peak rate."""
+
+    def __init__(self, model: MarianMTModel, options):
+        matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and ".layers." in name]
+        others = [value for name, value in model.named_parameters() if value.ndim != 2 or ".layers." not in name]
+        super().__init__((
+            torch.optim.Muon(matrices, lr=options.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01),
+        ))
+        self.peaks = options.muon_rate, options.rate
+
+    def step(self, fraction: float) -> None:
+        for optimizer, peak in zip(self, self.peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * fraction
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
@@ -123,33 +140,33 @@ def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
     vocabulary = write_pieces(folder, texts, options.vocabulary)
     model = new_model(vocabulary, options)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = Optimizers(model, options)
     kept, start = folder / f"state-{steps}.pt", 0
     if kept.is_file():  # an interrupted run goes on, with other sentences than it would have had
         state = torch.load(kept)
         start = state["step"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         average = state["average"]
     pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, ways, start, options))
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=10)
     for step in bar:
         if step > start and step % 200 == 0:
-            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "average": average}, kept.with_suffix(".partial"))
+            torch.save({"step": step, "model": model.state_dict(), "average": average,
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
+                       kept.with_suffix(".partial"))
             os.replace(kept.with_suffix(".partial"), kept)
         fraction = min((step + 1) / options.warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.param_groups[0]["lr"] = options.rate * fraction
         source, labels = next(batches)
         shifted = torch.cat([torch.full((len(labels), 1), pad), labels[:, :-1]], dim=1)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=source, attention_mask=source != pad, decoder_input_ids=shifted).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=pad,
                                                  label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizers.step(fraction)
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, value in model.named_parameters():
@@ -212,6 +229,10 @@ def report(folder: Path, corpus: Corpus, sets: dict[str, list[Pair]], options) -
     return {"test": found, "examples": {name: examples(translate, baseline, pairs) for name, pairs in sets.items()}}
 
 
+def parameters(folder: Path) -> int:
+    return MarianMTModel.from_pretrained(folder).num_parameters()
+
+
 def reversed_corpus(corpus: Corpus) -> Corpus:
     def turned(pairs):
         return [pair[::-1] for pair in pairs]
@@ -243,17 +264,18 @@ def main() -> None:
     parser.add_argument("--reverse", action="store_true", help="Indonesian to English")
     parser.add_argument("--without", type=int, choices=(0, 1), help="half of the dictionary's names to hold out more; "
                         "the model goes to build/halves, for scripts/added_pictures.py")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--way-steps", type=int, help="train no model, but for so many steps a small one for each way "
                         "of making sentences, and add what they reach to metrics.json")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on either side")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4000)
-    parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=400)
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--dropout", type=float, default=0.15)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, for embeddings, norms and biases")
+    parser.add_argument("--muon-rate", type=float, default=6e-3, help="of Muon, for the matrices of the blocks")
+    parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
@@ -277,7 +299,8 @@ def main() -> None:
         print(split, {name: (round(row["chrF"]["value"], 1), round(row["BLEU"], 1)) for name, row in names.items()})
     figures = {
         "settings": {key: value for key, value in vars(options).items() if key not in ("out", "threads")},
-        "seconds": seconds, "versions": {library.__name__: library.__version__ for library in (torch, sentencepiece)},
+        "seconds": seconds, "parameters": parameters(folder),
+        "versions": {library.__name__: library.__version__ for library in (torch, sentencepiece)},
         "pairs": {"names": {split: len(pairs) for split, pairs in corpus.names.items()},
                   "captions": {split: len(pairs) for split, pairs in corpus.captions.items()}},
         "validation": {name: row for name, row in measured(folder, choosing).items()}, **found,

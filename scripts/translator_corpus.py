@@ -241,6 +241,9 @@ class Maker:
                 if kind not in ADJECTIVES:
                     self.forms[plural(member[0])].append((kind, member, True))
         self.slots = [(pair, found) for pair in (*self.captions, *self.names) if (found := self.find_slots(pair))]
+        self.known = {word for pair in (*self.captions, *self.names) for side in pair for word in words(side)}
+        self.words = sorted({word for english, _ in (*self.captions, *self.names) for word in words(english)
+                             if len(word) > 3 and word.isascii()})
 
     def pick(self, items):
         return items[int(self.rng.integers(len(items)))]
@@ -288,16 +291,29 @@ class Maker:
 
     def swap(self) -> Pair:
         """A caption or a name in which one word of a class stands for another, or two of two classes."""
-        (english, indonesian), slots = self.pick(self.slots)
+        pair, slots = self.pick(self.slots)
         for index in self.rng.permutation(len(slots))[: int(self.rng.integers(1, 3))]:
-            kind, (en, ind), many = slots[index]
-            new_en, new_ind = self.pick(self.classes[kind])
-            old, new = (plural(en), plural(new_en)) if many else (en, new_en)
-            # with its article; the longer form first, as the shorter one is a part of it
-            for article in ("an ", "a ", ""):
-                english = swapped(english, article + old, with_article(new) if article else new)
-            indonesian = swapped(indonesian, ind, new_ind)
-        return english, indonesian
+            pair = put(pair, slots[index], self.pick(self.classes[slots[index][0]]))
+        return pair
+
+    def copied(self) -> Pair:
+        """A caption, a name or a template's sentence in which a word that nobody knows stands for a noun, the same on
+        both sides: what the model does not know it is to leave as it is (Currey et al. 2017), where a gate finds it."""
+        word = self.stranger()
+        if self.rng.random() < 0.3:
+            english, indonesian = self.pick(TEMPLATES)
+            return english.format(a=with_article(word), n=word), indonesian.format(c=word, n=word)
+        pair, slots = self.pick(self.slots)
+        slots = [slot for slot in slots if slot[0] not in ADJECTIVES]
+        return put(pair, self.pick(slots), (word, word)) if slots else self.copied()
+
+    def stranger(self) -> str:
+        """A word that does not exist: the beginning of one English word and the end of another."""
+        while True:
+            (first, second), share = (self.pick(self.words) for _ in range(2)), self.rng.uniform(0.3, 0.7)
+            word = first[: round(share * len(first))] + second[round(share * len(second)) :]
+            if len(word) > 3 and word not in self.known:
+                return word
 
     def cased(self, pair: Pair) -> Pair:
         """The pair as others would write it: with another first letter or full stop, in capitals, as a title."""
@@ -309,6 +325,15 @@ class Maker:
         if way < 0.46:
             return english.title(), indonesian[:1].upper() + indonesian[1:]
         return (english.upper(), indonesian.upper()) if way < 0.48 else (english, indonesian)
+
+
+def put(pair: Pair, slot: tuple[str, Pair, bool], new: Pair) -> Pair:
+    """The pair with `new` for the two words of a slot, as `find_slots` has them, in their number, with its article."""
+    (english, indonesian), (_, (en, ind), many) = pair, slot
+    old, word = (plural(en), plural(new[0])) if many else (en, new[0])
+    for article in ("an ", "a ", ""):  # the longer form first, as the shorter one is a part of it
+        english = swapped(english, article + old, with_article(word) if article else word)
+    return english, swapped(indonesian, ind, new[1])
 
 
 def cased(old: str, new: str) -> str:

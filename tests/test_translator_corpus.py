@@ -95,6 +95,14 @@ def test_swaps_change_both_sides_alike(maker):
     assert changed > 200
 
 
+def test_a_word_that_nobody_knows_is_the_same_on_both_sides(maker):
+    for _ in range(200):
+        english, indonesian = maker.copied()
+        strange = [word for word in words(indonesian) if word not in maker.known]
+        stems = [word[:-1] for word in strange]  # plural("x" + "y") may end in "ies"
+        assert strange and any(stem in english.lower() for stem in stems), (english, indonesian)
+
+
 def test_how_a_swap_is_written():
     assert swapped("A Cat and a catfish", "cat", "dog") == "A Dog and a catfish"
     assert swapped("kucing-kucing", "kuc", "x") == "kucing-kucing"
