@@ -2,8 +2,8 @@
 PYTHON ?= python3
 PYTHON313 ?= python3.13
 RUN := .venv/bin/python
-# XLA takes one large buffer for each step: in huge pages it costs no page faults, a quarter of a training step on a CPU.
-# One arena, trimmed, keeps what threads have freed from adding up to a tenth of a notebook's peak.
+# XLA takes one large buffer for each step: in huge pages it costs no page faults, which slow training on a CPU. One
+# arena, trimmed, keeps what threads have freed from adding to a notebook's peak.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=131072:glibc.malloc.arena_max=1
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -29,11 +29,16 @@ train-mini: .venv/installed  ## train data/checkpoints/mini again, by the recipe
 evaluate: .venv/installed  ## evaluate data/checkpoints/mini again into its metrics.json
 	$(RUN) -m clipid_utils evaluate data/checkpoints/mini
 
-bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch into .venv-bench
+bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch and Ray into .venv-bench
 	.venv-bench/bin/python benchmarks/run.py
 
 parity: .venv-bench/installed  ## outputs and gradients beside torch's at true sizes, key by key, and the export back
 	.venv-bench/bin/python scripts/parity.py
+
+# Without Ray its tests would be passed over: hence the import.
+test-scale: .venv-bench/installed  ## shards through a Ray cluster on this machine, with a worker killed
+	.venv-bench/bin/python -c 'import ray.data'
+	.venv-bench/bin/python -m pytest tests/test_scale.py
 
 test-colab: .venv-colab/installed  ## the unit tests against Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
 	.venv-colab/bin/python -m clipid_utils prepare
@@ -48,7 +53,7 @@ constraints:  ## make constraints.txt anew from requirements.txt, in a new envir
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python $(INSTALL) -r requirements.txt
 	{ grep '^#' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip; \
-	  grep '^torch==' constraints.txt; } > build/constraints.txt
+	  grep -E '^(ray|torch)==' constraints.txt; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:  ## remove what make made here: environments and build/; the pictures in data/cache stay
@@ -62,7 +67,7 @@ clean:  ## remove what make made here: environments and build/; the pictures in 
 
 .venv-bench/installed: requirements.txt constraints.txt pyproject.toml
 	$(call environment,$(PYTHON),.venv-bench)
-	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch -c constraints.txt
+	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch "ray[data]" -c constraints.txt
 	$(call package,.venv-bench/bin/python)
 
 # Colab's six as Colab has them, the rest as tested.
@@ -86,5 +91,5 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test lab train-mini evaluate bench parity test-colab notebooks constraints clean
+.PHONY: help course test lab train-mini evaluate bench parity test-scale test-colab notebooks constraints clean
 .DELETE_ON_ERROR:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import turns
 
-SOURCE, TARGET, SENTENCES = 24, 26, 64  # tokens of a caption on either side, as of CC12M's, and captions a run
+SOURCE, TARGET, SENTENCES = 24, 26, 64  # assumed tokens of a caption on either side, and captions a run
 SIZES = {  # target tokens a run, timed runs a round
     "opus_mt_beam4": (SENTENCES * TARGET, 2),
     "opus_mt_beam1": (SENTENCES * TARGET, 2),

@@ -33,8 +33,8 @@ def worker(run: Callable[[], None], times: int) -> None:
 
 def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str, ...]) -> dict:
     """Runs the sides in turns; examples per second of each round, their medians, and the first's through the last's."""
-    # Huge pages for both: without, XLA spends a quarter of a step in page faults (model/ops.py). Nothing that trims,
-    # which the Makefile sets for notebooks: torch takes and gives back far more buffers and would be half as fast.
+    # Huge pages for both: without, XLA spends much of a step in page faults (model/ops.py). Nothing that trims, which
+    # the Makefile sets for notebooks: torch takes and gives back far more buffers and would be slowed by it.
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
     processes = {
         side: subprocess.Popen(

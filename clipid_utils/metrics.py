@@ -83,14 +83,6 @@ def reciprocal_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " 
     return hits_at_k(rank, k) / (np.asarray(rank) + 1.0)
 
 
-def top_k_accuracy(
-    scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"], ks: Sequence[int] = (1, 5)
-) -> dict[int, float]:
-    """Share of the N items whose own class is among the K best of C; ties count against us. Errors as `label_ranks`."""
-    rank = label_ranks(scores, labels)
-    return {k: float(np.mean(hits_at_k(rank, k))) for k in _ks(ks)}
-
-
 def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Rank (0 = first) of each item's own class; ValueError for a label that is no column, for a NaN, for no items."""
     scores, labels = np.asarray(scores), np.asarray(labels)

@@ -108,9 +108,14 @@ def moved(to: str) -> bytes:
 
 async def drip(number: int) -> AsyncIterator[bytes]:
     yield reply(content_length=100_000)
-    while True:
+    for _ in range(30):  # longer than a run that is to be killed takes with all else
         await asyncio.sleep(0.2)
         yield b"x"
+
+
+async def mute(number: int) -> AsyncIterator[bytes]:
+    await asyncio.sleep(3600)
+    yield b""
 
 
 async def endless(number: int) -> AsyncIterator[bytes]:
@@ -170,9 +175,11 @@ KINDS = {
     "reset": ("failed", "connection", lambda n, asked: b""),
     "oversized": ("failed", "connection", lambda n, asked: reply(picture(n), content_length=90_000)),
     "garbage": ("failed", "connection", lambda n, asked: b"SSH-2.0-OpenSSH_9.2p1\r\n"),
-    "drip": ("failed", "too late", lambda n, asked: drip(n)),
+    "drip": ("failed", None, lambda n, asked: drip(n)),
+    "mute": ("failed", "too late", lambda n, asked: mute(n)),
 }
-CLOSING = {"unsized", "dropped", "reset", "oversized", "undersized", "garbage", "huge"}  # their connections end there
+# Their connections end there
+CLOSING = {"unsized", "dropped", "reset", "oversized", "undersized", "garbage", "huge", "drip"}
 
 
 class PictureServer:
@@ -246,7 +253,7 @@ def rows(port: int, count: int) -> list[dict]:
     """A list in which each kind of fault, and hosts and addresses that are none, come between good pictures."""
     bad = ["ftp://a.test/1.jpg", "file:///etc/passwd", "", "a.jpg", "http://", "http://localhost/1.jpg",
            "http://10.0.0.1/1.jpg", "http://[::1]/1.jpg", "http://six.test/1.jpg", "http://2130706433/1.jpg"]
-    kinds, urls = [kind for kind in KINDS if kind not in ("ok", "drip")], []
+    kinds, urls = [kind for kind in KINDS if kind not in ("ok", "drip", "mute")], []
     for number in range(count):
         if number % 10 == 3:
             kind = kinds[number // 10 % len(kinds)]

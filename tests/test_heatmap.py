@@ -55,18 +55,6 @@ def test_masks_cover_the_picture_and_nothing_else():
     assert heatmap.occlusion_masks((32, 32), 4, window=2).any(axis=0).all()
 
 
-def test_the_middle_square_is_what_the_processor_keeps(clip):
-    image = Image.new("RGB", (64, 32), "white")
-    image.paste(COLOURS["merah"], (0, 0, 16, 32))
-    assert heatmap.middle_square(image).size == (32, 32)
-    assert np.asarray(heatmap.middle_square(image)).min() == 255
-    assert clip[1](images=[image])["pixel_values"].min() == 1.0
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera was turned by a quarter: upright, the red edge is at the top
-    image.info["exif"] = exif.tobytes()
-    assert np.asarray(heatmap.middle_square(image)).min() == 255
-
-
 def test_bad_sizes(clip):
     for sizes in ({"window": 0}, {"grid": 0}, {"batch_size": 1}):
         with pytest.raises(ValueError, match="grid"):

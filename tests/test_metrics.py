@@ -79,13 +79,15 @@ def test_one_right_answer_of_several_is_enough():
     assert metrics.recall_at_k(similarity, np.array([[True, True, False, False]]), ks=(1,)) == {1: 1.0}
 
 
-def test_top_k_accuracy():
+def test_label_ranks():
     scores = np.array([[0.1, 0.9, 0.0], [0.5, 0.3, 0.2]])
-    assert metrics.top_k_accuracy(scores, np.array([1, 2]), ks=(1, 3)) == {1: 0.5, 3: 1.0}
+    rank = metrics.label_ranks(scores, np.array([1, 2]))
+    assert rank.tolist() == [0, 2]
+    assert metrics.hits_at_k(rank, 1).tolist() == [1, 0] and metrics.hits_at_k(rank, 3).tolist() == [1, 1]
     with pytest.raises(ValueError, match="3 classes"):
-        metrics.top_k_accuracy(scores, np.array([1, 3]))
+        metrics.label_ranks(scores, np.array([1, 3]))
     with pytest.raises(MISFIT, match="labels"):
-        metrics.top_k_accuracy(scores, np.array([1]))
+        metrics.label_ranks(scores, np.array([1]))
 
 
 @pytest.mark.parametrize(

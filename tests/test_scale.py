@@ -14,7 +14,7 @@ from tiny import tiny_clip
 from tiny_marian import ENGLISH, tiny_marian
 
 from clipid_utils.data import marian
-from clipid_utils.data.scale import TranslateTable, map_shards
+from clipid_utils.data.scale import TranslateTable, _most_workers, map_shards
 from clipid_utils.data.translate import Translator, translate_rows
 from clipid_utils.inference.embed_shards import EmbedPictures
 from clipid_utils.model.convert import save_clip
@@ -41,17 +41,28 @@ def cluster():
 
 
 class DiesOnce:
-    """`TranslateTable`, whose process is killed in the middle of one shard, the first time that it is there."""
+    """A function whose process is killed in the middle of the shard of row 30, the first time that it is there."""
 
-    def __init__(self, model: str, marker: str):
-        self.translate, self.marker = TranslateTable(model), Path(marker)
+    def __init__(self, function, marker: str):
+        self.function, self.marker = function, Path(marker)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        made = self.translate(table)
-        if table["id"][0].as_py() == 30 and not self.marker.exists():
+        made = self.function(table)
+        if 30 in table["id"].to_pylist() and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return made
+
+
+class TranslatesAndDies(DiesOnce):
+    def __init__(self, model: str, marker: str):
+        super().__init__(TranslateTable(model), marker)
+        self.function.translator.batch_tokens = 1  # what comes out cannot depend on what a worker remembers
+
+
+class EmbedsAndDies(DiesOnce):
+    def __init__(self, checkpoint: str, marker: str):
+        super().__init__(EmbedPictures(checkpoint), marker)
 
 
 class Uneven:
@@ -83,11 +94,11 @@ def read_shards(folder: Path) -> list[dict]:
 def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path):
     shards = write_shards(tmp_path / "english")
     options = {"model": str(model), "marker": str(tmp_path / "died")}
-    assert map_shards(shards, tmp_path / "out", DiesOnce, options, workers=2, progress=False) == 80
+    assert map_shards(shards, tmp_path / "out", TranslatesAndDies, options, workers=2, progress=False) == 80
     assert (tmp_path / "died").exists()
     made = read_shards(tmp_path / "out")
     assert [row["id"] for row in made] == list(range(80))
-    translator = Translator(model)
+    translator = Translator(model, batch_tokens=1)
     for shard in shards:  # the same as one machine's function makes of each
         translate_rows(shard, tmp_path / "alone" / shard.stem, translator, progress=False)
     alone = [row for shard in shards for row in read_shards(tmp_path / "alone" / shard.stem)]
@@ -99,7 +110,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     for name in ("part-00002.parquet", "part-00005.parquet"):
         (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.123.partial")  # as if they had died in writing
-    assert map_shards(shards, tmp_path / "out", DiesOnce, options, workers=1, progress=False) == 80
+    assert map_shards(shards, tmp_path / "out", TranslatesAndDies, options, workers=1, progress=False) == 80
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert {name for name in after if after[name] != before[name]} == {"part-00002.parquet", "part-00005.parquet"}
     assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(80))
@@ -109,25 +120,31 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path)
 
 
 @needs_ray
-def test_pictures_are_embedded_and_one_that_is_broken_loses_no_row(cluster, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_pictures_are_embedded_and_neither_a_broken_one_nor_a_killed_worker_loses_a_row(cluster, killed, tmp_path):
     clip, processor = tiny_clip()
     save_clip(clip, processor, tmp_path / "clip", format="native")
     rng, pictures = np.random.default_rng(0), []
     (tmp_path / "in").mkdir()
-    for shard in range(2):
+    for shard in range(4):
         rows = []
-        for _ in range(5):
+        for _ in range(9):
             pictures.append(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
             pictures[-1].save(data := io.BytesIO(), "PNG")
             rows.append({"bytes": data.getvalue(), "path": None})
         rows.insert(2, {"bytes": b"<svg/>", "path": None})
-        pq.write_table(pa.table({"image": rows}), tmp_path / "in" / f"{shard}.parquet")
-    shards = sorted((tmp_path / "in").glob("*.parquet"))
-    options = {"checkpoint": str(tmp_path / "clip")}
-    assert map_shards(shards, tmp_path / "out", EmbedPictures, options, progress=False) == 12
-    vectors = [row["image_embeds"] for row in read_shards(tmp_path / "out")]
-    assert vectors[2] is None and vectors[8] is None
-    found = np.array([vector for vector in vectors if vector is not None], np.float32)
+        pq.write_table(pa.table({"id": range(shard * 10, shard * 10 + 10), "image": rows}),
+                       tmp_path / "in" / f"{shard}.parquet")
+    shards, options = sorted((tmp_path / "in").glob("*.parquet")), {"checkpoint": str(tmp_path / "clip")}
+    if killed:
+        options["marker"] = str(tmp_path / "died")
+    make = EmbedsAndDies if killed else EmbedPictures
+    assert map_shards(shards, tmp_path / "out", make, options, progress=False) == 40
+    assert (tmp_path / "died").exists() == killed
+    made = read_shards(tmp_path / "out")
+    assert [row["id"] for row in made] == list(range(40))
+    assert [row["id"] for row in made if row["image_embeds"] is None] == [2, 12, 22, 32]
+    found = np.array([row["image_embeds"] for row in made if row["image_embeds"]], np.float32)
     np.testing.assert_allclose(found, embed_images(clip, processor, pictures, progress=False), atol=1e-5)
 
 
@@ -156,6 +173,16 @@ def test_without_ray_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .\[scale\]"):
         map_shards([], tmp_path, TranslateTable, {})
+
+
+@pytest.mark.parametrize("shards, cluster, cores, gpus, workers", [
+    (100, {"CPU": 16.0}, 1, 0, 16), (100, {"CPU": 16.0}, 3, 0, 5), (4, {"CPU": 16.0}, 1, 0, 4),
+    (100, {"CPU": 16.0, "GPU": 2.0}, 1, 1, 2), (100, {"CPU": 16.0, "GPU": 1.0}, 1, 0.1, 10),
+    (100, {"CPU": 2.0, "GPU": 8.0}, 1, 1, 2), (100, {"CPU": 16.0}, 1, 1, 1), (100, {"CPU": 1.0}, 2, 0, 1),
+    (7, {}, 0, 0, 7),
+])
+def test_no_more_workers_than_there_are_shards_cores_and_gpus_for(shards, cluster, cores, gpus, workers):
+    assert _most_workers(shards, cluster, cores, gpus) == workers
 
 
 @needs_ray

@@ -34,7 +34,8 @@ def read_flickr(
 
     `path` is Flickr8k.token.txt or results_20130124.token (name#number<TAB>caption), Kaggle's results.csv (name|
     number| caption), the translated JSON of Flickr8k ({name: ["<start> … <end>", …]}) or the translated TSV of
-    Flickr30k (columns `caption` and `image_name`). Raises ValueError for a file that is none of them.
+    Flickr30k (columns `caption` and `image_name`). The JSON is held whole. Raises ValueError for a file that is none
+    of them.
     """
     path = Path(path)
     number, first = next(((number, line) for number, line in text_lines(path) if line.strip()), (1, ""))

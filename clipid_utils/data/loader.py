@@ -234,7 +234,7 @@ def _record_batch(
 
 @functools.lru_cache(2)  # made ahead, a batch may be of the next epoch already
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch; Grain's shuffle needs no memory but 50 µs a row, an eightieth of decoding a picture."""
+    """The rows of an epoch; Grain's shuffle needs no memory, but far more time a row."""
     order = np.arange(count, dtype=np.int32)
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order

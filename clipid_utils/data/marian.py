@@ -1,9 +1,8 @@
 """A Marian model in Hugging Face's form (opus-mt, what `transformers` trains) as CTranslate2 wants it, without torch.
 
 CTranslate2's own converter builds the model in torch to read its weights. Here they come out of their file as numpy
-arrays (model/weights.py), and for opus-mt's models the written files are the same byte for byte. One that
-`transformers` trained may start from another embedding than zero, which that converter drops, and with it the first
-word.
+arrays (model/weights.py). A model that `transformers` trained may start from another embedding than zero, which that
+converter drops, and with it the first word; this one keeps it.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ is lost.
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -63,32 +63,8 @@ def read_sheets(paths: Sequence[str | os.PathLike]) -> Int[np.ndarray, "items ra
     return ratings
 
 
-# How much two ratings agree that lie `distance` categories apart, of at most `most`
-Weights = Callable[[int, int], float]
-
-
-def nominal(distance: int, most: int) -> float:
-    """Agreement is only what is equal: AC1."""
-    return float(distance == 0)
-
-
-def linear(distance: int, most: int) -> float:
-    return 1 - distance / most
-
-
-def quadratic(distance: int, most: int) -> float:
-    return 1 - (distance / most) ** 2
-
-
-def ordinal(distance: int, most: int) -> float:
-    """By how many pairs of categories lie between two, ends included (Gwet 2014, table 3.5)."""
-    return 1 - distance * (distance + 1) / (most * (most + 1))
-
-
-def gwet(
-    ratings: Int[np.ndarray, "items raters"], categories: Sequence[int] = SCALE, weights: Weights = nominal
-) -> float:
-    """Gwet's agreement coefficient of two or more raters: AC1 (Gwet 2008), with other weights than `nominal` AC2.
+def gwet(ratings: Int[np.ndarray, "items raters"], categories: Sequence[int] = SCALE) -> float:
+    """Gwet's agreement coefficient of two or more raters: AC1 (Gwet 2008), in which only what is equal agrees.
 
     1 is agreement on all, 0 what chance gives. Unlike kappa it stays high where raters agree and nearly all is in one
     category. An item that fewer than two rated (0 is no rating) counts only for how common the categories are. Raises
@@ -101,19 +77,16 @@ def gwet(
     raters = counts.sum(axis=1)
     if not (raters > 1).any():
         raise ValueError("no item has the ratings of two raters")
-    size = len(categories)
-    weight = np.array([[weights(abs(k - m), size - 1) for m in range(size)] for k in range(size)])
-    both = counts[raters > 1]
-    agreeing = (both * (both @ weight - 1)).sum(axis=1) / (raters[raters > 1] * (raters[raters > 1] - 1))
+    both, several = counts[raters > 1], raters[raters > 1]
+    agreeing = (both * (both - 1)).sum(axis=1) / (several * (several - 1))
     common = (counts / raters[:, None]).mean(axis=0)
-    chance = weight.sum() / (size * (size - 1)) * (common * (1 - common)).sum()
+    chance = (common * (1 - common)).sum() / (len(categories) - 1)
     return float((agreeing.mean() - chance) / (1 - chance))
 
 
 def gwet_with_interval(
-    ratings: Int[np.ndarray, "items raters"], categories: Sequence[int] = SCALE, weights: Weights = nominal,
-    seed: int = 0,
+    ratings: Int[np.ndarray, "items raters"], categories: Sequence[int] = SCALE, seed: int = 0
 ) -> dict[str, float]:
     """The coefficient with a 95% interval, items drawn anew with replacement: `{"value", "low", "high"}`."""
-    low, high = bootstrap_interval(ratings, lambda drawn: gwet(drawn, categories, weights), seed=seed)
-    return {"value": gwet(ratings, categories, weights), "low": low, "high": high}
+    low, high = bootstrap_interval(ratings, lambda drawn: gwet(drawn, categories), seed=seed)
+    return {"value": gwet(ratings, categories), "low": low, "high": high}

@@ -81,9 +81,7 @@ def map_shards(
         return rows
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    there = ray.cluster_resources()
-    room = [there.get(name, 0) // each for name, each in (("CPU", cores), ("GPU", gpus)) if each]
-    workers = workers or max(1, int(min(len(left), *room)))
+    workers = workers or _most_workers(len(left), ray.cluster_resources(), cores, gpus)
     # A block for each shard, or one worker's death would cost several; no limit on how often one may die
     mapped = ray.data.from_items([{"shard": str(shard)} for shard in left], override_num_blocks=len(left)).map(
         _Worker, fn_constructor_args=(make, options, str(out)), num_cpus=cores, num_gpus=gpus or None,
@@ -94,6 +92,12 @@ def map_shards(
             rows += row["rows"]
             bar.update()
     return rows
+
+
+def _most_workers(shards: int, cluster: dict, cores: int, gpus: float | int) -> int:
+    """As many as there are shards and room for; one also where there is no room, for which Ray then waits."""
+    room = [int(cluster.get(name, 0) / each + 1e-6) for name, each in (("CPU", cores), ("GPU", gpus)) if each]
+    return max(1, min([shards, *room]))  # 1e-6: ten tenths of a GPU are a whole one, in floats too
 
 
 def _settings(make: Callable, options: dict) -> dict:

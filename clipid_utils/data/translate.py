@@ -36,8 +36,8 @@ from clipid_utils.paths import DATA
 
 OURS = DATA / "translator"
 LONGEST, MOST = 200, 256  # pieces of a sentence and of a translation; opus-mt translates nothing longer well
-REMEMBERED = 200_000  # texts whose translation is kept for their next occurrence: about 60 MB
-ROWS_A_CORE = 4096  # of a shard: what a kill costs, a minute or two of opus-mt on any number of cores
+REMEMBERED = 200_000  # texts whose translation is kept for their next occurrence
+ROWS_A_CORE = 4096  # of a shard, which a kill costs: as many a core, so that it costs as long on any number of them
 # A word, or two to four of them, at least three times in a row; two to eight letters at least five times.
 _RUN = re.compile(r"(?<!\S)(\S+(?:\s+\S+){0,3}?)(?:[\s,]+\1){2,}(?!\S)|(\S{2,8}?)\2{4,}")
 

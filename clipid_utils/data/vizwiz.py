@@ -18,7 +18,8 @@ def read_vizwiz(
     """Captions records, one a picture, of annotations/train.json or val.json, or of the translated JSON.
 
     The first is in COCO's format; what its flags reject is dropped. The second is a list of `{"image_path": name,
-    "captions": [str, …]}`, without such flags. Raises ValueError for a file that is neither.
+    "captions": [str, …]}`, without such flags. Either is held whole. Raises ValueError for a
+    file that is neither.
     """
     path = Path(path)
     value = load_json(path, "take VizWiz-Captions' train.json or val.json, or its translation")

@@ -2,7 +2,8 @@
 
 Two ways that need nothing but the encoders. `occlusion` asks the model again with each square covered: slow, and true
 to what the model uses. `patch_similarity` compares the text with every patch of one forward pass: fast, and only as
-good as the patches' own vectors, which nothing in training asked to match a text.
+good as the patches' own vectors, which nothing in training asked to match a text. Both maps lie over the
+picture's middle square, which is what the model sees of it.
 """
 
 import numpy as np
@@ -11,14 +12,6 @@ from jaxtyping import Float
 from PIL import Image
 
 from clipid_utils.model.embed import embed_texts, encoder
-from clipid_utils.model.processor import to_rgb
-
-
-def middle_square(image: Image.Image) -> Image.Image:
-    """What the model sees of a picture: its middle square, RGB; heat maps lie over this, not over the whole picture."""
-    image = to_rgb(image)
-    left, top = ((side - min(image.size)) // 2 for side in image.size)
-    return image.crop((left, top, left + min(image.size), top + min(image.size)))
 
 
 def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
