@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tarfile
 import time
@@ -200,7 +201,7 @@ def train_share(
                  samples=samples)
     notes.write_text(json.dumps({
         "read": read, "written": sorted(write), "interrupted": result.interrupted, "devices": jax.device_count(),
-        "history": len(result.history),
+        "history": len(untimed(result.history)),
     }))
 
 
@@ -208,7 +209,7 @@ def slow(step, first: int):
     def waiting(state, batch):
         result = jax.block_until_ready(step(state, batch))
         if int(np.asarray(result[0].step)) > first:
-            time.sleep(1)
+            time.sleep(3)
         return result
 
     return waiting
@@ -252,6 +253,15 @@ def _main(log: Path, cache: Path | None, devices: int, run, args, options) -> No
     print("CPU", time.process_time())
 
 
+@contextmanager
+def free_port():
+    """A port that no other program gets meanwhile; JAX's coordinator, which shares it, may listen there."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]
+
+
 class Process:
     """`run(*args, **options)` in a process of its own on so many devices; what it prints goes to the file `log`."""
 
@@ -284,10 +294,14 @@ class Process:
 
 def lines(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return untimed([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def untimed(history: list[dict]) -> list[dict]:
+    """Without what the clock says, which is another one in each process."""
     timed = ("examples_per_second", "data_wait_fraction")
     return [{key: value for key, value in line.items() if key not in timed}
-            for line in found if line.get("alarm") != "data_wait"]
+            for line in history if line.get("alarm") != "data_wait"]
 
 
 def last_state(folder: Path) -> dict[str, np.ndarray]:
