@@ -434,6 +434,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import resume_worker
+resume_worker.connect()
 from clipid_utils.data.ahead import Steps
 from clipid_utils.training.checkpoint import Checkpoints
 
