@@ -7,7 +7,7 @@ these. The sides alternate in rounds, as turns.py has it.
 
 With `--gpu` the size is ViT-B/32 with BERT-base in bfloat16, batch 1,024, theirs under autocast with fused AdamW and
 torch.compile; `--peak` is what the GPU computes, in TFLOP/s (989: H100, dense bfloat16), for the model FLOP
-utilisation. No GPU has run it yet.
+utilisation. Memory is then the GPU's, at its peak, and not the host's. No GPU has run it yet.
 
     python benchmarks/bench_step.py [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/step.json]
 """
@@ -127,6 +127,19 @@ def flops(size: str) -> float:
     return total
 
 
+def peak(side: str, size: str) -> int:
+    """The most bytes that were held: of the GPU's memory where it computes, else of the host's."""
+    if size not in ON_GPU:
+        return turns.resident()
+    if side == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import jax
+
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
 SIDES = {form: functools.partial(ours, f"{form}_form") for form in ("jit", "shard_map", "pmap")} | {"torch": theirs}
 
 if __name__ == "__main__":
@@ -138,7 +151,7 @@ if __name__ == "__main__":
             at = sys.argv.index("--peak")
             peak = float(sys.argv[at + 1])
             del sys.argv[at : at + 2]
-    report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", default=list(sizes))
+    report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", list(sizes), peak)
     for size, found in (report or {}).items():
         if peak and size in ON_GPU:
             rates = {side: pair["median"][side] for side, pair in found.items()}

@@ -16,8 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def worker(run: Callable[[], None], times: int) -> None:
-    """Answers each line on standard input with the median seconds of a run; the first runs are not timed."""
+def resident(*_) -> int:
+    """The most bytes of the host's memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker(run: Callable[[], None], times: int, peak: Callable[[], int] = resident) -> None:
+    """Answers each line on standard input with the median seconds of a run, and with the bytes that `peak` finds; the
+    first runs are not timed."""
     for _ in range(3):
         run()
     print("ready", flush=True)
@@ -27,15 +33,16 @@ def worker(run: Callable[[], None], times: int) -> None:
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": statistics.median(seconds), "peak_mib": round(peak)}), flush=True)
+        print(json.dumps({"seconds": statistics.median(seconds), "peak_mib": round(peak() / 2**20)}), flush=True)
 
 
 def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str, ...]) -> dict:
     """Runs the sides in turns; examples per second of each round, their medians, and the first's through the last's."""
     # Huge pages for both: without, XLA spends much of a step in page faults (model/ops.py). Nothing that trims, which
     # the Makefile sets for notebooks: torch takes and gives back far more buffers and would be slowed by it.
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
+    # On a GPU JAX would take three quarters of its memory at once, which the other side then lacks.
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false",
+                   "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     processes = {
         side: subprocess.Popen(
             [sys.executable, script, "--worker", side, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -63,9 +70,11 @@ def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str
 
 
 def main(
-    script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None
+    script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None,
+    peak: Callable[[str, str], int] = resident,
 ) -> dict | None:
-    """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides.
+    """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides, and
+    `peak(side, size)` the bytes of memory that are reported.
 
     The last side is the one that the others are compared with. Returns `report[size][side]`, what `compare` found of
     that side and the last one; None in the process of a side.
@@ -78,7 +87,7 @@ def main(
     options = parser.parse_args()
     if options.worker:
         side, size = options.worker
-        return worker(build[side](size), sizes[size][1])
+        return worker(build[side](size), sizes[size][1], lambda: peak(side, size))
     report, (*others, last) = {}, build
     for size in options.sizes:
         report[size] = {}

@@ -1,6 +1,6 @@
 """Distillation on the picture dictionary: an English teacher, an Indonesian student that sees no picture.
 
-    python scripts/distill_dictionary.py    # about half an hour on 2 cores; writes data/distillation.json
+    python scripts/distill_dictionary.py    # about 37 minutes on 2 cores; writes data/distillation.json
 
 A CLIP of the mini preset learns the English names and keywords of the training pictures. Its text tower then teaches a
 new one the Indonesian of the same concepts, from sentence pairs alone. Measured is how well each finds the pictures of

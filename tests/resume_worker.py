@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tarfile
 import time
@@ -21,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 from datasets import load_dataset
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
 
@@ -171,11 +175,21 @@ def train(
 
 def small(data: Path, **share):
     """A model of one layer a tower, a feed of the records for it, and a config without augmentation: each process has
-    to compile it anew, and all within 30 seconds of one another, the deadline of JAX's exchange between CPUs."""
+    to compile it anew."""
     towers = {side: dataclasses.replace(getattr(tiny.CONFIG, side), layers=1) for side in ("vision", "text")}
     clip, config = tiny_clip(**towers), dataclasses.replace(CONFIG, augmentation=None, keep_patches=3)
     records, length = read_captions(data / "captions.jsonl"), config.caption_tokens
     return clip, records_feed(records, clip[1].tokenize, tiny.SIZE, BATCH, seed=0, length=length, **share), config
+
+
+def connect() -> None:
+    """Right after `jax.distributed.initialize`: the processes' first exchanges, between one device of each and between
+    all of them. JAX gives each of the two 30 seconds, which is no setting and on a busy machine less than the
+    compilation of a step may take one process longer than the other; later ones wait as long as it takes."""
+    mesh = make_mesh()  # all wait here for all
+    multihost_utils.process_allgather(np.int32(0))
+    rows = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P("data")), lambda at: np.ones(1))
+    jax.block_until_ready(jax.jit(jnp.sum)(rows))
 
 
 def train_share(
@@ -188,6 +202,7 @@ def train_share(
     go round. What it opened and how it ended stands in `notes`.
     """
     jax.distributed.initialize(f"localhost:{port}", count, rank)
+    connect()
     loader.usable_threads = lambda: 1  # one picture after the other
     read, write = record_files(out)
     with cached_in(notes.parent / f"cache-{rank}"):
@@ -200,7 +215,7 @@ def train_share(
                  samples=samples)
     notes.write_text(json.dumps({
         "read": read, "written": sorted(write), "interrupted": result.interrupted, "devices": jax.device_count(),
-        "history": len(result.history),
+        "history": len(untimed(result.history)),
     }))
 
 
@@ -208,7 +223,7 @@ def slow(step, first: int):
     def waiting(state, batch):
         result = jax.block_until_ready(step(state, batch))
         if int(np.asarray(result[0].step)) > first:
-            time.sleep(1)
+            time.sleep(3)
         return result
 
     return waiting
@@ -252,6 +267,15 @@ def _main(log: Path, cache: Path | None, devices: int, run, args, options) -> No
     print("CPU", time.process_time())
 
 
+@contextmanager
+def free_port():
+    """A port that no other program gets meanwhile; JAX's coordinator, which shares it, may listen there."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]
+
+
 class Process:
     """`run(*args, **options)` in a process of its own on so many devices; what it prints goes to the file `log`."""
 
@@ -284,10 +308,14 @@ class Process:
 
 def lines(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return untimed([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def untimed(history: list[dict]) -> list[dict]:
+    """Without what the clock says, which is another one in each process."""
     timed = ("examples_per_second", "data_wait_fraction")
     return [{key: value for key, value in line.items() if key not in timed}
-            for line in found if line.get("alarm") != "data_wait"]
+            for line in history if line.get("alarm") != "data_wait"]
 
 
 def last_state(folder: Path) -> dict[str, np.ndarray]:

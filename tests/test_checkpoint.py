@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from resume_worker import free_port
 from tiny import tiny_clip
 
 from clipid_utils.data.ahead import Steps
@@ -244,6 +244,7 @@ def test_every_file_that_matters_is_watched(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, noise(1))
         checkpoints.wait()
+        noticed = set()
         for path in sorted((tmp_path / "1").rglob("*")):
             if path.is_file():
                 content = path.read_bytes()
@@ -252,7 +253,11 @@ def test_every_file_that_matters_is_watched(tmp_path):
                     assert_same(noise(1), checkpoints.restore(noise(0))[0])
                 except OSError as error:
                     assert str(path) in str(error) and "starts from the beginning" in str(error)
+                    noticed.add(path.relative_to(tmp_path / "1" / "state").as_posix())
                 path.write_bytes(content)
+    sums = json.loads((tmp_path / "1" / "state" / "checksums.json").read_text())
+    assert noticed == {*sums, "checksums.json"} and "run.json" in noticed
+    assert any(name.startswith("ocdbt.process_0/d/") for name in noticed)  # the arrays
 
 
 @contextmanager
@@ -370,40 +375,22 @@ def test_the_log_is_quiet_but_for_errors(tmp_path, caplog):
 
 
 PRELUDE = """
-import os, signal, sys, threading, time
+import sys
 from pathlib import Path
 import jax
 sys.path.insert(0, "tests")
 """
 KILLED = """
-from clipid_utils.training import checkpoint as module
+from clipid_utils.training.checkpoint import Checkpoints
+import resume_worker
 import test_checkpoint
 
-folder, point = Path(sys.argv[1]), sys.argv[2]
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-checkpoints = module.Checkpoints(folder, keep=1)
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
 checkpoints.save(1, test_checkpoint.noise(1, 4_000_000))
 checkpoints.wait()
-
-finalize = module._Sealed.finalize
-def finalize_and_die(self, directory):
-    if point == "sealed":
-        finalize(self, directory)
-    die()
-
-def watch():
-    while not any(folder.glob("2*")):
-        pass
-    time.sleep(0.01)
-    die()
-
-if point == "begun":
-    threading.Thread(target=watch).start()
-else:
-    module._Sealed.finalize = finalize_and_die
+resume_worker.die_in_save(2, sys.argv[2])
 checkpoints.save(2, test_checkpoint.noise(2, 4_000_000))
 checkpoints.wait()
-time.sleep(60)
 """
 
 
@@ -422,7 +409,7 @@ def killed(tmp_path_factory):
     runs = {point: tmp_path_factory.mktemp(point) for point in POINTS}
     started = [start(KILLED, folder, point) for point, folder in runs.items()]
     for process in started:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL, errors
     return runs
 
@@ -447,6 +434,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import resume_worker
+resume_worker.connect()
 from clipid_utils.data.ahead import Steps
 from clipid_utils.training.checkpoint import Checkpoints
 
@@ -473,13 +462,11 @@ with Checkpoints(folder, keep=1) as checkpoints:
 
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint_that_one_process_resumes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [start(TWO_HOSTS, tmp_path, rank, port) for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    with free_port() as port:
+        processes = [start(TWO_HOSTS, tmp_path, rank, port) for rank in range(2)]
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
     assert folders(tmp_path) == ["2"]
     states = json.loads((tmp_path / "2" / "state" / "run.json").read_text())["data"]
     assert states == [{"step": 1}] * 2

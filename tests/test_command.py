@@ -86,12 +86,17 @@ def test_a_recipe_runs_its_stages(name, place, tmp_path):
         assert np.isfinite(np.asarray(trained[...])).all()
         if path[-1] == "kernel" and "projection" in path:
             assert not np.array_equal(trained[...], value[...])
-    last = tmp_path / "run" / f"stage-{len(recipe.stages)}"
-    for file in ("fit.json", "versions.json", "metrics.jsonl", "checkpoints", "best"):
-        assert (last / file).exists(), file
-    assert list(last.rglob("*.png"))  # what it found for the samples
-    settings = json.loads((last / "fit.json").read_text())
-    assert settings["trainable"] == json.loads(json.dumps(recipe.stages[-1].fit.trainable))
+    for number, stage in enumerate(recipe.stages, 1):
+        folder, config = tmp_path / "run" / f"stage-{number}", stage.features or stage.fit
+        kept = ["features"] if stage.features else ["checkpoints", "best", "samples/step_000002.png"]
+        for file in ("fit.json", "versions.json", "metrics.jsonl", *kept):
+            assert (folder / file).exists(), file
+        settings = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": recipe.seed}))
+        assert json.loads((folder / "fit.json").read_text()) == settings
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line][-1] == 2
+    kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert kept == json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -112,6 +117,30 @@ def test_tars_and_going_on(place, tmp_path):
     before = (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text()
     assert run(dataclasses.replace(recipe, resume=True))  # finished: read, not trained again
     assert (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text() == before
+    first, second = recipe.stages
+    second = dataclasses.replace(second, optimizer="adamw", fit=dataclasses.replace(second.fit, rates={"text.*": 2.0}))
+    for changes, words in (
+        ({"stages": (first, second)}, "stages.1.fit.rates.text.* None, now 2.0; stages.1.optimizer 'adabelief', now"),
+        ({"dtype": "bfloat16"}, "dtype 'float32', now 'bfloat16'"), ({"text": "other"}, "now 'other'"),
+        ({"train": "captions.jsonl"}, "pairs-*.tar', now 'captions.jsonl'"),
+    ):
+        with pytest.raises(ValueError, match="recipe.json began with .*resume with the same settings") as caught:
+            run(dataclasses.replace(recipe, resume=True, **changes))
+        assert words in str(caught.value)
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(dataclasses.replace(recipe, dtype="bfloat16"))
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["dtype"] == "float32"
+
+
+def test_tars_have_no_epochs_and_the_options_to_give_are_named(capsys, tmp_path):
+    """By the recipe as it stands, before the towers are loaded; these options it has."""
+    command_line = ["ancestor-indobert-large", "--train", "none-*.tar", "--out", str(tmp_path)]
+    named = "--stages.0.fit.steps N --stages.0.fit.evaluate-every N --stages.1.fit.steps N"
+    with pytest.raises(SystemExit, match=f"none-.*no epochs to count: give {named} --stages.1.fit.evaluate-every N,"):
+        main([*command_line, "--vision", "no-such-folder"])
+    with pytest.raises(SystemExit, match="no file fits|no-such-folder"):
+        main([*command_line, *f"{named} --stages.1.fit.evaluate-every N".replace("N", "9").split(),
+              "--vision", "no-such-folder", "--text", "no-such-folder"])
 
 
 def test_features_are_not_computed_of_tars(place, tmp_path):
@@ -134,7 +163,8 @@ def test_help_lists_the_recipes_and_a_recipe_its_options(capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--train", "missing.jsonl"], "missing.jsonl"), (["--train", "none-*.tar"], "no file fits"),
+    (["--train", "missing.jsonl"], "missing.jsonl"), 
+    (["--train", "none-*.tar", "--stages.0.fit.steps", "9", "--stages.1.fit.steps", "9"], "no file fits"),
     (["--model-devices", "3"], "divisor of 8"), (["--form", "pmap", "--shard", "data"], "--form jit"),
 ])
 def test_what_is_wrong_is_one_line(options, message, place, tmp_path):

@@ -208,13 +208,6 @@ def global_loss(params, batch):
     return clip_loss(*towers(params, batch), jnp.exp(params["logit_scale"]), same_concept(batch["concepts"]))
 
 
-def gathered_loss(params, batch):
-    """On one device of an axis `data`: embed its own share, collect everybody's, take the loss of all."""
-    share = (*towers(params, batch), batch["concepts"])
-    images, texts, concepts = (jax.lax.all_gather(x, "data", tiled=True) for x in share)
-    return clip_loss(images, texts, jnp.exp(params["logit_scale"]), same_concept(concepts))
-
-
 def assert_same(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other)
 
@@ -229,24 +222,6 @@ def test_eight_devices_by_jit_and_sharding(problem, mesh):
     assert len(shared["image"].sharding.device_set) == 8
     everywhere = jax.device_put(params, NamedSharding(mesh, P()))
     assert_same(jax.jit(jax.value_and_grad(global_loss))(everywhere, shared), jax.value_and_grad(global_loss)(*problem))
-
-
-def test_eight_devices_by_shard_map(problem, mesh):
-    def mean_of_all(params, batch):
-        return jax.lax.pmean(gathered_loss(params, batch), "data")
-
-    whole = jax.shard_map(mean_of_all, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    assert_same(jax.jit(jax.value_and_grad(whole))(*problem), jax.value_and_grad(global_loss)(*problem))
-
-
-def test_eight_devices_by_pmap(problem, mesh):
-    params, batch = problem
-    devices = list(mesh.devices)
-    step = jax.pmap(jax.value_and_grad(gathered_loss), axis_name="data", in_axes=(None, 0), devices=devices)
-    losses, gradients = step(params, split(batch))
-    # all_gather's transpose brings each device the gradients of all eight (equal) losses: their mean is the gradient.
-    mean = jax.tree.map(lambda g: g.mean(axis=0), gradients)
-    assert_same((losses[0], mean), jax.value_and_grad(global_loss)(*problem))
 
 
 def part_of(name, params, batch, masked, axis):

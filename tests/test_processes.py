@@ -3,13 +3,23 @@
 import json
 import shutil
 import signal
-import socket
 
 import jax
 import numpy as np
 import pytest
 import resume_worker as worker
-from resume_worker import BATCH, CONFIG, STEPS, Process, assert_same_run, last_notes, last_state, lines, steps
+from resume_worker import (
+    BATCH,
+    CONFIG,
+    STEPS,
+    Process,
+    assert_same_run,
+    free_port,
+    last_notes,
+    last_state,
+    lines,
+    steps,
+)
 from tiny import NAMES, tiny_pairs
 
 from clipid_utils.training.fit import fit
@@ -27,13 +37,11 @@ def together(tmp_path_factory, data):
     logs = tmp_path_factory.mktemp("logs")
 
     def together(run, count=2, **options):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        started = [Process(worker.train_share, run, data, logs / f"{rank}.json", port, rank, count,
-                           log=logs / f"{rank}.log", devices=8 // count, **options) for rank in range(count)]
-        for process in started:
-            process.ends(0)
+        with free_port() as port:
+            started = [Process(worker.train_share, run, data, logs / f"{rank}.json", port, rank, count,
+                               log=logs / f"{rank}.log", devices=8 // count, **options) for rank in range(count)]
+            for process in started:
+                process.ends(0)
         return [json.loads((logs / f"{rank}.json").read_text()) for rank in range(count)]
 
     return together
@@ -97,7 +105,7 @@ def test_only_the_first_process_writes(whole):
             "best/model.safetensors.partial", "samples/step_000018.png"} <= set(first["written"])
     logged = [line["step"] for line in lines(run) if "loss" in line]
     assert logged == list(range(3, STEPS + 1, 3))  # each once
-    assert first["history"] == second["history"] == len((run / "metrics.jsonl").read_text().splitlines())
+    assert first["history"] == second["history"] == len(lines(run))
     assert json.loads((run / "versions.json").read_text())["processes"] == 2
     assert last_notes(run)["data"] == [{"step": STEPS}] * 2
 

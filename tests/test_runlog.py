@@ -80,8 +80,18 @@ def test_versions_say_what_the_run_ran_on(tmp_path):
     assert {"flax", "optax", "orbax-checkpoint", "grain", "clipid_utils", "commit", "device_kind"} <= found.keys()
 
 
-def test_the_commit_is_the_clones_and_none_without_git(monkeypatch):
-    real, answer = subprocess.run, types.SimpleNamespace(stdout="")
+def test_the_commit_is_the_clones_and_none_without_git(monkeypatch, tmp_path):
+    file = tmp_path / "runlog.py"
+    file.write_text("of a clone")
+    monkeypatch.setattr(runlog, "__file__", str(file))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "runlog.py"], ["commit", "-qm", "first", "--no-gpg-sign"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert len(head) == 40 and runlog._commit() == head
+    file.write_text("changed")
+    assert runlog._commit() == f"{head}-dirty"
+    answer = types.SimpleNamespace(stdout="")
     monkeypatch.setattr(runlog.subprocess, "run", lambda *args, **kwargs: answer)
     assert runlog._commit() is None
 
@@ -90,9 +100,6 @@ def test_the_commit_is_the_clones_and_none_without_git(monkeypatch):
 
     monkeypatch.setattr(runlog.subprocess, "run", missing)
     assert runlog._commit() is None
-    monkeypatch.setattr(runlog.subprocess, "run", real)
-    commit = runlog._commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
 
 
 def test_every_line_is_on_disk_at_once(tmp_path):

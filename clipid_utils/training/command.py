@@ -1,13 +1,15 @@
 """`python -m clipid_utils train`: whole runs by name, each a frozen dataclass whose fields are the command's options.
 
-The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what was a fault in
-them is not repeated: the loss sees the whole batch, and a resumed run is the same run. `indobert-base` and
+The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings, but for three of
+their augmentations, which are absent here: perspective, autocontrast and equalize. What was a fault in them is not
+repeated: the loss sees the whole batch, and a resumed run is the same run. `indobert-base` and
 `indonesian-roberta-base` train the same towers with what is known today; no run of that size has been made here.
 """
 
 import dataclasses
 import functools
 import glob
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +33,13 @@ from clipid_utils.training.fit import FitConfig, fit
 from clipid_utils.training.optimizers import adabelief, adamw, muon
 from clipid_utils.training.projections import ProjectionConfig, train_projections
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
+from clipid_utils.training.run import check_same
+from clipid_utils.training.runlog import RunLog
 
 FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
 OPTIMIZERS = {"adamw": adamw, "adabelief": adabelief, "muon": muon}
+# What a run that goes on must not change: of these its weights are made. Devices, forms and sinks may be others.
+FIXED = ("train", "validation", "validation_pictures", "vision", "text", "logit_scale", "stages", "dtype", "seed")
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,30 @@ def check(recipe: Recipe) -> None:
         if stage.features is not None and recipe.train.endswith(".tar"):
             raise ValueError(f"stage {number} computes features of captions records, which --train {recipe.train} are "
                              "not: take a recipe without such a stage, or name a .jsonl or .parquet file")
+    if recipe.train.endswith(".tar"):
+        endless = [number for number, stage in enumerate(recipe.stages) if stage.fit.steps is None]
+        options = " ".join(f"--stages.{number}.fit.steps N --stages.{number}.fit.evaluate-every N"
+                           for number in endless)
+        if endless:
+            raise ValueError(f"--train {recipe.train} is a stream, which has no epochs to count: give {options}, in "
+                             "steps (an epoch has as many as there are pairs, divided by the batch size)")
+
+
+def keep(recipe: Recipe) -> None:
+    """Writes the whole recipe into its folder, as `recipe.json`, where no run has begun there.
+
+    Raises FileExistsError where one has and is not to go on, ValueError where it is to go on with another recipe.
+    """
+    path = recipe.out / "recipe.json"
+    settings = dataclasses.asdict(recipe)
+    if any(recipe.out.glob("stage-*/checkpoints/[0-9]*")):
+        if not recipe.resume:
+            raise FileExistsError(f"{recipe.out} holds a run: go on with it (--resume), or name another folder (--out)")
+        if path.is_file():
+            check_same(path, {name: settings[name] for name in FIXED})
+    elif jax.process_index() == 0:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def make_feed(recipe: Recipe, stage: Stage, size: int, tokenize) -> Feed:
@@ -175,12 +205,14 @@ def make_feed(recipe: Recipe, stage: Stage, size: int, tokenize) -> Feed:
 def run(recipe: Recipe) -> bool:
     """Trains stage after stage, each in `out/stage-…`, into the checkpoint `out/model`; whether it came to the end.
 
+    The folder also gets `recipe.json`, from which a run that goes on may not differ in what its weights are made of.
     With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read (the projections of
     a stage on features are trained anew, in minutes, to the same weights). Raises what `fit` raises.
     """
     check(recipe)
     if recipe.hosts:
         jax.distributed.initialize()
+    keep(recipe)
     dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
     model, processor = start(recipe, dictionary.get("train"))
     size, pairs, validation = model.config.vision.image_size, None, None
@@ -190,20 +222,26 @@ def run(recipe: Recipe) -> bool:
     if recipe.validation is not None:
         validation = load_records(read_captions(Path(recipe.validation)), size, recipe.validation_pictures)
     mesh = make_mesh(model=recipe.model_devices)
+    sinks = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb}
     for number, stage in enumerate(recipe.stages, 1):
         out = recipe.out / f"stage-{number}"
         print(f"stage {number} of {len(recipe.stages)}: {out}")
         if stage.features is not None:
             data = read_captions(Path(recipe.train)) if pairs is None else pairs
             features = cache_features(model, processor, data, out / "features")
-            result = train_projections(model, features, stage.features, seed=recipe.seed,
-                                       optimizer=OPTIMIZERS[stage.optimizer])
+            log = RunLog(out, dataclasses.asdict(stage.features) | {"seed": recipe.seed}, **sinks)
+            try:
+                result = train_projections(model, features, stage.features, seed=recipe.seed,
+                                           optimizer=OPTIMIZERS[stage.optimizer],
+                                           on_log=lambda history, log=log: log.log(history[-1]))
+            finally:
+                log.close()
         else:
             form = FORMS[recipe.form] if recipe.shard == "none" else functools.partial(jit_form, params=recipe.shard)
             feed = pairs if pairs is not None else make_feed(recipe, stage, size, processor.tokenize)
             result = fit(model, processor, feed, validation, stage.fit, seed=recipe.seed, out=out, form=form, mesh=mesh,
                          optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,
-                         sinks={"tensorboard": recipe.tensorboard, "wandb": recipe.wandb})
+                         sinks=sinks)
         if result.interrupted:
             return False
         model = result.model

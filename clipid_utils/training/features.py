@@ -61,6 +61,9 @@ def cache_features(
     records, whose pictures are opened one batch at a time. What was interrupted goes on at its last 4,096 rows. A
     picture that cannot be read warns, and training leaves it out.
 
+    One process computes all of it, on its first device; where several call it on a shared folder, the others wait for
+    the first to be done, and then read.
+
     Raises ValueError where the folder holds the features of other towers, settings or data, where a picture has no
     caption, and for features that are not finite in `dtype`.
     """

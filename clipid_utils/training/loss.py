@@ -64,6 +64,7 @@ def siglip_loss(
     and averaged over pictures, in nats. Raises ValueError for a batch of one pair.
 
     With `axis` the texts go round from device to device (section 3.3), so that none holds more than b x b scores.
+    Without `axis`, as under `jit_form`, the compiler gathers the texts.
     """
     share, devices = len(image_embeds), 1 if axis is None else jax.lax.axis_size(axis)
     if share * devices < 2:

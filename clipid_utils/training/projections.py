@@ -104,13 +104,15 @@ def feature_batches(features: Features, batch_size: int, *, seed: int, epoch: in
 
 def train_projections(
     model: HybridCLIP, features: Features, config: ProjectionConfig = ProjectionConfig(), *, seed: int,
-    loss: Callable = clip_loss, optimizer: Callable = adamw, progress: bool = True,
+    loss: Callable = clip_loss, optimizer: Callable = adamw, on_log: Callable[[list[dict]], None] | None = None,
+    progress: bool = True,
 ) -> FitResult:
     """Trains what stands behind the towers on their features, and returns the model with it put in.
 
     All other weights are those of `model`, which is left as it was. `loss` and `optimizer` are called as `clip_loss`
-    and `adamw` are. Ctrl-C ends the run after the step it is in and keeps what it has. Raises ValueError for a batch
-    larger than the data and FloatingPointError when the loss is not finite.
+    and `adamw` are. Every `log_every` steps `on_log(history)` is called, as `fit` does. Ctrl-C ends the run after the
+    step it is in and keeps what it has. Raises ValueError for a batch larger than the data and FloatingPointError when
+    the loss is not finite.
     """
     usable = int(np.isfinite(features.images[:, 0]).sum())
     if not 2 <= config.batch_size <= usable:
@@ -136,6 +138,8 @@ def train_projections(
                 check_finite(line)
                 line |= {"log_batch": math.log(config.batch_size), "learning_rate": float(rate(done - 1))}
                 history.append(line)
+                if on_log is not None:
+                    on_log(history)
             if stop:
                 break
     return FitResult(_put_in(model, nnx.merge(graph, params, frozen)), history, stop)

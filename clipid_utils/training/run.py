@@ -119,10 +119,21 @@ class Run:
 def check_same(path: Path, settings: dict) -> None:
     """Raises ValueError where a run is to go on with other settings than it began with."""
     settings, began = json.loads(json.dumps(settings)), json.loads(path.read_text(encoding="utf-8"))
-    other = [f"{name} {began.get(name)!r}, now {value!r}" for name, value in settings.items()
-             if began.get(name) != value]
+    other = [words for name, value in settings.items() for words in _differences(name, began.get(name), value)]
     if other:
         raise ValueError(f"{path} began with {'; '.join(other)}: resume with the same settings, or name another folder")
+
+
+def _differences(name: str, before, now) -> Iterator[str]:
+    """In words, as deep inside as they are; `name` is dotted, as an option of the command line."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{name}.{number}", one, other)
+    elif before != now:
+        yield f"{name} {before!r}, now {now!r}"
 
 
 def of_all(count: int) -> int:
