@@ -1,5 +1,6 @@
 """English captions into Indonesian on CTranslate2: every core busy, resumable, and nothing lost where a model fails.
 
+    translator = Translator()                          # the small model of data/translator
     translator = Translator("Helsinki-NLP/opus-mt-en-id")
     translator(["a red car"])                          # [Translation(text='mobil merah', mark='')]
     translate_rows("captions.jsonl", "translated", translator)
@@ -75,9 +76,6 @@ class Translator:
         gpus = ctranslate2.get_cuda_device_count() if device != "cpu" else 0
         if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpus):
             raise ValueError(f"device {device!r}: this machine has {gpus} GPUs for CTranslate2; give 'cpu' or 'auto'")
-        if model == OURS and not OURS.is_dir():
-            raise FileNotFoundError(f"{OURS} is not there: scripts/train_translator.py makes it; or name a model, such "
-                                    "as Helsinki-NLP/opus-mt-en-id")
         self.name, self.beam = os.fspath(model), beam
         self.workers = gpus or threads or usable_cores()
         self.batch_tokens = batch_tokens or (16_384 if gpus else 1024)
