@@ -9,10 +9,16 @@ from clipid_utils.paths import CHECKPOINTS
 
 
 def prepare(options: argparse.Namespace) -> None:
+    from clipid_utils.data.fetch import FetchError
+    from clipid_utils.data.openclipart import load_openclipart
     from clipid_utils.data.picture_dictionary import load_picture_dictionary
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
+    try:
+        print(f"{'openclipart':16} {len(load_openclipart()[0]):5} pictures, named in English")
+    except FetchError as error:  # without apt-get: notebook 02 then translates the dictionary's own English
+        print(error)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -48,10 +54,10 @@ def download(options: argparse.Namespace) -> None:
 
 
 def translate(options: argparse.Namespace) -> None:
-    from clipid_utils.data.translate import Translator, translate_rows
+    from clipid_utils.data.translate import OURS, Translator, translate_rows
 
     try:
-        translator = Translator(options.model, beam=options.beam, device=options.device)
+        translator = Translator(options.model or OURS, beam=options.beam, device=options.device)
         report = translate_rows(options.file, options.folder, translator, column=options.column)
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on where it stopped") from None
@@ -100,7 +106,8 @@ def main() -> None:
     command = commands.add_parser("translate", help="English captions into Indonesian; again: what is not done yet")
     command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
     command.add_argument("folder", type=Path, help="where the Parquet shards go")
-    command.add_argument("--model", required=True, help="a folder or an id such as Helsinki-NLP/opus-mt-en-id")
+    command.add_argument("--model", default=None, help="a folder or an id such as Helsinki-NLP/opus-mt-en-id; by "
+                         "default the small model of data/translator")
     command.add_argument("--column", default="captions", help="the one with the English")
     command.add_argument("--beam", type=int, default=4)
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
