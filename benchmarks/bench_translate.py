@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import turns
 
-# Assumed tokens of a caption on either side; captions a run: two batches of the Translator, for each of two cores one.
-SOURCE, TARGET, SENTENCES = 24, 26, 84
+SOURCE, TARGET, SENTENCES = 24, 26, 84  # assumed tokens of a caption on either side, and captions a run
 SIZES = {  # target tokens a run, timed runs a round
     "opus_mt_beam4": (SENTENCES * TARGET, 2),
     "opus_mt_beam1": (SENTENCES * TARGET, 2),

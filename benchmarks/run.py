@@ -3,6 +3,7 @@
     python benchmarks/run.py                       # all; figures also go to build/bench/*.json
     python benchmarks/run.py translate cache       # some
     python benchmarks/run.py translate --record    # and into data/benchmarks.json, beside what it holds of the others
+    python benchmarks/run.py translate --rounds 2  # with an option of its own
 """
 
 import argparse
@@ -34,13 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SCRIPTS)}; all without one")
     parser.add_argument("--record", action="store_true", help=f"keep the figures in {RECORD.name}")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()  # what is not known here goes to the benchmark
     if unknown := set(options.names) - set(SCRIPTS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(SCRIPTS)}")
     for name in options.names or SCRIPTS:
         print(f"\n{SCRIPTS[name].name}", flush=True)
         out, started = Path(f"build/bench/{name}.json"), time.time()
-        subprocess.run([sys.executable, str(SCRIPTS[name]), "--out", str(out)], check=True)
+        subprocess.run([sys.executable, str(SCRIPTS[name]), "--out", str(out), *more], check=True)
         if options.record:
             record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
             record[name] = {
