@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import clipid_utils
+from clipid_utils import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -33,6 +34,12 @@ def test_notebook_shows_no_error_and_no_path_of_a_machine(path):
     found = MACHINE_PATH.search(path.read_text())
     assert not found, path.read_text()[max(0, found.start() - 60) : found.end() + 60]
     assert path.stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda p: p.stem)
+def test_notebook_draws_with_what_plots_has(path):
+    used = {name for cell in cells(path) for name in re.findall(r"\bplots\.(\w+)", "".join(cell["source"]))}
+    assert used <= set(plots.__all__), used - set(plots.__all__)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

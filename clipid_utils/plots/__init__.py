@@ -31,8 +31,10 @@ from clipid_utils.plots.pictures import (
     search_grid,
     similarity_matrix,
 )
+from clipid_utils.plots.style import ORANGE
 
 __all__ = [
+    "ORANGE",
     "augmentations",
     "caption_lengths",
     "collectives",
