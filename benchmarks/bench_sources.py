@@ -3,7 +3,6 @@
     python benchmarks/bench_sources.py [--rows 10000 1000000] [--copies 10000 1000000] [--out build/bench/sources.json]
 
 Each reader reads a file made for it, in the published format, in a process of its own, which keeps no record.
-coco.json is the one that is held whole, as VizWiz' annotations and the translated Flickr8k are by their readers.
 Seconds are of that process on a processor, so that a busy machine slows it little. Peak memory is its largest resident
 set, in all and beyond what it was after the imports. The last table is the search for near copies of 2,000 pictures
 among many (`copy_search`), random but as unevenly spread as photographs are, beside comparing the hashes alone of each
@@ -13,6 +12,7 @@ with all (faiss IndexBinaryFlat, which needs the thumbnails after that), both on
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +31,7 @@ READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data import coco, conceptual, flickr, wit
+from clipid_utils.data import coco, conceptual, flickr, vizwiz, wit
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
 def peak():
@@ -42,6 +42,8 @@ rows = {
     "cc12m.tsv": lambda: conceptual.read_conceptual(path, report, source="cc12m"),
     "coco.tsv": lambda: coco.read_coco(path, folder, report),
     "coco.json": lambda: coco.read_coco(path, folder, report),
+    "flickr8k.json": lambda: flickr.read_flickr(path, folder, report, source="flickr8k"),
+    "vizwiz.json": lambda: vizwiz.read_vizwiz(path, folder, report),
     "xflickrco.jsonl": lambda: flickr.read_xflickrco(path, folder, report),
     "wit.tsv.gz": lambda: wit.read_wit([path], report),
 }[kind]()
@@ -86,6 +88,26 @@ def write_coco_json(path: Path, count: int) -> None:
     path.write_text(json.dumps({"images": images, "annotations": rows}))
 
 
+def write_flickr8k_json(path: Path, count: int) -> None:
+    """Five captions a picture between their marks, as an object of lists, one line."""
+    texts = captions(count)
+    with open(path, "w") as file:
+        for number in range(count // 5):
+            marked = [f"<start> {caption} <end>" for caption in itertools.islice(texts, 5)]
+            file.write(f'{", " if number else "{"}"{number:012d}.jpg": {json.dumps(marked)}')
+        file.write("}")
+
+
+def write_vizwiz_json(path: Path, count: int) -> None:
+    """The same as a list of objects."""
+    texts = captions(count)
+    with open(path, "w") as file:
+        for number in range(count // 5):
+            row = {"image_path": f"{number:012d}.jpg", "captions": list(itertools.islice(texts, 5))}
+            file.write(f'{", " if number else "["}{json.dumps(row)}')
+        file.write("]")
+
+
 def write_xflickrco(path: Path, count: int) -> None:
     with open(path, "w") as file:  # some of COCO's pictures, above
         file.writelines(json.dumps({"sentences": [caption], "id": number, "img_path": f"{number:012d}.jpg"}) + "\n"
@@ -107,7 +129,8 @@ def write_wit(path: Path, count: int) -> None:
 
 WRITERS = {
     "cc12m.tsv": write_cc12m, "coco.tsv": write_coco, "coco.json": write_coco_json,
-    "xflickrco.jsonl": write_xflickrco, "wit.tsv.gz": write_wit,
+    "flickr8k.json": write_flickr8k_json, "vizwiz.json": write_vizwiz_json, "xflickrco.jsonl": write_xflickrco,
+    "wit.tsv.gz": write_wit,
 }
 
 

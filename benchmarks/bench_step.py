@@ -143,17 +143,17 @@ def peak(side: str, size: str) -> int:
 SIDES = {form: functools.partial(ours, f"{form}_form") for form in ("jit", "shard_map", "pmap")} | {"torch": theirs}
 
 if __name__ == "__main__":
-    sizes, peak = SIZES, None
+    sizes, teraflops = SIZES, None
     if "--gpu" in sys.argv:
         sys.argv.remove("--gpu")
-        sizes, peak = ON_GPU, 989.0
+        sizes, teraflops = ON_GPU, 989.0
         if "--peak" in sys.argv:
             at = sys.argv.index("--peak")
-            peak = float(sys.argv[at + 1])
+            teraflops = float(sys.argv[at + 1])
             del sys.argv[at : at + 2]
     report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", list(sizes), peak)
     for size, found in (report or {}).items():
-        if peak and size in ON_GPU:
+        if teraflops and size in ON_GPU:
             rates = {side: pair["median"][side] for side, pair in found.items()}
             print(f"{size}: model FLOP utilisation " + ", ".join(
-                f"{side} {rate * flops(size) / peak / 1e12:.1%}" for side, rate in rates.items()))
+                f"{side} {rate * flops(size) / teraflops / 1e12:.1%}" for side, rate in rates.items()))

@@ -59,7 +59,10 @@ def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str
             for side, process in processes.items():
                 process.stdin.write("\n")
                 process.stdin.flush()
-                answer = json.loads(process.stdout.readline())
+                answer = process.stdout.readline()
+                if not answer:
+                    raise SystemExit(f"{script}: the side {side!r} ended; try --worker {side} {name} and press Enter")
+                answer = json.loads(answer)
                 result[side]["examples_per_second"].append(round(examples / answer["seconds"], 2))
                 result[side]["peak_mib"] = answer["peak_mib"]
     finally:

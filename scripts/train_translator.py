@@ -3,7 +3,6 @@
     .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour of one core
     .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip gate
     .venv-bench/bin/python scripts/train_translator.py --without 0  # and 1: without half of the names
-    .venv-bench/bin/python scripts/train_translator.py --way-steps 600  # then: what each way of making sentences brings
 
 A Marian model in Hugging Face's form: the same code that serves opus-mt converts and runs it. It learns from the human
 pairs of translator_corpus.py and from sentences made of them. The float weights go to build/translator, the int8 ones,
@@ -34,16 +33,8 @@ from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
 BUILD, HALVES = Path("build/translator"), Path("build/halves")
-# How often a sentence is drawn by which way; "cased" says how it is written.
+# How often a sentence is drawn by which way of the Maker
 SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.2, "swap": 0.28, "copied": 0.12}
-WAYS = {  # of making more sentences of the same words, one more each
-    "human pairs alone": (),
-    "+ other capitals": ("cased",),
-    "+ keywords and templates": ("cased", "keyword", "template"),
-    "+ swapped words": ("cased", "keyword", "template", "swap"),
-    "+ words that nobody knows": ("cased", "keyword", "template", "swap", "copied"),
-}
-ALL = WAYS["+ words that nobody knows"]
 
 
 def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
@@ -66,20 +57,18 @@ def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
 class Batches:
     """Batches of (source, labels) [B, L], drawn without end; sentences of a length together."""
 
-    def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], ways, start: int, options):
+    def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], start: int, options):
         self.rng = np.random.default_rng([options.seed, start])
-        self.maker, self.ways, self.tokens = Maker(corpus, self.rng), ways, options.tokens
+        self.maker, self.tokens = Maker(corpus, self.rng), options.tokens
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
         self.vocabulary, self.reverse = vocabulary, options.reverse
-        shares = {way: share for way, share in SHARES.items() if way in ("name", "caption", *ways)}
-        self.names, self.odds = list(shares), np.array(list(shares.values())) / sum(shares.values())
+        self.ways, self.odds = list(SHARES), np.array(list(SHARES.values())) / sum(SHARES.values())
 
     def encode(self, text: str) -> list[int]:
         return [self.vocabulary.get(piece, 1) for piece in self.pieces.encode(text, out_type=str)] + [0]
 
     def pair(self) -> Pair:
-        pair = getattr(self.maker, self.names[self.rng.choice(len(self.names), p=self.odds)])()
-        pair = self.maker.cased(pair) if "cased" in self.ways else pair
+        pair = self.maker.cased(getattr(self.maker, self.ways[self.rng.choice(len(self.ways), p=self.odds)])())
         return pair[::-1] if self.reverse else pair
 
     def __iter__(self):
@@ -133,7 +122,7 @@ class Optimizers(list):
             optimizer.zero_grad(set_to_none=True)
 
 
-def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
+def train(corpus: Corpus, folder: Path, steps: int, options) -> Path:
     """Trains a model for so many steps and writes its averaged weights as a folder of Hugging Face's form."""
     pairs = [*corpus.names["train"], *corpus.captions["train"], *corpus.keywords]
     texts = [text for pair in pairs for side in pair for text in ([side] if isinstance(side, str) else side)]
@@ -149,7 +138,7 @@ def train(corpus: Corpus, folder: Path, ways, steps: int, options) -> Path:
         for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         average = state["average"]
-    pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, ways, start, options))
+    pad, batches = vocabulary["<pad>"], iter(Batches(corpus, folder, vocabulary, start, options))
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=10)
     for step in bar:
         if step > start and step % 200 == 0:
@@ -241,23 +230,6 @@ def reversed_corpus(corpus: Corpus) -> Corpus:
                   {split: turned(pairs) for split, pairs in corpus.captions.items()}, {}, turned(corpus.keywords))
 
 
-def compare_ways(corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
-    """What the validation pairs say to a smaller model, trained as long with one more way each time."""
-    small = argparse.Namespace(**{**vars(options), "width": 128, "warmup": 100})
-    found = {}
-    for number, (name, ways) in enumerate(WAYS.items()):
-        folder = train(corpus, BUILD / f"way-{number}", ways, options.way_steps, small)
-        figures = measured(folder, sets)
-        found[name] = {split: {"chrF": figures[split]["chrF"], "BLEU": figures[split]["BLEU"]} for split in sets}
-        print(name, {split: round(figures[split]["chrF"]["value"], 1) for split in sets}, flush=True)
-    return {"steps": options.way_steps, "width": 128, "validation": found}
-
-
-def write_figures(figures: dict, out: Path) -> None:
-    text = json.dumps(rounded(figures, 4), indent=1, ensure_ascii=False) + "\n"
-    (out / "metrics.json").write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="data/translator, or data/translator-back for --reverse")
@@ -265,8 +237,6 @@ def main() -> None:
     parser.add_argument("--without", type=int, choices=(0, 1), help="half of the dictionary's names to hold out more; "
                         "the model goes to build/halves, for scripts/added_pictures.py")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--way-steps", type=int, help="train no model, but for so many steps a small one for each way "
-                        "of making sentences, and add what they reach to metrics.json")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on either side")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=3)
@@ -287,12 +257,8 @@ def main() -> None:
     turned = reversed_corpus(corpus) if options.reverse else corpus
     choosing, testing = ({"captions": turned.captions[split], "names": turned.names[split]}
                          for split in ("validation", "test"))
-    if options.way_steps:
-        figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        write_figures(figures | {"ways": compare_ways(corpus, choosing, options)}, out)
-        return
     started, cpu = time.time(), time.process_time()
-    folder = train(corpus, BUILD / out.name, ALL, options.steps, options)
+    folder = train(corpus, BUILD / out.name, options.steps, options)
     seconds = {"wall": round(time.time() - started), "cpu": round(time.process_time() - cpu)}
     found = report(folder, corpus, testing, options)
     for split, names in found["test"].items():
@@ -306,7 +272,8 @@ def main() -> None:
         "validation": {name: row for name, row in measured(folder, choosing).items()}, **found,
     }
     shutil.copytree(folder / "int8", out, dirs_exist_ok=True)
-    write_figures(figures, out)
+    text = json.dumps(rounded(figures, 4), indent=1, ensure_ascii=False) + "\n"
+    (out / "metrics.json").write_text(text, encoding="utf-8")
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 
 

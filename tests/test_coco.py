@@ -42,11 +42,11 @@ ANNOTATIONS = [
 ])
 def test_the_annotations_as_published(tmp_path, pictures, images):
     value = {"info": {}, "licenses": [], "annotations": ANNOTATIONS} | ({"images": images} if images else {})
-    (tmp_path / "captions_train2017.json").write_text(json.dumps(value))
+    (tmp_path / "captions_train2017.json").write_text(json.dumps(value), encoding="utf-8-sig")
     records, report = read(tmp_path / "captions_train2017.json", pictures, split="train")
     assert records == [
         {"image_path": str(pictures / f"{number:012d}.jpg"), "captions": captions, "source": "coco", "split": "train"}
-        for number, captions in ((25, ["A giraffe.", "Two giraffes"]), (9, ["Food in a tray"]), (30, ['A "vase"']))]
+        for number, captions in ((25, ["A giraffe.", "Two giraffes"]), (9, ["Food in a tray"]), (30, ['A "vase" ?']))]
     assert (report.read, report.kept) == (8, 4)
     assert report.dropped == {"empty caption": 2, "picture not found": 1, "the picture has this caption already": 1}
     assert report.examples["picture not found"][0].startswith("captions_train2017.json, annotation 4: ")
@@ -74,7 +74,8 @@ def test_the_translated_table_in_any_order_of_rows(tmp_path, pictures, header):
 @pytest.mark.parametrize("text, message", [
     ('{"annotations": [{"image_id": 9, "id": 1, "bbox": []}]}', r"annotation 0 is .*instances_\*"),
     ('{"images": []}', "no key 'annotations'"), ("[]", "no key 'annotations'"),
-    ('{"annotations": [\n1,', r"coco\.json:2: no JSON"), ("\xff", "byte 0 is not UTF-8"),
+    ('{"annotations": [\n1,', r"coco\.json:2: no JSON"), ('{"annotations": [NaN]}', r"coco\.json: no JSON"),
+    ("\xff", "byte 0 is not UTF-8"),
 ])
 def test_another_file_is_refused_at_once(tmp_path, pictures, text, message):
     (tmp_path / "coco.json").write_bytes(text.encode("latin1"))
@@ -86,3 +87,14 @@ def test_a_folder_that_is_not_there_is_refused_at_once(tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps({"annotations": ANNOTATIONS}))
     with pytest.raises(ValueError, match="val2017: no such folder: unpack the pictures there"):
         read(tmp_path / "coco.json", tmp_path / "val2017")
+
+
+def test_annotations_are_not_held_at_once(tmp_path, pictures, monkeypatch):
+    """The reader gets by without the value of a whole file; an empty list of annotations is no error."""
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"annotations": ANNOTATIONS}))
+    monkeypatch.setattr("clipid_utils.data.tables.json.loads", None)
+    assert len(read(path, pictures)[0]) == 3
+    monkeypatch.undo()
+    path.write_text(json.dumps({"annotations": []}))
+    assert read(path, pictures)[0] == []

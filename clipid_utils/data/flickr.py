@@ -12,9 +12,10 @@ from clipid_utils.data.tables import (
     NOT_UTF8,
     clean_caption,
     example,
+    first_mark,
+    json_items,
     json_lines,
     listed_captions,
-    load_json,
     local_records,
     text_lines,
 )
@@ -34,14 +35,13 @@ def read_flickr(
 
     `path` is Flickr8k.token.txt or results_20130124.token (name#number<TAB>caption), Kaggle's results.csv (name|
     number| caption), the translated JSON of Flickr8k ({name: ["<start> … <end>", …]}) or the translated TSV of
-    Flickr30k (columns `caption` and `image_name`). The JSON is held whole. Raises ValueError for a file that is none
-    of them.
+    Flickr30k (columns `caption` and `image_name`). Raises ValueError for a file that is none of them.
     """
     path = Path(path)
+    if first_mark(path) == "{":
+        return local_records(_marked(path, report), pictures, report, source, split)
     number, first = next(((number, line) for number, line in text_lines(path) if line.strip()), (1, ""))
-    if first.lstrip().startswith("{"):
-        captions = _marked(path, report)
-    elif TOKEN.fullmatch(first):
+    if TOKEN.fullmatch(first):
         captions = _matched(path, TOKEN, 0, report)
     elif KAGGLE_HEADER.match(first):
         captions = _matched(path, KAGGLE, number, report)
@@ -52,7 +52,7 @@ def read_flickr(
 
 def _marked(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
     remedy = 'this reads {"picture.jpg": ["<start> a caption <end>", …], …}'
-    for name, captions in load_json(path, remedy).items():
+    for name, captions in json_items(path, "", remedy, pairs=True):
         if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
             raise ValueError(f"{path}: key {name!r} has {str(captions)[:80]!r}, no list of captions: {remedy}")
         captions = [MARKS.sub(" ", caption or "") for caption in captions]

@@ -1,8 +1,9 @@
-"""Published caption files as they are: tables and JSON lines read line by line, captions gathered by picture.
+"""Published caption files as they are: tables, JSON lines and JSON read piece by piece, captions gathered by picture.
 
 Memory does not grow with the file. A report counts captions, each of them kept or dropped.
 """
 
+import codecs
 import csv
 import gzip
 import html
@@ -14,6 +15,8 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+import ijson
 
 from clipid_utils.data.ondisk import gathered
 from clipid_utils.data.report import Report
@@ -98,6 +101,28 @@ def load_json(path: Path, remedy: str) -> dict | list:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8: {remedy}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: no JSON ({error.msg}): {remedy}") from None
+
+
+def first_mark(path: Path) -> str:
+    """The first character of a file that is no space, of its first thousand; "" where there is none."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read(1000).lstrip()[:1]
+
+
+def json_items(path: Path, prefix: str, remedy: str, *, pairs: bool = False) -> Iterator:
+    """The values at ijson's `prefix` of a JSON file, one after the other, or its keys and values with `pairs`.
+
+    "annotations.item" are the entries of the list under that key. Where there is no such thing, nothing comes. Half an
+    emoji comes as "?". Raises ValueError as `load_json` does.
+    """
+    with open(path, "rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        try:
+            yield from (ijson.kvitems if pairs else ijson.items)(file, prefix, use_float=True)
+        except ijson.JSONError as error:
+            load_json(path, remedy)  # which says in what line; what follows is for NaN, which only that one takes
+            raise ValueError(f"{path}: no JSON ({str(error).splitlines()[0]}): {remedy}") from None
 
 
 def caption_table(path: Path, key: str, report: Report) -> Iterator[tuple[int, int, str, str]]:

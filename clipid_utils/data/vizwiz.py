@@ -6,10 +6,11 @@ from pathlib import Path
 
 from clipid_utils.data.coco import annotations
 from clipid_utils.data.report import Report
-from clipid_utils.data.tables import example, listed_captions, load_json, local_records
+from clipid_utils.data.tables import example, first_mark, json_items, listed_captions, local_records
 
 # Flags of annotations: the worker was a spammer; "Quality issues are too severe to recognize visual content."
 UNWANTED = ("is_rejected", "is_precanned")
+REMEDY = "take VizWiz-Captions' train.json or val.json, or its translation"
 
 
 def read_vizwiz(
@@ -18,17 +19,18 @@ def read_vizwiz(
     """Captions records, one a picture, of annotations/train.json or val.json, or of the translated JSON.
 
     The first is in COCO's format; what its flags reject is dropped. The second is a list of `{"image_path": name,
-    "captions": [str, …]}`, without such flags. Either is held whole. Raises ValueError for a
-    file that is neither.
+    "captions": [str, …]}`, without such flags. Raises ValueError for a file that is neither.
     """
     path = Path(path)
-    value = load_json(path, "take VizWiz-Captions' train.json or val.json, or its translation")
-    captions = _listed(path, value, report) if isinstance(value, list) else annotations(path, value, report, UNWANTED)
+    if first_mark(path) == "[":
+        captions = _listed(path, report)
+    else:
+        captions = annotations(path, report, UNWANTED, REMEDY)
     return local_records(captions, pictures, report, "vizwiz", split)
 
 
-def _listed(path: Path, value: list, report: Report) -> Iterator[tuple[str, str, str]]:
-    for number, row in enumerate(value):
+def _listed(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
+    for number, row in enumerate(json_items(path, "item", REMEDY)):
         if not isinstance(row, dict) or not isinstance(row.get("captions"), list) or not row.get("image_path"):
             raise ValueError(f"{path}: entry {number} is {str(row)[:80]}, not {{\"image_path\": …, \"captions\": […]}}")
         yield from listed_captions(row["image_path"], row["captions"], example(path, f"entry {number}"), report)
