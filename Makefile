@@ -17,8 +17,8 @@ course: .venv/installed  ## run every notebook, write them executed and as HTML 
 test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
-	$(RUN) -m pytest -n 2 --dist loadfile
-	$(RUN) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb

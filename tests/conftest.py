@@ -1,9 +1,16 @@
 """What all tests share: eight simulated devices, no hub, and the shapes of every call into the library checked."""
 
 import os
+import tempfile
 
 # Before the libraries that read them; the notebooks' kernels, which tests start too, get them as well.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled, no other and no other process does again
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=COMPILED.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+                      JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+# Models are small here and most of the time went into compiling them well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

@@ -277,15 +277,18 @@ def expected(url: str) -> tuple[str, str | None]:
     return "refused", None
 
 
-def main(port: str, count: str, folder: str, limits: str) -> None:
+def main(port: str, count: str, folder: str, limits: str, *more: str) -> None:
+    """Downloads `rows`, and one picture more of each kind in `more`."""
     from clipid_utils.data.addresses import PublicNetwork
     from clipid_utils.data.download import download
     from clipid_utils.data.one_picture import Limits
 
-    given = iter(rows(int(port), int(count)))
+    given = rows(int(port), int(count))
+    given += [{**given[0], "url": f"http://{kind}.test:{port}/{kind}/0", "row": len(given) + place}
+              for place, kind in enumerate(more)]
     print("begun", flush=True)
     try:
-        report = download(given, Path(folder), limits=Limits(**json.loads(limits)), progress=False,
+        report = download(iter(given), Path(folder), limits=Limits(**json.loads(limits)), progress=False,
                           network=PublicNetwork(resolve, Near()))
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None

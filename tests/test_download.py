@@ -65,8 +65,9 @@ def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
-def start(server: PictureServer, count: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, picture_server.__file__, str(server.port), str(count), str(folder), json.dumps(FAST)]
+def start(server: PictureServer, count: int, folder: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, picture_server.__file__, str(server.port), str(count), str(folder), json.dumps(FAST),
+               *more]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -129,10 +130,11 @@ def asked(url: str) -> str:
 
 
 def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(server, tmp_path):
-    process = start(server, 1200, tmp_path)
-    stop_at(process, 20, tmp_path, signal.SIGINT)  # long before its end, however late the signal comes
+    process = start(server, 1200, tmp_path, "mute")  # which is waited for a minute, however late the signal comes
+    stop_at(process, 20, tmp_path, signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 1 and errors.strip().splitlines()[-1] == "interrupted"
+    assert process.returncode == 1, errors
+    assert errors.strip().splitlines()[-1] == "interrupted"
     assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not (tmp_path / ".parts").exists()
     seen, before = manifest(tmp_path), server.asked.copy()
     rows = [row for row in picture_server.rows(server.port, 1200) if "/drip/" not in row["url"]]
