@@ -251,22 +251,13 @@ def record_files(out: Path) -> tuple[list[str], set[str]]:
     return read, write
 
 
-def cache_compiled(folder: Path) -> None:
-    """From here on what was compiled once, here or in another process, is not compiled again."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _main(log: Path, cache: Path | None, devices: int, run, args, options) -> None:
+def _main(log: Path, devices: int, run, args, options) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
-    if cache is not None:
-        cache_compiled(cache)
     run(*args, **options)
     print("CPU", time.process_time())
 
@@ -283,11 +274,11 @@ def free_port():
 class Process:
     """`run(*args, **options)` in a process of its own on so many devices; what it prints goes to the file `log`."""
 
-    def __init__(self, run, *args, log: Path, cache: Path | None = None, devices: int = 1, **options):
+    def __init__(self, run, *args, log: Path, devices: int = 1, **options):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["resume_worker"])
         self.log = log
-        self.process = context.Process(target=_main, args=(log, cache, devices, run, args, options), daemon=True)
+        self.process = context.Process(target=_main, args=(log, devices, run, args, options), daemon=True)
         self.process.start()
 
     def output(self) -> str:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,19 +38,6 @@ from clipid_utils.training.optimizers import muon
 
 KINDS = ["dictionary", "records", "stream"]
 CLIP = tiny_clip()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """What is compiled once is compiled; half of these tests' time otherwise."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-             "jax_persistent_cache_min_entry_size_bytes")
-    before = {name: getattr(jax.config, name) for name in names}
-    folder = tmp_path_factory.mktemp("compiled")
-    worker.cache_compiled(folder)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +80,7 @@ def go_on(run, *events, kind="dictionary", data=None, form=jit_form, devices=1, 
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache, data):
+def unbroken(tmp_path_factory, data):
     """The folder of the runs that nothing has stopped, one for each kind of feed."""
     folder = tmp_path_factory.mktemp("unbroken")
     for kind in KINDS:
@@ -123,9 +109,9 @@ KILLS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_again_and_again_a_run_ends_as_an_unbroken_one(unbroken, tmp_path, cache, data, kind):
+def test_killed_again_and_again_a_run_ends_as_an_unbroken_one(unbroken, tmp_path, data, kind):
     run, start = tmp_path / "run", functools.partial(Process, worker.train, tmp_path / "run", kind, data, resume=True,
-                                                     log=tmp_path / "log", cache=cache)
+                                                     log=tmp_path / "log")
     for how, step, kept in KILLS[kind]:
         start(stopped=(how, step)).ends(-signal.SIGKILL)
         assert kept <= max(steps(run), default=0) < step
@@ -154,8 +140,8 @@ def assert_equal_weights(one, other):
 
 
 @pytest.mark.slow
-def test_a_process_told_to_end_saves_and_goes_on_elsewhere(unbroken, tmp_path, cache):
-    process = Process(worker.train, tmp_path / "run", stopped=("wait", 5), log=tmp_path / "log", cache=cache)
+def test_a_process_told_to_end_saves_and_goes_on_elsewhere(unbroken, tmp_path):
+    process = Process(worker.train, tmp_path / "run", stopped=("wait", 5), log=tmp_path / "log")
     until(lambda: "waiting" in process.output())
     process.signal(signal.SIGTERM)
     assert "interrupted at step 5 of 18" in process.ends(0, timeout=300)
