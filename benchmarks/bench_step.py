@@ -6,10 +6,11 @@ shard_map and pmap; theirs `VisionTextDualEncoderModel` with its default (sdpa) 
 these. The sides alternate in rounds, as turns.py has it.
 
 With `--gpu` the size is ViT-B/32 with BERT-base in bfloat16, batch 1,024, theirs under autocast with fused AdamW and
-torch.compile; `--peak` is what the GPU computes, in TFLOP/s (989: H100, dense bfloat16), for the model FLOP
-utilisation. Memory is then the GPU's, at its peak, and not the host's. No GPU has run it yet.
+torch.compile. There a run is ten steps, and the host waits for the last alone, as `fit` lets it run ahead of the
+device. `--peak` is what the GPU computes, in TFLOP/s (989: H100 and H200, dense bfloat16), for the model FLOP
+utilisation. Memory is then the GPU's, at its peak, and not the host's; `--forms` names those to measure, with commas.
 
-    python benchmarks/bench_step.py [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/step.json]
+    python benchmarks/bench_step.py [--gpu] [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/step.json]
 """
 
 import functools
@@ -17,8 +18,10 @@ import sys
 
 import turns
 
-SIZES = {"mini": (256, 8), "vit_b32_bert_base": (16, 3)}  # batch, timed steps a round
-ON_GPU = {"vit_b32_bert_base_bf16": (1024, 10)}
+BATCH = {"mini": 256, "vit_b32_bert_base": 16, "vit_b32_bert_base_bf16": 1024}
+STEPS = {"vit_b32_bert_base_bf16": 10}  # a run; 1 elsewhere
+SIZES = {"mini": (256, 8), "vit_b32_bert_base": (16, 3)}  # examples a run, timed runs a round
+ON_GPU = {"vit_b32_bert_base_bf16": (10 * 1024, 3)}
 SHAPES = {"mini": (24, 4000)}  # tokens, vocabulary
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
@@ -26,7 +29,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 def inputs(size: str, image_size: int):
     import numpy as np
 
-    (batch, _), (tokens, vocabulary) = (SIZES | ON_GPU)[size], SHAPES.get(size, (32, 30522))
+    batch, (tokens, vocabulary) = BATCH[size], SHAPES.get(size, (32, 30522))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, image_size, image_size, 3), np.uint8)
     return images, rng.integers(0, vocabulary, (batch, tokens), np.int32), np.ones((batch, tokens), np.int32)
@@ -85,7 +88,8 @@ def ours(form: str, size: str):
                          "concepts": np.arange(rows, dtype=np.int32), "may_flip": np.zeros(rows, bool)})
 
     def run() -> float:
-        states[0], values = placed.step(states[0], batch)
+        for _ in range(STEPS.get(size, 1)):
+            states[0], values = placed.step(states[0], batch)
         return float(values["loss"])
 
     return run
@@ -106,12 +110,13 @@ def theirs(size: str):
     forward = torch.compile(model) if half else model
 
     def run() -> float:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = forward(input_ids=ids, pixel_values=pixels, attention_mask=mask, return_loss=True).loss
-        loss.backward()
-        optimizer.step()
-        return float(loss)
+        for _ in range(STEPS.get(size, 1)):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                loss = forward(input_ids=ids, pixel_values=pixels, attention_mask=mask, return_loss=True).loss
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
 
     return run
 
@@ -140,10 +145,19 @@ def peak(side: str, size: str) -> int:
     return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-SIDES = {form: functools.partial(ours, f"{form}_form") for form in ("jit", "shard_map", "pmap")} | {"torch": theirs}
+def add_utilisation(report: dict, teraflops: float | None) -> None:
+    """The share of the GPU's peak that each side's model FLOPs come to."""
+    for size in ON_GPU.keys() & report.keys() if teraflops else ():
+        shares = {side: round(rate * flops(size) / teraflops / 1e12, 4)
+                  for pair in report[size].values() for side, rate in pair["median"].items()}
+        print(f"{size}: model FLOP utilisation " + ", ".join(f"{side} {share:.1%}" for side, share in shares.items()))
+        report[size]["utilisation"] = {"of_teraflops": teraflops, **shares}
+
+
+FORMS = ("jit", "shard_map", "pmap")
 
 if __name__ == "__main__":
-    sizes, teraflops = SIZES, None
+    sizes, teraflops, forms = SIZES, None, FORMS
     if "--gpu" in sys.argv:
         sys.argv.remove("--gpu")
         sizes, teraflops = ON_GPU, 989.0
@@ -151,9 +165,10 @@ if __name__ == "__main__":
             at = sys.argv.index("--peak")
             teraflops = float(sys.argv[at + 1])
             del sys.argv[at : at + 2]
-    report = turns.main(__file__, __doc__, SIZES | ON_GPU, SIDES, "build/bench/step.json", list(sizes), peak)
-    for size, found in (report or {}).items():
-        if teraflops and size in ON_GPU:
-            rates = {side: pair["median"][side] for side, pair in found.items()}
-            print(f"{size}: model FLOP utilisation " + ", ".join(
-                f"{side} {rate * flops(size) / teraflops / 1e12:.1%}" for side, rate in rates.items()))
+    if "--forms" in sys.argv:
+        at = sys.argv.index("--forms")
+        forms = sys.argv[at + 1].split(",")
+        del sys.argv[at : at + 2]
+    sides = {form: functools.partial(ours, f"{form}_form") for form in forms} | {"torch": theirs}
+    turns.main(__file__, __doc__, SIZES | ON_GPU, sides, "build/bench/step.json", list(sizes), peak,
+               functools.partial(add_utilisation, teraflops=teraflops))

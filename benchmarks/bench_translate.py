@@ -5,24 +5,30 @@ since the shortest and the longest translation have one length. Ours is CTransla
 or in float32 as torch has it; theirs is float32, or bfloat16 where the size says so. The sides alternate, as turns.py
 has it. At the end stand hours and cost for many captions, from the rate measured here.
 
-    python benchmarks/bench_translate.py [--rounds 3] [--sizes opus_mt_beam4 …] [--out build/bench/translate.json]
+With `--gpu` both sides are on a GPU in float16, with the same ids many times over, each in its own best batches.
+
+    python benchmarks/bench_translate.py [--gpu] [--rounds 3] [--sizes opus_mt_beam4 …] [--out FILE]
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import turns
 
-SOURCE, TARGET, SENTENCES = 24, 26, 84  # assumed tokens of a caption on either side, and captions a run
-THEIR_BATCH = 28  # sentences; torch is slower here with 12, 42 or all 84
+SOURCE, TARGET = 24, 26  # assumed tokens of a caption on either side
+SENTENCES = 42 * len(os.sched_getaffinity(0))  # captions a run, as many for each core
+THEIR_BATCH = 28  # sentences; torch on two cores is slower with 12, 42 or all 84
+ON_GPU_SENTENCES, ON_GPU_BATCH = 2048, 1024
 SIZES = {  # target tokens a run, timed runs a round
     "opus_mt_beam4": (SENTENCES * TARGET, 2),
     "opus_mt_beam1": (SENTENCES * TARGET, 2),
     "opus_mt_beam4_float32": (SENTENCES * TARGET, 2),  # ours in torch's precision
     "opus_mt_beam4_bfloat16": (SENTENCES * TARGET, 2),  # torch in the precision that some CPUs are fast in
 }
+ON_GPU = {"opus_mt_beam4_gpu": (ON_GPU_SENTENCES * TARGET, 1)}
 CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
     "vocab_size": 54796, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8,
     "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "max_position_embeddings": 512,
@@ -38,8 +44,9 @@ def beam(size: str) -> int:
     return int(size.split("beam")[1][0])
 
 
-def sentences() -> np.ndarray:
-    return np.random.default_rng(0).integers(2, CONFIG["vocab_size"] - 1, (SENTENCES, SOURCE))
+def sentences(size: str) -> np.ndarray:
+    count = ON_GPU_SENTENCES if size in ON_GPU else SENTENCES
+    return np.random.default_rng(0).integers(2, CONFIG["vocab_size"] - 1, (count, SOURCE))
 
 
 def ours(size: str):
@@ -51,15 +58,15 @@ def ours(size: str):
     folder = Path("build/bench/opus_size")
     if not (folder / "vocab.json").is_file():
         write_random_model(folder)
-    translator = Translator(folder, beam=beam(size), device="cpu")
+    translator = Translator(folder, beam=beam(size), device="cuda" if size in ON_GPU else "cpu")
     if size.endswith("float32"):
         from clipid_utils.data.marian import converted_folder
 
         translator.engine = ctranslate2.Translator(
             str(converted_folder(folder, "float32")), inter_threads=translator.workers, intra_threads=1)
-    ids = [[f"t{token}" for token in row] + ["</s>"] for row in sentences()]
-    size = max(1, translator.batch_tokens // SOURCE)  # as the Translator cuts batches
-    batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+    ids = [[f"t{token}" for token in row] + ["</s>"] for row in sentences(size)]
+    rows = max(1, translator.batch_tokens // SOURCE)  # as the Translator cuts batches
+    batches = [ids[start : start + rows] for start in range(0, len(ids), rows)]
 
     def run():
         running = [translator.engine.translate_batch(
@@ -91,18 +98,20 @@ def write_random_model(folder: Path) -> None:
 
 
 def theirs(size: str):
-    """The same on torch, in batches of THEIR_BATCH and in eval mode."""
+    """The same on torch, in batches of THEIR_BATCH or ON_GPU_BATCH and in eval mode."""
     import torch
     from transformers import MarianConfig, MarianMTModel
 
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if size.endswith("bfloat16") else torch.float32
-    model = MarianMTModel(MarianConfig(**CONFIG)).eval().to(dtype)
-    ids = torch.from_numpy(np.concatenate([sentences(), np.zeros((SENTENCES, 1), np.int64)], axis=1))
+    dtype = torch.float16 if size in ON_GPU else torch.bfloat16 if size.endswith("bfloat16") else torch.float32
+    device, rows = ("cuda", ON_GPU_BATCH) if size in ON_GPU else ("cpu", THEIR_BATCH)
+    model = MarianMTModel(MarianConfig(**CONFIG)).eval().to(device, dtype)
+    words = sentences(size)
+    ids = torch.from_numpy(np.concatenate([words, np.zeros((len(words), 1), np.int64)], axis=1)).to(device)
 
     def run():
         with torch.inference_mode():
-            for batch in ids.split(THEIR_BATCH):
+            for batch in ids.split(rows):
                 made = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), num_beams=beam(size),
                                       do_sample=False, min_new_tokens=TARGET, max_new_tokens=TARGET)
                 assert made.shape == (len(batch), TARGET + 1)  # the first starts the decoder
@@ -120,24 +129,25 @@ def costs(tokens_per_second: float, cores: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    turns.main(__file__, __doc__, SIZES, {"ours": ours, "torch": theirs}, "build/bench/translate.json")
-    if "--worker" in sys.argv:
-        return
-    from clipid_utils.data.translate import usable_cores
-
-    out = Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "build/bench/translate.json")
-    report = json.loads(out.read_text())
+def add_costs(report: dict) -> None:
+    """Hours and dollars for CAPTIONS, from what was measured."""
     if "opus_mt_beam4" in report:
+        from clipid_utils.data.translate import usable_cores
+
         rate = report["opus_mt_beam4"]["ours"]["median"]["ours"]
         report["costs"] = costs(rate, usable_cores())
         print(f"\n{CAPTIONS:,} captions of {TARGET} tokens, beam 4, at {rate:.0f} tokens/s on {usable_cores()} cores:")
         for row in report["costs"]:
             print(f"{row['cores']:4} cores at {row['efficiency']:.0%} of that each: {row['hours']:8.1f} h, "
                   f"{row['dollars']} $ at {CORE_HOUR} $ a core and hour")
-        print(f"a GPU of R tokens/s at P $ an hour: {CAPTIONS * TARGET / 3600:,.0f} / R hours, times P $; not measured")
-        out.write_text(json.dumps(report, indent=1) + "\n")
+    for size in ON_GPU.keys() & report.keys():
+        report["gpu_hours"] = round(CAPTIONS * TARGET / report[size]["ours"]["median"]["ours"] / 3600, 2)
+        print(f"{CAPTIONS:,} captions of {TARGET} tokens on this GPU: {report['gpu_hours']} h, times its price an hour")
 
 
 if __name__ == "__main__":
-    main()
+    gpu = "--gpu" in sys.argv
+    if gpu:
+        sys.argv.remove("--gpu")
+    turns.main(__file__, __doc__, SIZES | ON_GPU, {"ours": ours, "torch": theirs}, "build/bench/translate.json",
+               list(ON_GPU if gpu else SIZES), finish=add_costs)

@@ -4,6 +4,7 @@
     python benchmarks/run.py translate cache       # some
     python benchmarks/run.py translate --record    # and into data/benchmarks.json, beside what it holds of the others
     python benchmarks/run.py translate --rounds 2  # with an option of its own
+    python benchmarks/run.py step --gpu --record --name step_h100  # beside what is recorded of another machine
 """
 
 import argparse
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,11 +32,33 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def gpu() -> str | None:
+    """The GPU's name where one is, as its driver has it."""
+    try:
+        return subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                              text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # no benchmark that ran here needs it
+            continue
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SCRIPTS)}; all without one")
     parser.add_argument("--record", action="store_true", help=f"keep the figures in {RECORD.name}")
+    parser.add_argument("--name", help="of the record; the benchmark's own without it")
     options, more = parser.parse_known_args()  # what is not known here goes to the benchmark
+    if options.name and len(options.names) != 1:
+        parser.error("--name is for one benchmark's record")
     if unknown := set(options.names) - set(SCRIPTS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(SCRIPTS)}")
     for name in options.names or SCRIPTS:
@@ -44,9 +67,10 @@ def main() -> None:
         subprocess.run([sys.executable, str(SCRIPTS[name]), "--out", str(out), *more], check=True)
         if options.record:
             record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-            record[name] = {
-                "processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-                "versions": {library: version(library) for library in LIBRARIES},
+            card = {"gpu": gpu()} if "--gpu" in more else {}
+            record[options.name or name] = {
+                **card, "processor": processor(), "cores": len(os.sched_getaffinity(0)),
+                "python": platform.python_version(), "versions": versions(),
                 "minutes": round((time.time() - started) / 60, 1),
                 "figures": json.loads(out.read_text(encoding="utf-8")),
             }

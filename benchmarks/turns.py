@@ -74,13 +74,13 @@ def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str
 
 def main(
     script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None,
-    peak: Callable[[str, str], int] = resident,
+    peak: Callable[[str, str], int] = resident, finish: Callable[[dict], None] = lambda report: None,
 ) -> dict | None:
     """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides, and
     `peak(side, size)` the bytes of memory that are reported.
 
-    The last side is the one that the others are compared with. Returns `report[size][side]`, what `compare` found of
-    that side and the last one; None in the process of a side.
+    The last side is the one that the others are compared with. `finish` is given `report[size][side]`, what `compare`
+    found of that side and the last one, and may add to it before it is written. Returns it; None in a side's process.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "SIZE"), help=argparse.SUPPRESS)
@@ -94,12 +94,13 @@ def main(
     report, (*others, last) = {}, build
     for size in options.sizes:
         report[size] = {}
-        print(f"{size}, batch {sizes[size][0]}")
+        print(f"{size}, {sizes[size][0]} a run")
         for side in others:  # two at a time: more would not fit into the memory of a small machine
             report[size][side] = found = compare(script, size, sizes[size][0], options.rounds, (side, last))
             columns = [f"{name:14} {rate:9.2f}/s {found[name]['peak_mib']:7} MiB"
                        for name, rate in found["median"].items()]
             print("  " + "     ".join(columns) + f"     {found['ratio']:6.2f}", flush=True)
+    finish(report)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -1,6 +1,7 @@
 """The operations against their textbook forms: loops, and derivatives by finite differences or by JAX itself."""
 
 import math
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from clipid_utils.model import ops
+from clipid_utils.model import ops, short_attention
 
 
 def naive_attention(q, k, v, mask):
@@ -87,6 +88,67 @@ def test_attention_keeps_bfloat16(monkeypatch, backend):
     out = ops.attention(q, k, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), naive_attention(q, k, v, None), atol=0.03)
+
+
+@pytest.mark.parametrize(("length", "heads", "width"), [(50, 3, 64), (32, 2, 32), (7, 2, 16), (64, 1, 64)])
+def test_short_attention_and_its_gradients(length, heads, width):
+    """The kernels as Pallas' interpreter runs them, in bfloat16, beside JAX's own attention in float32."""
+    rng = np.random.default_rng(length)
+    *qkv, g = (jnp.asarray(rng.normal(size=(3, length, heads, width)), jnp.bfloat16) for _ in range(4))
+    mask = jnp.asarray(rng.random((3, length)) < 0.7).at[:, 0].set(True)
+    out, back = jax.vjp(lambda *qkv: short_attention.attention(*qkv, mask, True), *qkv)
+    precise, precise_back = jax.vjp(
+        lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask[:, None, None]),
+        *(x.astype(jnp.float32) for x in qkv),
+    )
+    for ours, theirs in zip((out, *back(g)), (precise, *precise_back(g.astype(jnp.float32))), strict=True):
+        assert ours.dtype == jnp.bfloat16 and ours.shape == theirs.shape
+        assert jnp.linalg.norm(ours.astype(jnp.float32) - theirs) < 0.004 * jnp.linalg.norm(theirs)
+
+
+def test_short_attention_of_a_row_that_sees_nothing():
+    """Finite, as the other forms have it: the mean of all values, and no gradient of the scores."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(4, (1, 5, 1, 16)))
+    out, back = jax.vjp(lambda *qkv: short_attention.attention(*qkv, jnp.zeros((1, 5), bool), True), q, k, v)
+    np.testing.assert_allclose(out.astype(jnp.float32), jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=0.02)
+    g_q, g_k, g_v = back(jnp.ones_like(out))
+    assert not g_q.any() and not g_k.any()
+    np.testing.assert_allclose(g_v.astype(jnp.float32), 1.0, atol=0.02)
+
+
+def on_gpu(monkeypatch, capability: str, devices: int = 1) -> None:
+    """What JAX says of a machine with GPUs, on one that has none."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [mock.Mock(compute_capability=capability)] * devices)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+
+
+@pytest.mark.parametrize(("capability", "devices", "length", "mask_rows", "dtype", "form"), [
+    ("9.0", 1, 50, None, "bfloat16", "short"),
+    ("8.0", 1, 32, 1, "float16", "short"),
+    ("9.0", 2, 50, None, "bfloat16", "cudnn"),  # XLA would not cut the kernels among devices
+    ("9.0", 1, 197, None, "bfloat16", "cudnn"),
+    ("9.0", 1, 64, 64, "bfloat16", "cudnn"),  # a mask for each query
+    ("9.0", 1, 77, 1, "bfloat16", None),  # cuDNN has no odd lengths with a mask
+    ("9.0", 1, 50, None, "float32", None),
+    ("7.5", 1, 50, None, "float16", None),
+])
+def test_which_attention_a_gpu_runs(monkeypatch, capability, devices, length, mask_rows, dtype, form):
+    on_gpu(monkeypatch, capability, devices)
+    calls = []
+    monkeypatch.setattr(short_attention, "attention", lambda q, k, v, mask: calls.append("short") or q)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, mask, implementation: calls.append(
+        implementation) or q)
+    q, k, v = (jnp.zeros((2, length, 4, 64), dtype) for _ in range(3))
+    mask = None if mask_rows is None else jnp.ones((2, mask_rows, length), bool)
+    assert ops.attention(q, k, v, mask).shape == q.shape
+    assert calls == [form]
+
+
+def test_without_pallas_triton_cudnn_attends(monkeypatch):
+    monkeypatch.setattr(short_attention, "triton", None)
+    q = jnp.zeros((2, 50, 4, 64), jnp.bfloat16)
+    assert not short_attention.takes(q, q, None)
 
 
 TEXTBOOK = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}

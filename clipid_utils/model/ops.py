@@ -2,19 +2,20 @@
 
 Everything in `clip.py` calls these functions and is otherwise written plainly. What each does about speed:
 
-- `attention`: on a GPU `jax.nn.dot_product_attention` (cuDNN flash attention for half precision), on a TPU its XLA
-  form; on a CPU explicit products over contiguous [B, H, L, K] arrays, which XLA's CPU back end runs faster than the
-  einsum over [B, L, H, K], and a derivative that keeps the softmax's weights.
-- `dot_general`, the product in a linear layer: on a CPU one product of two matrices. JAX's own derivative for the
-  kernel is that of a batched product, for which XLA's CPU code first copies the gradient, transposed.
+- `attention`: on a GPU the kernels of `short_attention` for what they take, else `jax.nn.dot_product_attention` (cuDNN
+  flash attention for half precision), on a TPU its XLA form; on a CPU explicit products over contiguous [B, H, L, K]
+  arrays, which XLA's CPU back end runs faster than the einsum over [B, L, H, K], and a derivative that keeps the
+  softmax's weights.
+- `dot_general`, the product in a linear layer: on a CPU or a GPU one product of two matrices. JAX's own derivative for
+  the kernel is that of a batched product, for which XLA first copies what it multiplies, transposed.
 - `layer_norm`: nnx's, which is what runs elsewhere, with a derivative that keeps mean and deviation. What JAX derives
   goes over the tokens more often.
 - `gelu`, `quick_gelu`: the textbook functions with a derivative that keeps the slope computed in the forward pass. The
   default derivative recomputes erf and exp inside the backward fusion, where XLA's CPU code cannot share them.
 
-The CPU's forms are for float32; other types take the general ones. `benchmarks/bench_step.py` measures the whole step
-with all of them and `benchmarks/bench_encode.py` the forward pass. What matters more on a Linux CPU stands outside the
-process: transparent huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which the Makefile sets) for the one large
+The CPU's forms are for float32; other types take the general ones there. `benchmarks/bench_step.py` measures the whole
+step with all of them and `benchmarks/bench_encode.py` the forward pass. What matters more on a Linux CPU stands outside
+the process: transparent huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which the Makefile sets) for the one large
 buffer that XLA takes anew for each step.
 """
 
@@ -26,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from clipid_utils.model import short_attention
+
 
 def attention(
     query: Float[Array, "B L H K"],
@@ -35,7 +38,11 @@ def attention(
 ) -> Float[Array, "B L H K"]:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); `mask` is True where a key may be seen."""
     if jax.default_backend() != "cpu":
-        flash = "cudnn" if jax.default_backend() == "gpu" and _cudnn_takes(query, key, mask) else None
+        half = jax.default_backend() == "gpu" and _half_on_ampere(query)
+        if half and short_attention.takes(query, key, mask):
+            seen = jnp.ones(key.shape[:2], bool) if mask is None else mask[:, 0]
+            return short_attention.attention(query, key, value, seen)
+        flash = "cudnn" if half and _cudnn_takes(query, key, mask) else None
         full_mask = None if mask is None else jnp.broadcast_to(
             mask[:, None], (query.shape[0], 1, query.shape[1], key.shape[1])
         )
@@ -76,12 +83,16 @@ def _attention_backward(kept, g):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+def _half_on_ampere(x) -> bool:
+    """Half precision on a GPU of the Ampere generation or later, which compute in it as the kernels here do."""
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return half and float(jax.devices()[0].compute_capability) >= 8
+
+
 def _cudnn_takes(query, key, mask) -> bool:
-    """Whether cuDNN's flash attention does these: half precision, Ampere or later, and the shapes its kernels have."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    recent = float(jax.devices()[0].compute_capability) >= 8
+    """Whether cuDNN's flash attention has a kernel for these shapes."""
     even = mask is None or query.shape[1] % 2 == key.shape[1] % 2 == 0
-    return half and recent and query.shape[-1] % 8 == 0 and even
+    return query.shape[-1] % 8 == 0 and even
 
 
 def _with_saved_slope(value_and_slope: Callable) -> Callable:
@@ -112,13 +123,13 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # the names that Hugging
 
 
 def xla_cpu(x: Array) -> bool:
-    """Whether `x` takes the forms below: they are XLA's CPU code's, for float32."""
+    """Whether `x` takes the forms that are for XLA's CPU code and float32."""
     return jax.default_backend() == "cpu" and x.dtype == jnp.float32
 
 
 def dot_general(x: Float[Array, "*batch D"], kernel: Float[Array, "D M"], dimension_numbers, **options):
     """`jax.lax.dot_general` as a linear layer calls it: the last axis of `x` with the first of `kernel`."""
-    if not xla_cpu(x):
+    if not xla_cpu(x) and jax.default_backend() != "gpu":
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
     return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 

@@ -9,7 +9,6 @@
 A form takes `make_update` with everything but `axis` filled in, and a mesh, and returns a `Placed` step.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -108,14 +107,13 @@ def jit_form(
     """The update under `jit`, its batch cut along "data", its state as `shard_state` says."""
     update = make_update(axis=None)
 
-    @functools.lru_cache(maxsize=1)
-    def compiled(structure, leaves):
-        shardings = shard_state(jax.tree.unflatten(structure, leaves), mesh, params, optimizer)
-        return jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P())))
+    compiled: list[Callable] = []  # for the first state that comes: all of a run's are of one form
 
     def step(state, batch):
-        leaves, structure = jax.tree.flatten(state)
-        return compiled(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))(state, batch)
+        if not compiled:
+            shardings = shard_state(state, mesh, params, optimizer)
+            compiled.append(jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))))
+        return compiled[0](state, batch)
 
     def place(state):
         return _put(state, shard_state(state, mesh, params, optimizer))
