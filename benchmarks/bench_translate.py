@@ -37,6 +37,7 @@ CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
 }
 CAPTIONS = 12_000_000
 CORE_HOUR = 0.04  # US dollars, about what clouds ask for a core of a large machine on demand; yours may differ
+GPU_HOUR = 4.0  # US dollars, about what clouds ask for an H100 or H200 on demand; yours may differ
 EFFICIENCY = {2: 1.0, 16: 0.9, 96: 0.7}  # assumed of each core, beside the two measured: they share memory and clock
 
 
@@ -141,13 +142,19 @@ def add_costs(report: dict) -> None:
             print(f"{row['cores']:4} cores at {row['efficiency']:.0%} of that each: {row['hours']:8.1f} h, "
                   f"{row['dollars']} $ at {CORE_HOUR} $ a core and hour")
     for size in ON_GPU.keys() & report.keys():
-        report["gpu_hours"] = round(CAPTIONS * TARGET / report[size]["ours"]["median"]["ours"] / 3600, 2)
-        print(f"{CAPTIONS:,} captions of {TARGET} tokens on this GPU: {report['gpu_hours']} h, times its price an hour")
+        hours = CAPTIONS * TARGET / report[size]["ours"]["median"]["ours"] / 3600
+        report["gpu_costs"] = {"hours": round(hours, 2), "dollars": round(hours * GPU_HOUR)}
+        print(f"{CAPTIONS:,} captions of {TARGET} tokens on this GPU: {hours:.2f} h, {hours * GPU_HOUR:.0f} $ at "
+              f"{GPU_HOUR} $ an hour")
 
 
-if __name__ == "__main__":
+def main() -> None:
     gpu = "--gpu" in sys.argv
     if gpu:
         sys.argv.remove("--gpu")
     turns.main(__file__, __doc__, SIZES | ON_GPU, {"ours": ours, "torch": theirs}, "build/bench/translate.json",
                list(ON_GPU if gpu else SIZES), finish=add_costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import functools
 import gzip
 import io
 import json
+import signal
 import socket
 import ssl
 import sys
@@ -296,4 +297,5 @@ def main(port: str, count: str, folder: str, limits: str, *more: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it would be ignored
     main(*sys.argv[1:])
