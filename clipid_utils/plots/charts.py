@@ -84,7 +84,7 @@ def training_curves(
         axes[0, 1].plot(recall_steps, values, color=colour, marker=marker, markersize=4, label=name)
     if recall:
         axes[0, 1].set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="Validation recall")
-        axes[0, 1].legend(loc="upper left")
+        axes[0, 1].legend(loc="best")
     return figure
 
 
