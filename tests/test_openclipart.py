@@ -14,6 +14,7 @@ from PIL import ImageOps
 
 from clipid_utils.data import fetch, openclipart
 from clipid_utils.data.captions import write_captions
+from clipid_utils.data.drawing import Drawers
 from clipid_utils.data.openclipart import FEATURES, load_openclipart, split_openclipart, tidy_title, to_records
 from clipid_utils.data.rasterise import render_svg
 from clipid_utils.paths import CACHE, DATA
@@ -119,16 +120,16 @@ def test_a_second_call_needs_no_client(world):
 
 
 def test_an_interrupted_preparation_goes_on_where_it_stopped(world, monkeypatch):
-    drawn, render = [], openclipart.render_stamp
+    drawn, draw = [], Drawers._draw
 
-    def interrupted(path):
+    def interrupted(drawers, render, path):
         drawn.append(path.name)
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        return render(path)
+        return draw(drawers, render, path)
 
     monkeypatch.setattr(openclipart, "SHARD", 2)
-    monkeypatch.setattr(openclipart, "render_stamp", interrupted)
+    monkeypatch.setattr(Drawers, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_openclipart(world.cache)
     assert not list(world.cache.glob("openclipart-*[0-9a-f]"))

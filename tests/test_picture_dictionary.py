@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from clipid_utils.data import fetch, picture_dictionary
+from clipid_utils.data.drawing import Drawers
 from clipid_utils.data.emoji_sets import clean_keywords, clean_name, concept_id, has_skin_tone, look_up
 from clipid_utils.data.near_copies import near_copies, signatures
 from clipid_utils.data.picture_dictionary import FEATURES, load_picture_dictionary, recipe_number
@@ -118,15 +119,15 @@ def test_without_npm_the_wheel_serves_and_without_that_the_error_says_what_to_in
 
 
 def test_an_interrupted_preparation_goes_on_where_it_stopped(world, monkeypatch):
-    drawn, render = [], picture_dictionary.render_svg
+    drawn, draw = [], Drawers._draw
 
-    def interrupted(drawing):
+    def interrupted(drawers, render, drawing):
         drawn.append(drawing)
         if len(drawn) == 12:  # in the middle of the second artist
             raise KeyboardInterrupt
-        return render(drawing)
+        return draw(drawers, render, drawing)
 
-    monkeypatch.setattr(picture_dictionary, "render_svg", interrupted)
+    monkeypatch.setattr(Drawers, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_picture_dictionary(world.cache)
     assert not list(world.cache.glob("picture_dictionary-*[0-9a-f]"))

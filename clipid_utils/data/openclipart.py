@@ -9,7 +9,6 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,11 @@ from datasets import (
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from clipid_utils.data.drawing import Drawers
 from clipid_utils.data.fetch import FetchError, fetch_debian, read_sources
 from clipid_utils.data.near_copies import near_copies, signatures
 from clipid_utils.data.picture_splits import VALIDATION, share
-from clipid_utils.data.rasterise import pixels, png_bytes, render_stamp
+from clipid_utils.data.rasterise import pixels
 from clipid_utils.data.report import Report
 from clipid_utils.paths import CACHE, DATA
 
@@ -166,26 +166,20 @@ def _text(element: ElementTree.Element | None) -> str:
 def add_pictures(rows: list[dict], folder: Path) -> Iterator[dict]:
     """The rows with their `png`, None for an empty drawing; kept in `folder` in parts, so that none is drawn twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(rows), desc="drawing openclipart") as bar, ThreadPoolExecutor(2) as pool:
+    with tqdm(total=len(rows), desc="drawing openclipart") as bar, Drawers() as drawers:
         for start in range(0, len(rows), SHARD):
             part = rows[start : start + SHARD]
             number = hashlib.sha256("\n".join(row["source"] for row in part).encode()).hexdigest()[:12]
             path = folder / f"{number}.parquet"  # by what it holds, lest other rows take its pictures for theirs
             if not path.exists():
-                table = pyarrow.table({"png": pyarrow.array(pool.map(draw, part), pyarrow.binary())})
+                drawn = drawers.map("render_stamp", [row["path"] for row in part])
+                pngs = [None if isinstance(png, ValueError) else png for png in drawn]  # nothing drawn, or no drawing
+                table = pyarrow.table({"png": pyarrow.array(pngs, pyarrow.binary())})
                 pyarrow.parquet.write_table(table, path.with_suffix(".partial"))
                 os.replace(path.with_suffix(".partial"), path)
             bar.update(len(part))
             pngs = pyarrow.parquet.read_table(path)["png"].to_pylist()
             yield from (row | {"png": png} for row, png in zip(part, pngs, strict=True))
-
-
-def draw(row: dict) -> bytes | None:
-    """A row's picture as PNG, None where nothing is drawn or the file cannot be."""
-    try:
-        return png_bytes(render_stamp(row["path"]))
-    except ValueError:
-        return None
 
 
 def to_dataset(rows: list[dict]) -> Dataset:

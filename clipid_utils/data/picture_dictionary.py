@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,12 @@ from filelock import FileLock
 from PIL import Image as PillowImage
 from tqdm.auto import tqdm
 
+from clipid_utils.data.drawing import Drawers
 from clipid_utils.data.emoji_sets import find_drawings, read_concepts
 from clipid_utils.data.fetch import fetch_packages, read_sources
 from clipid_utils.data.near_copies import signatures
 from clipid_utils.data.picture_splits import SPLITS, assign_splits
-from clipid_utils.data.rasterise import pixels, png_bytes, render_png, render_stamp, render_svg
+from clipid_utils.data.rasterise import pixels
 from clipid_utils.data.stamps import read_kinds, read_stamps
 from clipid_utils.paths import CACHE, DATA
 
@@ -131,10 +131,13 @@ def add_pictures(artist: str, rows: list[dict], cache: Path) -> None:
     wanted = hashlib.sha256("\n".join(row["source"] for row in rows).encode()).hexdigest()[:8]
     path = cache / "pictures" / f"{artist}-{recipe_number('sources.json')}-{wanted}.parquet"
     if not path.exists():
-        render = {"emojione": render_png, "tuxpaint": render_stamp}.get(artist, render_svg)
-        with ThreadPoolExecutor(2) as pool:
-            images = pool.map(lambda row: png_bytes(render(row["drawing"])), rows)
-            pngs = list(tqdm(images, desc=f"drawing {artist}", total=len(rows)))
+        render = {"emojione": "render_png", "tuxpaint": "render_stamp"}.get(artist, "render_svg")
+        with Drawers() as drawers:
+            drawn = drawers.map(render, [row["drawing"] for row in rows])
+            pngs = list(tqdm(drawn, desc=f"drawing {artist}", total=len(rows)))
+        for png in pngs:
+            if isinstance(png, ValueError):
+                raise png
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table({"source": [row["source"] for row in rows], "png": pngs})
         pyarrow.parquet.write_table(table, path.with_suffix(".partial"))

@@ -1,6 +1,9 @@
 """From drawings and cut-out photographs to square RGB pictures on white."""
 
 import io
+import pickle
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +76,23 @@ def _resvg(svg: str | Path, side: int, background: str | None = None) -> Image.I
     options = {"width": side, "height": side, "background": background, "skip_system_fonts": True, "dpi": 96}
     png = resvg_py.svg_to_bytes(**source, **options)
     return Image.open(io.BytesIO(bytes(png)))
+
+
+def _serve() -> None:
+    """A process of `drawing.Drawers`: draws what comes on standard input, until that closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asked
+    while True:
+        try:
+            render, source = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            drawn = png_bytes(globals()[render](source))
+        except Exception as error:
+            drawn = error
+        pickle.dump(drawn, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    _serve()
