@@ -7,8 +7,8 @@ RUN := .venv/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=131072:glibc.malloc.arena_max=1
 # Tests compile hundreds of programs: XLA's older code for a CPU takes a third less time for it and runs as fast. What
 # one notebook has compiled no other compiles again.
-QUICK_COMPILER := XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
-ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
+ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 help:  ## this list
@@ -22,6 +22,7 @@ test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
 	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	rm -rf build/compiled
 	$(QUICK_COMPILER) $(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: .venv/installed  ## open JupyterLab

@@ -3,9 +3,10 @@
 All three shuffle 600 JPEGs of 500 x 375 pixels, decode them, resize them to 224 by the same Pillow calls
 (`decode_square`), draw a caption for each and tokenize a batch of 16. On one core each side works in its own process,
 pinned to that core; on two it has two worker processes, where `datasets`, which has none, is read through torch's
-DataLoader, as its manual says, and ours also stands with the threads that it has without workers (`threads`). Before a
-timed stretch each side gives away what it has made ahead. Then it tells which share of its time a training step of
-ViT-B/32 and BERT-base, on the CPU, waits for its batch; `--wait` tells that alone.
+DataLoader, as its manual says, and ours also stands with the threads that it has without workers (`threads`; the
+faster of the two is what is compared). Before a timed stretch each side gives away what it has made ahead. Then it
+tells which share of its time a training step of ViT-B/32 and BERT-base, on the CPU, waits for its batch; `--wait` tells
+that alone.
 
     python benchmarks/bench_loader.py [--rounds 5] [--wait] [--out build/bench/loader.json]
 """

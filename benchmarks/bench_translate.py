@@ -19,7 +19,8 @@ import numpy as np
 import turns
 
 SOURCE, TARGET = 24, 26  # assumed tokens of a caption on either side
-SENTENCES = 42 * len(os.sched_getaffinity(0))  # captions a run, as many for each core
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SENTENCES = 42 * CORES  # captions a run
 THEIR_BATCH = 28  # sentences; torch on two cores is slower with 12, 42 or all 84
 ON_GPU_SENTENCES, ON_GPU_BATCH = 2048, 1024
 SIZES = {  # target tokens a run, timed runs a round

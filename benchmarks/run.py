@@ -59,6 +59,8 @@ def main() -> None:
     options, more = parser.parse_known_args()  # what is not known here goes to the benchmark
     if options.name and len(options.names) != 1:
         parser.error("--name is for one benchmark's record")
+    if options.record and "--gpu" in more and not options.name:
+        parser.error("--gpu --record needs --name, or the record of the processor would be lost")
     if unknown := set(options.names) - set(SCRIPTS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(SCRIPTS)}")
     for name in options.names or SCRIPTS:

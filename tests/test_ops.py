@@ -146,9 +146,14 @@ def test_which_attention_a_gpu_runs(monkeypatch, capability, devices, length, ma
 
 
 def test_without_pallas_triton_cudnn_attends(monkeypatch):
+    on_gpu(monkeypatch, "9.0")
+    q, calls = jnp.zeros((2, 50, 4, 64), jnp.bfloat16), []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, mask, implementation: calls.append(
+        implementation) or q)
+    assert short_attention.takes(q, q, None)
     monkeypatch.setattr(short_attention, "triton", None)
-    q = jnp.zeros((2, 50, 4, 64), jnp.bfloat16)
-    assert not short_attention.takes(q, q, None)
+    ops.attention(q, q, q)
+    assert calls == ["cudnn"]
 
 
 TEXTBOOK = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}

@@ -14,29 +14,38 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clipid_utils.data import rasterise
+from clipid_utils.data.ahead import usable_threads
+
+# In a group of their own, so that Ctrl-C is for the one that asked
+APART = ({"process_group": 0} if os.name == "posix"
+         else {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)})
 
 
 class Drawers:
-    """Processes that draw, one a core unless `count` says otherwise; a context manager that ends them."""
+    """Up to `count` processes that draw, each started when it is first needed; a context manager that ends them.
+
+    Without a count there is one a core, at most eight.
+    """
 
     def __init__(self, count: int | None = None):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-P", rasterise.__file__]  # -P: its neighbours are no modules of their own there
-        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-                          for _ in range(count or min(8, cores))]
-        self.idle: queue.SimpleQueue = queue.SimpleQueue()
-        for process in self.processes:
-            self.idle.put(process)
-        self.threads = ThreadPoolExecutor(len(self.processes))
+        count = count or usable_threads()
+        self.threads, self.idle, self.processes = ThreadPoolExecutor(count), queue.SimpleQueue(), []
+        for _ in range(count):
+            self.idle.put(None)
 
     def __enter__(self) -> "Drawers":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        if kind is not None:
+            for process in self.processes:  # nobody waits for what they are drawing
+                process.kill()
         self.threads.shutdown(cancel_futures=True)
         for process in self.processes:
-            process.stdin.close()  # at which it ends
+            try:
+                process.stdin.close()  # at which it ends
+            except OSError:  # it is dead, with a question in the pipe
+                pass
             process.wait()
             process.stdout.close()
 
@@ -49,15 +58,27 @@ class Drawers:
         return self.threads.map(lambda source: self._draw(render, source), sources)
 
     def _draw(self, render: str, source: str | Path) -> bytes | ValueError:
-        process = self.idle.get()
+        process, sound = self.idle.get(), False
         try:
+            process = process or self._start()
             pickle.dump((render, source), process.stdin)
             process.stdin.flush()
             drawn = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            raise RuntimeError(f"{str(source)[:200]}: the process that was to draw it died; call again") from error
+            sound = True
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise RuntimeError(f"{str(source)[:200]}: the process that was to draw it died") from error
         finally:
-            self.idle.put(process)
+            if process and not sound:
+                process.kill()  # what it answers next would be to another question
+            self.idle.put(process if sound else None)
         if isinstance(drawn, Exception) and not isinstance(drawn, ValueError):
             raise drawn
         return drawn
+
+    def _start(self) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path)}
+        process = subprocess.Popen(
+            [sys.executable, "-P", rasterise.__file__],  # -P: its neighbours are no modules of their own there
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **APART)
+        self.processes.append(process)
+        return process

@@ -1,8 +1,8 @@
 """From drawings and cut-out photographs to square RGB pictures on white."""
 
 import io
+import os
 import pickle
-import signal
 import sys
 from pathlib import Path
 
@@ -80,7 +80,8 @@ def _resvg(svg: str | Path, side: int, background: str | None = None) -> Image.I
 
 def _serve() -> None:
     """A process of `drawing.Drawers`: draws what comes on standard input, until that closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asked
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what else is printed goes to standard error
     while True:
         try:
             render, source = pickle.load(sys.stdin.buffer)
@@ -88,10 +89,12 @@ def _serve() -> None:
             return
         try:
             drawn = png_bytes(globals()[render](source))
-        except Exception as error:
+        except (ValueError, OSError) as error:
             drawn = error
-        pickle.dump(drawn, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+        except BaseException as error:  # a panic of resvg's is no Exception
+            drawn = RuntimeError(f"{str(source)[:200]}: {error!r}")
+        pickle.dump(drawn, answers)
+        answers.flush()
 
 
 if __name__ == "__main__":

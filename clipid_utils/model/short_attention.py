@@ -71,6 +71,10 @@ def _call(kernel, name: str, outputs: int, interpret: bool, mask, *arrays):
     )(mask.astype(jnp.int32), *arrays)
 
 
+def _dot(a, b):
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _load(ref, length: int):
     """[T, K], with zeros in the rows that lie beyond the sequence."""
     return triton.load(ref, mask=(jnp.arange(ref.shape[0]) < length)[:, None], other=0.0)
@@ -84,7 +88,7 @@ def _weights(q, k, mask_ref, length: int):
     """Softmax of the scores, in float32 [T, T], and which keys are seen, [1, T]; 0 beyond the sequence."""
     inside = jnp.arange(mask_ref.shape[0]) < length
     seen = (triton.load(mask_ref, mask=inside, other=0) != 0)[None, :]
-    scores = triton.dot(q, k.T) / math.sqrt(q.shape[-1])
+    scores = _dot(q, k.T) / math.sqrt(q.shape[-1])
     # As in the other forms, a row without any key sees all keys alike; hence two steps, of which one is finite
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     scores = jnp.where(inside[None, :], scores, -jnp.inf)
@@ -95,15 +99,15 @@ def _weights(q, k, mask_ref, length: int):
 def _forward_kernel(mask_ref, q_ref, k_ref, v_ref, out_ref, *, length: int):
     q, k, v = (_load(ref, length) for ref in (q_ref, k_ref, v_ref))
     weights, _ = _weights(q, k, mask_ref, length)
-    _store(out_ref, triton.dot(weights.astype(v.dtype), v), length)
+    _store(out_ref, _dot(weights.astype(v.dtype), v), length)
 
 
 def _backward_kernel(mask_ref, q_ref, k_ref, v_ref, g_ref, g_q_ref, g_k_ref, g_v_ref, *, length: int):
     q, k, v, g = (_load(ref, length) for ref in (q_ref, k_ref, v_ref, g_ref))
     weights, seen = _weights(q, k, mask_ref, length)
-    _store(g_v_ref, triton.dot(weights.astype(g.dtype).T, g), length)
-    g_weights = triton.dot(g, v.T)
+    _store(g_v_ref, _dot(weights.astype(g.dtype).T, g), length)
+    g_weights = _dot(g, v.T)
     g_scores = weights * (g_weights - (weights * g_weights).sum(axis=-1)[:, None]) / math.sqrt(q.shape[-1])
     g_scores = jnp.where(seen, g_scores, 0.0).astype(q.dtype)
-    _store(g_q_ref, triton.dot(g_scores, k), length)
-    _store(g_k_ref, triton.dot(g_scores.T, q), length)
+    _store(g_q_ref, _dot(g_scores, k), length)
+    _store(g_k_ref, _dot(g_scores.T, q), length)
