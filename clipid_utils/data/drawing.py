@@ -9,6 +9,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ class Drawers:
     def __init__(self, count: int | None = None):
         count = count or usable_threads()
         self.threads, self.idle, self.processes = ThreadPoolExecutor(count), queue.SimpleQueue(), []
+        self.starting, self.stopped = threading.Lock(), False
         for _ in range(count):
             self.idle.put(None)
 
@@ -38,6 +40,8 @@ class Drawers:
 
     def __exit__(self, kind, *error) -> None:
         if kind is not None:
+            with self.starting:
+                self.stopped = True
             for process in self.processes:  # nobody waits for what they are drawing
                 process.kill()
         self.threads.shutdown(cancel_futures=True)
@@ -77,8 +81,10 @@ class Drawers:
 
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path)}
-        process = subprocess.Popen(
-            [sys.executable, "-P", rasterise.__file__],  # -P: its neighbours are no modules of their own there
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **APART)
-        self.processes.append(process)
+        command = [sys.executable, "-P", rasterise.__file__]  # -P: its neighbours are no modules of their own there
+        with self.starting:
+            if self.stopped:
+                raise RuntimeError("the drawers have been stopped")
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **APART)
+            self.processes.append(process)
         return process
