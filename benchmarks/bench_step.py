@@ -7,21 +7,21 @@ these. The sides alternate in rounds, as turns.py has it.
 
 With `--gpu` the size is ViT-B/32 with BERT-base in bfloat16, batch 1,024, theirs under autocast with fused AdamW and
 torch.compile. There a run is ten steps, and the host waits for the last alone, as `fit` lets it run ahead of the
-device. `--peak` is what the GPU computes, in TFLOP/s (989: H100 and H200, dense bfloat16), for the model FLOP
-utilisation. Memory is then the GPU's, at its peak, and not the host's; `--forms` names those to measure, with commas.
+device. Memory is then the GPU's, at its peak, and not the host's; of a GPU in PEAK the model FLOP utilisation is told.
 
-    python benchmarks/bench_step.py [--gpu] [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/step.json]
+    python benchmarks/bench_step.py [--gpu] [--rounds 3] [--sizes mini vit_b32_bert_base] [--sides jit]
 """
 
 import functools
-import sys
 
+import run
 import turns
 
 BATCH = {"mini": 256, "vit_b32_bert_base": 16, "vit_b32_bert_base_bf16": 1024}
 STEPS = {"vit_b32_bert_base_bf16": 10}  # a run; 1 elsewhere
 SIZES = {"mini": (256, 8), "vit_b32_bert_base": (16, 3)}  # examples a run, timed runs a round
 ON_GPU = {"vit_b32_bert_base_bf16": (10 * 1024, 3)}
+PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, of NVIDIA's data sheets (SXM cards)
 SHAPES = {"mini": (24, 4000)}  # tokens, vocabulary
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
@@ -145,8 +145,9 @@ def peak(side: str, size: str) -> int:
     return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-def add_utilisation(report: dict, teraflops: float | None) -> None:
+def add_utilisation(report: dict) -> None:
     """The share of the GPU's peak that each side's model FLOPs come to."""
+    teraflops = next((peak for name, peak in PEAK.items() if name in (run.gpu() or "")), None)
     for size in ON_GPU.keys() & report.keys() if teraflops else ():
         shares = {side: round(rate * flops(size) / teraflops / 1e12, 4)
                   for pair in report[size].values() for side, rate in pair["median"].items()}
@@ -154,21 +155,8 @@ def add_utilisation(report: dict, teraflops: float | None) -> None:
         report[size]["utilisation"] = {"of_teraflops": teraflops, **shares}
 
 
-FORMS = ("jit", "shard_map", "pmap")
+SIDES = {form: functools.partial(ours, f"{form}_form") for form in ("jit", "shard_map", "pmap")} | {"torch": theirs}
 
 if __name__ == "__main__":
-    sizes, teraflops, forms = SIZES, None, FORMS
-    if "--gpu" in sys.argv:
-        sys.argv.remove("--gpu")
-        sizes, teraflops = ON_GPU, 989.0
-        if "--peak" in sys.argv:
-            at = sys.argv.index("--peak")
-            teraflops = float(sys.argv[at + 1])
-            del sys.argv[at : at + 2]
-    if "--forms" in sys.argv:
-        at = sys.argv.index("--forms")
-        forms = sys.argv[at + 1].split(",")
-        del sys.argv[at : at + 2]
-    sides = {form: functools.partial(ours, f"{form}_form") for form in forms} | {"torch": theirs}
-    turns.main(__file__, __doc__, SIZES | ON_GPU, sides, "build/bench/step.json", list(sizes), peak,
-               functools.partial(add_utilisation, teraflops=teraflops))
+    turns.main(__file__, __doc__, SIZES, SIDES, "build/bench/step.json", on_gpu=ON_GPU, peak=peak,
+               finish=add_utilisation)

@@ -12,7 +12,6 @@ With `--gpu` both sides are on a GPU in float16, with the same ids many times ov
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +133,9 @@ def costs(tokens_per_second: float, cores: int) -> list[dict]:
 def add_costs(report: dict) -> None:
     """Hours and dollars for CAPTIONS, from what was measured."""
     if "opus_mt_beam4" in report:
-        from clipid_utils.data.translate import usable_cores
-
         rate = report["opus_mt_beam4"]["ours"]["median"]["ours"]
-        report["costs"] = costs(rate, usable_cores())
-        print(f"\n{CAPTIONS:,} captions of {TARGET} tokens, beam 4, at {rate:.0f} tokens/s on {usable_cores()} cores:")
+        report["costs"] = costs(rate, CORES)
+        print(f"\n{CAPTIONS:,} captions of {TARGET} tokens, beam 4, at {rate:.0f} tokens/s on {CORES} cores:")
         for row in report["costs"]:
             print(f"{row['cores']:4} cores at {row['efficiency']:.0%} of that each: {row['hours']:8.1f} h, "
                   f"{row['dollars']} $ at {CORE_HOUR} $ a core and hour")
@@ -150,11 +147,8 @@ def add_costs(report: dict) -> None:
 
 
 def main() -> None:
-    gpu = "--gpu" in sys.argv
-    if gpu:
-        sys.argv.remove("--gpu")
-    turns.main(__file__, __doc__, SIZES | ON_GPU, {"ours": ours, "torch": theirs}, "build/bench/translate.json",
-               list(ON_GPU if gpu else SIZES), finish=add_costs)
+    turns.main(__file__, __doc__, SIZES, {"ours": ours, "torch": theirs}, "build/bench/translate.json", on_gpu=ON_GPU,
+               finish=add_costs)
 
 
 if __name__ == "__main__":

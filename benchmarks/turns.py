@@ -73,11 +73,11 @@ def compare(script: str, name: str, examples: int, rounds: int, sides: tuple[str
 
 
 def main(
-    script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, default: list | None = None,
+    script: str, doc: str, sizes: dict, build: dict[str, Callable], out: str, *, on_gpu: dict | None = None,
     peak: Callable[[str, str], int] = resident, finish: Callable[[dict], None] = lambda report: None,
 ) -> dict | None:
     """The command line of a benchmark; `sizes` gives examples a run and timed runs a round, `build` the sides, and
-    `peak(side, size)` the bytes of memory that are reported.
+    `peak(side, size)` the bytes of memory that are reported. `on_gpu` are the sizes that `--gpu` has in their place.
 
     The last side is the one that the others are compared with. `finish` is given `report[size][side]`, what `compare`
     found of that side and the last one, and may add to it before it is written. Returns it; None in a side's process.
@@ -85,17 +85,24 @@ def main(
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "SIZE"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", nargs="+", choices=sizes, default=default or list(sizes))
+    if on_gpu:
+        parser.add_argument("--gpu", action="store_true", help=f"measure {', '.join(on_gpu)}")
+    every, (*others, last) = sizes | (on_gpu or {}), build
+    parser.add_argument("--sizes", nargs="+", choices=every)
+    parser.add_argument("--sides", nargs="+", choices=others, default=others, help=f"beside {last}")
     parser.add_argument("--out", type=Path, default=Path(out))
     options = parser.parse_args()
     if options.worker:
         side, size = options.worker
-        return worker(build[side](size), sizes[size][1], lambda: peak(side, size))
-    report, (*others, last) = {}, build
-    for size in options.sizes:
+        return worker(build[side](size), every[size][1], lambda: peak(side, size))
+    sizes, report = on_gpu if on_gpu and options.gpu else sizes, {}
+    if unknown := set(options.sizes or ()) - set(sizes):
+        where = "with" if options.gpu else "without"
+        parser.error(f"no size {', '.join(sorted(unknown))} {where} --gpu: there are {', '.join(sizes)}")
+    for size in options.sizes or sizes:
         report[size] = {}
         print(f"{size}, {sizes[size][0]} a run")
-        for side in others:  # two at a time: more would not fit into the memory of a small machine
+        for side in options.sides:  # two at a time: more would not fit into the memory of a small machine
             report[size][side] = found = compare(script, size, sizes[size][0], options.rounds, (side, last))
             columns = [f"{name:14} {rate:9.2f}/s {found[name]['peak_mib']:7} MiB"
                        for name, rate in found["median"].items()]
