@@ -5,9 +5,11 @@ RUN := .venv/bin/python
 # XLA takes one large buffer for each step: in huge pages it costs no page faults, which slow training on a CPU. One
 # arena, trimmed, keeps what threads have freed from adding to a notebook's peak.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=131072:glibc.malloc.arena_max=1
-# Tests compile hundreds of programs: XLA's older code for a CPU takes a third less time for it and runs as fast. What
-# one notebook has compiled no other compiles again.
+# Unit tests compile hundreds of programs without optimizations (tests/conftest.py): XLA's older code for a CPU takes a
+# third less time for it; for the notebooks' optimized ones it takes more. What one notebook has compiled no other
+# compiles again. Every worker, kernel and process of a test reads the bytecode that the first one kept.
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
+test: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -21,9 +23,9 @@ course: .venv/installed  ## run every notebook, write them executed and as HTML 
 test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
-	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval
 	rm -rf build/compiled
-	$(QUICK_COMPILER) $(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
