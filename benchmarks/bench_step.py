@@ -14,8 +14,8 @@ device. Memory is then the GPU's, at its peak, and not the host's; of a GPU in P
 
 import functools
 
-import run
 import turns
+from run import gpu
 
 BATCH = {"mini": 256, "vit_b32_bert_base": 16, "vit_b32_bert_base_bf16": 1024}
 STEPS = {"vit_b32_bert_base_bf16": 10}  # a run; 1 elsewhere
@@ -147,7 +147,7 @@ def peak(side: str, size: str) -> int:
 
 def add_utilisation(report: dict) -> None:
     """The share of the GPU's peak that each side's model FLOPs come to."""
-    teraflops = next((peak for name, peak in PEAK.items() if name in (run.gpu() or "")), None)
+    teraflops = next((peak for name, peak in PEAK.items() if name in (gpu() or "")), None)
     for size in ON_GPU.keys() & report.keys() if teraflops else ():
         shares = {side: round(rate * flops(size) / teraflops / 1e12, 4)
                   for pair in report[size].values() for side, rate in pair["median"].items()}

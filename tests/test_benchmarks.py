@@ -45,7 +45,7 @@ def test_the_command_line_takes_sizes_of_the_machine_that_is_measured(tmp_path, 
                           on_gpu=bench_step.ON_GPU, finish=bench_step.add_utilisation)
 
     monkeypatch.setattr(turns, "compare", compare)
-    monkeypatch.setattr(bench_step.run, "gpu", lambda: "NVIDIA H200")
+    monkeypatch.setattr(bench_step, "gpu", lambda: "NVIDIA H200")
     assert {size: list(report) for size, report in main().items()} == dict.fromkeys(bench_step.SIZES,
                                                                                    ["jit", "shard_map", "pmap"])
     (size, report), = main("--gpu", "--sides", "jit").items()
