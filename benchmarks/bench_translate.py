@@ -2,8 +2,8 @@
 
 Both sides: one model, of opus-mt's size and random weights, one list of token ids, the same beam, and as many steps,
 since the shortest and the longest translation have one length. Ours is CTranslate2 as `Translator` opens it, in int8,
-or in float32 as torch has it; theirs is float32, or bfloat16 where the size says so. The sides alternate, as turns.py
-has it. At the end stand hours and cost for many captions, from the rate measured here.
+or in float32 as torch has it, which goes over the target language's pieces alone (data/marian.py); theirs is float32,
+or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end stand hours and cost for many captions, from the rate measured here.
 
 With `--gpu` both sides are on a GPU in float16, with the same ids many times over, each in its own best batches.
 
@@ -19,8 +19,8 @@ import turns
 
 SOURCE, TARGET = 24, 26  # assumed tokens of a caption on either side
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-SENTENCES = 42 * CORES  # captions a run
-THEIR_BATCH = 28  # sentences; torch on two cores is slower with 12, 42 or all 84
+SENTENCES = 84 * CORES  # captions a run: with fewer, cores wait at its end, as they do at the end of a shard alone
+THEIR_BATCH = 28  # sentences; torch on two cores is slower with 12, 42 or 84
 ON_GPU_SENTENCES, ON_GPU_BATCH = 2048, 1024
 SIZES = {  # target tokens a run, timed runs a round
     "opus_mt_beam4": (SENTENCES * TARGET, 2),
@@ -35,6 +35,7 @@ CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
     "activation_function": "swish", "scale_embedding": True, "pad_token_id": 54795, "eos_token_id": 0,
     "decoder_start_token_id": 54795, "forced_eos_token_id": 0,
 }
+PIECES = 32_000  # of each language: opus-mt's vocabulary is both languages' and what they share stands in it once
 CAPTIONS = 12_000_000
 CORE_HOUR = 0.04  # US dollars, about what clouds ask for a core of a large machine on demand; yours may differ
 GPU_HOUR = 4.0  # US dollars, about what clouds ask for an H100 or H200 on demand; yours may differ
@@ -56,7 +57,7 @@ def ours(size: str):
 
     from clipid_utils.data.translate import Translator
 
-    folder = Path("build/bench/opus_size")
+    folder = Path("build/bench/opus_mt_size")
     if not (folder / "vocab.json").is_file():
         write_random_model(folder)
     translator = Translator(folder, beam=beam(size), device="cuda" if size in ON_GPU else "cpu")
@@ -79,9 +80,10 @@ def ours(size: str):
 
 
 def write_random_model(folder: Path) -> None:
-    """The folder of a Marian model with random weights; its pieces, which are not used, are of any text."""
-    import sentencepiece
+    """The folder of a Marian model with random weights, whose target has the last PIECES pieces of the vocabulary."""
     import torch
+    from sentencepiece import SentencePieceTrainer
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import MarianConfig, MarianMTModel
 
     from clipid_utils.paths import DATA
@@ -89,12 +91,16 @@ def write_random_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     MarianMTModel(MarianConfig(**CONFIG)).save_pretrained(folder)
-    for side in ("source", "target"):
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(DATA / "parallel" / "captions.tsv"), model_prefix=str(folder / side), vocab_size=1000,
-            minloglevel=2)
-        (folder / f"{side}.model").rename(folder / f"{side}.spm")
     tokens = ["</s>", "<unk>", *(f"t{number}" for number in range(2, CONFIG["vocab_size"] - 1)), "<pad>"]
+    pieces = {"source": tokens[2 : PIECES + 2], "target": tokens[-PIECES - 1 : -1]}
+    for side, own in pieces.items():  # only their names matter: no text is cut into them
+        SentencePieceTrainer.train(input=str(DATA / "parallel" / "captions.tsv"), model_prefix=str(folder / side),
+                                   vocab_size=1000, minloglevel=2)
+        model = ModelProto.FromString((folder / f"{side}.model").read_bytes())
+        del model.pieces[3:]
+        model.pieces.extend(ModelProto.SentencePiece(piece=piece, score=-i) for i, piece in enumerate(own))
+        (folder / f"{side}.spm").write_bytes(model.SerializeToString())
+        (folder / f"{side}.model").unlink()
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -102,8 +103,10 @@ def reference_scores(folder: Path, source: list[str], target: list[str]) -> np.n
     memory = layers(embed(ids[0]), "encoder")
     decoded = layers(embed([vocabulary["<pad>"], *ids[1][:-1]]), "decoder", memory)
     logits = decoded @ weights["model.shared.weight"].T + weights["final_logits_bias"]
-    probabilities = softmax(logits[:, :-1])  # never <pad>
-    return np.log(probabilities[np.arange(len(target)), ids[1]])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))
+    said = {pieces.id_to_piece(number) for number in range(pieces.vocab_size())}  # the target's, never <pad>
+    logits[:, [number for token, number in vocabulary.items() if token not in said]] = -np.inf
+    return np.log(softmax(logits)[np.arange(len(target)), ids[1]])
 
 
 @pytest.mark.parametrize("trained_start", [False, True])
@@ -111,12 +114,28 @@ def test_a_converted_model_scores_as_marians_formulas_do(tmp_path, trained_start
     folder = tiny_marian(tmp_path / "hf", trained_start=trained_start)
     convert(folder, tmp_path / "ct2", "float32")
     engine = ctranslate2.Translator(str(tmp_path / "ct2"), compute_type="float32")
-    tokens = list(json.loads((folder / "vocab.json").read_text()))[2:-1]
+    sides = [json.loads((tmp_path / "ct2" / f"{side}_vocabulary.json").read_text()) for side in ("source", "target")]
     rng = np.random.default_rng(0)
     for length in (1, 4, 9):
-        source, target = ([*rng.choice(tokens, length), "</s>"] for _ in range(2))
+        source, target = ([*rng.choice(tokens[2:-1], length), "</s>"] for tokens in sides)
         (scores,) = engine.score_batch([source], [target[:-1]])
         np.testing.assert_allclose(scores.log_probs, reference_scores(folder, source, target), atol=2e-5)
+
+
+def test_only_pieces_of_the_target_language_are_said(folder, alone):
+    def vocabulary(side):
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{side}.spm"))
+        return {pieces.id_to_piece(number) for number in range(pieces.vocab_size())}
+
+    stored = converted_folder(folder, "int8")
+    assert set(json.loads((stored / "target_vocabulary.json").read_text())) - {"<pad>"} <= vocabulary("target")
+    english = vocabulary("source") - vocabulary("target")
+    assert english
+    sentences = [[*words, "</s>"] for words in alone._source.encode(ENGLISH, out_type=str)]
+    said = {piece for result in alone.engine.translate_batch(sentences, beam_size=4, num_hypotheses=4)
+            for pieces in result.hypotheses for piece in pieces}
+    assert len(said) > 5
+    assert not said & english
 
 
 def test_a_model_is_converted_once_until_it_changes(tmp_path):
@@ -144,6 +163,11 @@ def test_what_is_no_marian_model_is_refused_by_name(tmp_path, monkeypatch):
     save_file({key: value for key, value in weights.items() if "0.fc1.bias" not in key},
               tmp_path / "hf" / "model.safetensors")
     with pytest.raises(ValueError, match=r"lack 'model\.encoder\.layers\.0\.fc1\.bias'"):
+        Translator(tmp_path / "hf")
+    vocabulary = json.loads((tiny_marian(tmp_path / "hf") / "vocab.json").read_text())
+    others = {token if token == "<pad>" else f"{token}?": number for token, number in vocabulary.items()}
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps(others))
+    with pytest.raises(ValueError, match=r"target\.spm: none of its pieces is in vocab\.json"):
         Translator(tmp_path / "hf")
     (tmp_path / "hf" / "target.spm").unlink()
     with pytest.raises(FileNotFoundError, match="has no target.spm"):

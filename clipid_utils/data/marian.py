@@ -2,7 +2,8 @@
 
 CTranslate2's own converter builds the model in torch to read its weights. Here they come out of their file as numpy
 arrays (model/weights.py). A model that `transformers` trained may start from another embedding than zero, which that
-converter drops, and with it the first word; this one keeps it.
+converter drops, and with it the first word; this one keeps it. The decoder gets the embeddings of its own language's
+pieces alone: the vocabulary is that of both, and going over the other's, which nobody says, is a good part of the work.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import sentencepiece
 from ctranslate2.specs import TransformerSpec
 from ctranslate2.specs.common_spec import Activation, LayerNormSpec, LinearSpec
 from filelock import FileLock
@@ -24,6 +26,7 @@ from clipid_utils.paths import CACHE
 
 PIECES = ("source.spm", "target.spm")  # the two languages' SentencePiece models
 FILES = ("config.json", "vocab.json", *PIECES)
+CONVERTER = 2  # counts up where another folder comes out of the same model
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ACTIVATIONS = {"relu": Activation.RELU, "swish": Activation.SWISH, "silu": Activation.SWISH, "gelu": Activation.GELU}
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -93,7 +96,7 @@ def _fetched(name: str) -> Path:
 
 def _fingerprint(folder: Path) -> str:
     """Changes with the folder's place and with any of its files."""
-    digest = hashlib.sha256(str(folder.resolve()).encode())
+    digest = hashlib.sha256(f"{CONVERTER} {folder.resolve()}".encode())
     for name in (*FILES, *WEIGHTS):
         if (folder / name).is_file():
             stat = os.stat(folder / name)
@@ -129,19 +132,20 @@ def _spec(folder: Path) -> TransformerSpec:
         embedding, bias, tokens = embedding[:-1], bias[:-1], tokens[:-1]
     else:
         bias = np.append(bias[:-1], np.float32(-1e9))  # never said
+    spec.encoder.embeddings[0].weight = embedding
     scale = float(np.sqrt(config["d_model"])) if config.get("scale_embedding") else 1.0
     for part, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
         part.scale_embeddings = scale
         part.position_encodings.encodings = _positions(config["max_position_embeddings"], config["d_model"])
-        (part.embeddings[0] if name == "encoder" else part.embeddings).weight = embedding
         for number, layer in enumerate(part.layer):
             _fill_layer(layer, weights, f"model.{name}.layers.{number}.")
+    said = _target_tokens(folder, tokens)
     spec.decoder.start_from_zero_embedding = from_zero
-    spec.decoder.projection.weight = embedding
-    if np.any(bias):
-        spec.decoder.projection.bias = bias
+    spec.decoder.embeddings.weight = spec.decoder.projection.weight = embedding[said]
+    if np.any(bias[said]):
+        spec.decoder.projection.bias = bias[said]
     spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
+    spec.register_target_vocabulary([tokens[i] for i in said])
     start = "</s>" if from_zero else "<pad>"
     for key, token in {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "decoder_start": start}.items():
         setattr(spec.config, f"{key}_token", token)
@@ -167,6 +171,16 @@ def _tokens(folder: Path) -> list[str]:
     if tokens[-1] != "<pad>" or sorted(vocabulary.values()) != list(range(len(tokens))):
         raise ValueError(f"{folder / 'vocab.json'}: the tokens must be numbered from 0 on, with '<pad>' the last")
     return tokens
+
+
+def _target_tokens(folder: Path, tokens: list[str]) -> list[int]:
+    """The numbers of the target language's pieces and of what is no piece of a text."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / PIECES[1]))
+    known = {pieces.id_to_piece(number) for number in range(pieces.get_piece_size())} | {"</s>", "<unk>", "<pad>"}
+    said = [number for number, token in enumerate(tokens) if token in known]
+    if not any(tokens[number] not in ("</s>", "<unk>", "<pad>") for number in said):
+        raise ValueError(f"{folder / PIECES[1]}: none of its pieces is in vocab.json: take both from one model")
+    return said
 
 
 def _positions(length: int, width: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class Translator:
             raise ValueError(f"device {device!r}: this machine has {gpus} GPUs for CTranslate2; give 'cpu' or 'auto'")
         self.name, self.beam = os.fspath(model), beam
         self.workers = gpus or threads or usable_cores()
-        self.batch_tokens = batch_tokens or (16_384 if gpus else 160)  # few on a CPU, for its caches
+        self.batch_tokens = batch_tokens or (16_384 if gpus else 200)  # few on a CPU, for its caches
         folder = converted_folder(model, "float16" if gpus else "int8")
         self._source, self._target = (
             sentencepiece.SentencePieceProcessor(model_file=str(folder / name)) for name in PIECES
