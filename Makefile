@@ -11,6 +11,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1310
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
 test: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+GPU := $(shell command -v nvidia-smi)
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 help:  ## this list
@@ -37,7 +38,8 @@ evaluate: .venv/installed  ## evaluate data/checkpoints/mini again into its metr
 	$(RUN) -m clipid_utils evaluate data/checkpoints/mini
 
 bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch and Ray into .venv-bench
-	.venv-bench/bin/python benchmarks/run.py
+	JAX_PLATFORMS=cpu .venv-bench/bin/python benchmarks/run.py
+	$(if $(GPU),.venv-bench/bin/python benchmarks/run.py step translate --gpu)
 
 parity: .venv-bench/installed  ## outputs and gradients beside torch's at true sizes, key by key, and the export back
 	.venv-bench/bin/python scripts/parity.py
@@ -74,7 +76,7 @@ clean:  ## remove what make made here: environments and build/; the pictures in 
 
 .venv-bench/installed: requirements.txt constraints.txt pyproject.toml
 	$(call environment,$(PYTHON),.venv-bench)
-	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch "ray[data]" -c constraints.txt
+	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch "ray[data]" $(if $(GPU),"jax[cuda12]") -c constraints.txt
 	$(call package,.venv-bench/bin/python)
 
 # Colab's six as Colab has them, the rest as tested.

@@ -2,8 +2,9 @@
 
 Both sides: one model, of opus-mt's size and random weights, one list of token ids, the same beam, and as many steps,
 since the shortest and the longest translation have one length. Ours is CTranslate2 as `Translator` opens it, in int8,
-or in float32 as torch has it, which goes over the target language's pieces alone (data/marian.py); theirs is float32,
-or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end stand hours and cost for many captions, from the rate measured here.
+or in float32 as torch has it; its decoder goes over the target language's pieces alone (data/marian.py). Theirs is
+float32, or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end stand hours and cost
+for many captions, from the rate measured here.
 
 With `--gpu` both sides are on a GPU in float16, with the same ids many times over, each in its own best batches.
 

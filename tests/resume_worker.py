@@ -8,10 +8,12 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import tarfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +122,23 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_some_time() -> None:
+    """At a moment of the next second and a half, when 18 steps of a tenth of a second are not over."""
+    seconds = random.SystemRandom().uniform(0, 1.5)
+    print(f"killed {seconds:.3f} seconds after its first step", flush=True)
+    threading.Timer(seconds, die).start()
+
+
+def slowly(placed):
+    """For `around`: each step takes a tenth of a second more."""
+
+    def step(state, batch):
+        time.sleep(0.1)
+        return placed.step(state, batch)
+
+    return placed._replace(step=step)
+
+
 def wait() -> None:
     """For SIGTERM, as a long step would be met by it, also where it comes at once."""
     met, before = [], signal.getsignal(signal.SIGTERM)
@@ -169,12 +188,14 @@ def train(
 ) -> None:
     """A run, or the rest of one; `stopped` says how and by which step it is killed, or waits for a signal."""
     how, step = stopped or ("", 0)
-    act = {"": None, "step": die, "best": die_in_best, "wait": wait}.get(how, lambda: die_in_save(step, how))
+    form = around(at_step(1, die_some_time), around(slowly)) if how == "time" else jit_form
+    known = {"": None, "time": None, "step": die, "best": die_in_best, "wait": wait}
+    act = known.get(how, lambda: die_in_save(step, how))
     clip = tiny_clip()
     with cached_in(out.parent / "cache"):
         feed, config = make_feed(kind, data, clip[1])
     fit(*clip, feed, tiny_pairs(), config, seed=0, out=out, resume=resume, progress=False, mesh=make_mesh(1),
-        form=around(at_step(step, act)))
+        form=around(at_step(0 if how == "time" else step, act), form))
 
 
 def small(data: Path, **share):
@@ -227,7 +248,7 @@ def slow(step, first: int):
     def waiting(state, batch):
         result = jax.block_until_ready(step(state, batch))
         if int(np.asarray(result[0].step)) > first:
-            time.sleep(3)
+            time.sleep(1)
         return result
 
     return waiting

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.paths import CHECKPOINTS
 from clipid_utils.training.alarms import LINES, Alarms, check_finite, count_duplicates, spread
 from clipid_utils.training.optimizers import adamw
+from clipid_utils.training.run import Clock
 from clipid_utils.training.step import init_state, make_step
 
 CHANCE = math.log(256)
@@ -60,6 +63,33 @@ def test_an_alarm_comes_once_with_its_remedy_and_again_after_recovery(name):
         raise AssertionError(found[0]["message"])
     assert rung(watch, lines(LINES)) == []
     assert rung(watch, lines(2 * LINES, **changes)) == [name]
+
+
+def test_a_feed_that_devices_wait_for_is_measured_and_rings():
+    """But not one that is as slow behind steps that are slower."""
+
+    def feed():
+        while True:
+            time.sleep(0.02)
+            yield {}
+
+    def shares(ready):
+        clock, found, running = Clock(), [], mock.Mock(spec=jax.Array, is_ready=lambda: ready)
+        for _ in range(LINES):
+            for _ in range(2):
+                clock.next(feed(), running, batch_size=8)
+            time.sleep(0.04)
+            found.append(clock.figures()["data_wait_fraction"])
+            clock.restart()
+        return found
+
+    waited, hidden = shares(True), shares(False)
+    assert min(waited) > 0.2 and max(hidden) == 0  # half, but for what else the machine does
+    watch = alarms()
+    assert rung(watch, [{**line, "data_wait_fraction": share} for line, share in zip(lines(LINES), hidden, strict=True)]
+                ) == []
+    assert rung(watch, [{**line, "data_wait_fraction": share} for line, share in zip(lines(LINES), waited, strict=True)]
+                ) == ["data_wait"]
 
 
 def test_healthy_lines_raise_no_alarm():

@@ -269,6 +269,21 @@ def test_the_mean_of_the_devices_parts_is_the_whole_loss(problem, mesh, form, na
         assert_same(of_devices(params, batch), of_whole(params, batch))
 
 
+def test_siglips_texts_go_round_and_clips_are_gathered(mesh):
+    """No device has more than its share of the scores at a time: b x b, not b x B. Seen in the program itself."""
+    batch, width = 8 * 4, 6
+
+    def program(loss):
+        part = jax.shard_map(lambda i, t: jax.grad(loss)(i, t)[None], mesh=mesh, in_specs=(P("data"), P("data")),
+                             out_specs=P("data"), check_vma=False)
+        return str(jax.make_jaxpr(part)(jnp.ones((batch, width)), jnp.ones((batch, width))))
+
+    round_ = program(lambda images, texts: siglip_loss(images, texts, 2.0, -10.0, None, "data"))
+    gathered = program(lambda images, texts: clip_loss(images, texts, 2.0, None, "data"))
+    assert "ppermute" in round_ and "all_gather" not in round_ and f"f32[4,{batch}]" not in round_
+    assert "all_gather" in gathered and f"f32[4,{batch}]" in gathered
+
+
 @pytest.mark.parametrize("loss", [clip_loss, lambda i, t, s, p, axis: siglip_loss(i, t, s, -10.0, p, axis)])
 def test_one_pair_a_device_is_enough_and_one_of_all_is_not(mesh, loss):
     """What counts is the whole batch."""

@@ -1,12 +1,14 @@
 """One training step: what decays, what is clamped, what is averaged; on eight devices: test_distributed.py."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_clip
+from tiny import CONFIG, tiny_batch, tiny_clip
 
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS
@@ -218,3 +220,24 @@ def test_a_batch_of_one_pair_is_refused():
     state, step = prepare(model, processor)
     with pytest.raises(ValueError, match="at least 2 pairs"):
         step(state, tiny_batch(processor, 1))
+
+
+def test_with_blocks_computed_anew_little_is_kept_for_the_same_gradient():
+    six = {side: dataclasses.replace(getattr(CONFIG, side), layers=6) for side in ("vision", "text")}
+    model, processor = tiny_clip(**six)
+    graph, params = nnx.split(model)
+    batch = tiny_batch(processor, 32)
+    kept, gradients = {}, {}
+    for remat in (True, False):
+        def embed(params, remat=remat):
+            model = nnx.merge(graph, params)
+            pixels = jnp.asarray(batch["images"], jnp.float32) / 255
+            return (model.encode_image(pixels, remat=remat)
+                    * model.encode_text(batch["input_ids"], batch["attention_mask"], remat=remat)).sum()
+
+        _, pull = jax.vjp(embed, params)
+        kept[remat] = sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+        gradients[remat] = jax.tree.leaves(pull(jnp.ones(())))
+    assert kept[True] < kept[False] / 4
+    for one, other in zip(gradients[True], gradients[False], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

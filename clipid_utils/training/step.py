@@ -69,7 +69,8 @@ def make_update(
     With `chunks` above 1 the pairs go through the towers in as many parts, twice: first for their embeddings, then,
     once the loss over all of them has given each embedding its gradient, for the parameters' (GradCache, Gao et al.
     2021). The gradient is that of the whole batch; activations take the memory of one part. `remat` computes each block
-    anew in the backward pass.
+    anew in the backward pass, so that little has to be kept; a CPU's compiler makes no less memory of it (`cache` in
+    data/benchmarks.json).
 
     Metrics are scalars: loss, logit_scale (the logarithm), gradient_norm, image_spread, text_spread, duplicates,
     bad_step and bad_leaf, which `alarms` explains.
