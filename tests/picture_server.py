@@ -1,8 +1,9 @@
 """A web server on this machine whose pictures fail in every way that pictures on the web do, and the way to it.
 
 `KINDS` names the ways; `http://<anything>.test:<port>/<kind>/<number>` is answered in that way, the same each time but
-for the counts of `asked`. All names under .test lead to PUBLIC, a public address, which `Near` connects to this machine
-instead: the rule about addresses is the real one. Run as a script, it downloads `rows` as a user's process would.
+for the counts of `asked`; https has a port of its own, and on a third nobody listens. Names under .test lead to PUBLIC,
+a public address, which `Near` connects to this machine instead: the rule about addresses is the real one. Run as a
+script, it downloads `rows` as a user's process would.
 """
 
 import asyncio
@@ -18,21 +19,24 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import httpcore2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 PUBLIC = "93.184.215.14"
-# For picture.test, self-signed, from 2020 to 2120: made for these tests, and trusted nowhere else
-PAIR = """\
+# Made for these tests, and trusted nowhere else
+KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgWBJeYZLxz6Y65Npx
 tMGTtYOYq6eGlQptSD8PqwqHBH+hRANCAASmG0eS7XBvmiNU38AD+tq7AZaM4Lq/
 RkqXiaIF58WEBRf0LUP5psdQNeMoWqQ0N8IjCiyRD4u0k0ffK7+GBvRe
 -----END PRIVATE KEY-----
+"""
+# For picture.test, self-signed, from 2020 to 2120
+CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
 MIIBeTCCASCgAwIBAgIBATAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxwaWN0dXJl
 LnRlc3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNV
@@ -42,6 +46,19 @@ i7STR98rv4YG9F6jWzBZMBcGA1UdEQQQMA6CDHBpY3R1cmUudGVzdDAPBgNVHRMB
 Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+kV/dOhVwr02Xen9
 j4uKlHtod98wCgYIKoZIzj0EAwIDRwAwRAIgBHXSudtU68uZ/qQqtjBXLdgF18vc
 wh7n4APR3DYaEgwCIAEBfSvffarduKReZKu5tqmoEGNTiy0p8PRsBJFb9upp
+-----END CERTIFICATE-----
+"""
+# For expired.test, signed by the first, of 2020
+EXPIRED = """\
+-----BEGIN CERTIFICATE-----
+MIIBeTCCAR6gAwIBAgIBAjAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxwaWN0dXJl
+LnRlc3QwHhcNMjAwMTAxMDAwMDAwWhcNMjEwMTAxMDAwMDAwWjAXMRUwEwYDVQQD
+DAxleHBpcmVkLnRlc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASmG0eS7XBv
+miNU38AD+tq7AZaM4Lq/RkqXiaIF58WEBRf0LUP5psdQNeMoWqQ0N8IjCiyRD4u0
+k0ffK7+GBvReo1swWTAXBgNVHREEEDAOggxleHBpcmVkLnRlc3QwHwYDVR0jBBgw
+FoAU+kV/dOhVwr02Xen9j4uKlHtod98wHQYDVR0OBBYEFPpFf3ToVcK9Nl3p/Y+L
+ipR7aHffMAoGCCqGSM49BAMCA0kAMEYCIQC4DO7xghGOC4x/TdYHBoh5Oj5Wn587
+7WUZJjr++AKrQgIhAOq7xh5w/jVHtXtd5oCFazQVVtZAh9ZFxC7OUM8sQgEv
 -----END CERTIFICATE-----
 """
 
@@ -69,16 +86,31 @@ class Near(httpcore2.AsyncNetworkBackend):
 
 
 @functools.cache
-def _file(size: tuple[int, int], kind: str, frames: int = 1) -> bytes:
-    coarse = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+def _file(size: tuple[int, int], kind: str, frames: int, seed: int) -> bytes:
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8)
     image, file = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), io.BytesIO()
     image.save(file, kind, save_all=frames > 1, append_images=[Image.new("RGB", size, "black")] * (frames - 1))
     return file.getvalue()
 
 
-def picture(number: int, size: tuple[int, int] = (96, 64), kind: str = "JPEG", frames: int = 1) -> bytes:
-    """The file of a picture; its number follows behind its end, where no decoder looks, so that no two are the same."""
-    return _file(size, kind, frames) + number.to_bytes(4)
+def picture(
+    number: int, size: tuple[int, int] = (96, 64), kind: str = "JPEG", frames: int = 1, seed: int = 0
+) -> bytes:
+    """The file of a picture; its number follows behind its end, where no decoder looks, so that no two are the same.
+
+    What is seen on it is the same but for another `seed`.
+    """
+    return _file(size, kind, frames, seed) + number.to_bytes(4)
+
+
+@functools.cache
+def turned() -> bytes:
+    """The file of a picture of 64 x 96, blue above and red below, as a camera writes it that was held on its side."""
+    exif, image, file = Image.Exif(), Image.new("RGB", (96, 64), "red"), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    image.paste("blue", (0, 0, 48, 64))
+    image.save(file, "JPEG", exif=exif)
+    return file.getvalue()
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -109,7 +141,7 @@ def moved(to: str) -> bytes:
 
 async def drip(number: int) -> AsyncIterator[bytes]:
     yield reply(content_length=100_000)
-    for _ in range(30):  # longer than a run that is to be killed takes with all else
+    while True:
         await asyncio.sleep(0.2)
         yield b"x"
 
@@ -133,7 +165,8 @@ def hops(number: int, most: int) -> bytes:
 
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
-# Each kind: what becomes of it, the reason in the manifest, and its answer by number and how often it was asked before
+# Each kind: what becomes of it, the reason in the manifest (one of several), and its answer by number and how often it
+# was asked before
 KINDS = {
     "ok": ("kept", None, lambda n, asked: reply(picture(n))),
     "large": ("kept", None, lambda n, asked: reply(picture(n, (700, 600)))),
@@ -141,6 +174,9 @@ KINDS = {
     "webp": ("kept", None, lambda n, asked: reply(picture(n, kind="WEBP"), content_type="text/plain")),
     "gif": ("kept", None, lambda n, asked: reply(picture(n, kind="GIF", frames=2))),
     "same": ("kept", None, lambda n, asked: reply(picture(0))),
+    "own": ("kept", None, lambda n, asked: reply(picture(n, seed=n))),
+    "turned": ("kept", None, lambda n, asked: reply(turned() + n.to_bytes(4))),
+    "secure": ("kept", None, lambda n, asked: reply(picture(n))),
     "gzipped": ("kept", None, lambda n, asked: reply(gzip.compress(picture(n)), content_encoding="gzip")),
     "unsized": ("kept", None, lambda n, asked: reply(picture(n), content_length=None)),
     "hops5": ("kept", None, lambda n, asked: hops(n, 5)),
@@ -176,8 +212,13 @@ KINDS = {
     "reset": ("failed", "connection", lambda n, asked: b""),
     "oversized": ("failed", "connection", lambda n, asked: reply(picture(n), content_length=90_000)),
     "garbage": ("failed", "connection", lambda n, asked: b"SSH-2.0-OpenSSH_9.2p1\r\n"),
-    "drip": ("failed", None, lambda n, asked: drip(n)),
+    "drip": ("failed", "too late", lambda n, asked: drip(n)),
     "mute": ("failed", "too late", lambda n, asked: mute(n)),
+    # These are never asked: there is no such name, nobody listens, or the certificate is not good
+    "nowhere": ("failed", ("connection: no address of nowhere.test", "host is silent"), None),
+    "deaf": ("failed", ("connection", "host is silent"), None),
+    "expired": ("failed", "certificate: certificate has expired", None),
+    "wrongname": ("failed", "certificate: Hostname mismatch", None),
 }
 # Their connections end there
 CLOSING = {"unsized", "dropped", "reset", "oversized", "undersized", "garbage", "huge", "drip"}
@@ -186,8 +227,8 @@ CLOSING = {"unsized", "dropped", "reset", "oversized", "undersized", "garbage", 
 class PictureServer:
     """Serves on a free port of this machine from a thread while it is entered."""
 
-    def __init__(self, tls: bool = False):
-        self.tls, self.port, self.asked, self.headers = tls, 0, Counter(), []
+    def __init__(self):
+        self.port, self.ports, self.asked, self.headers = 0, (), Counter(), []  # ports: http's, https's, nobody's
         self.when = {}  # by host: the times of its requests
 
     def __enter__(self) -> "PictureServer":
@@ -201,17 +242,21 @@ class PictureServer:
         self.loop.call_soon_threadsafe(self.stopped.set)
         self.thread.join()
 
-    def url(self, kind: str, number: int = 0, host: str | None = None) -> str:
-        return f"{'https' if self.tls else 'http'}://{host or kind}.test:{self.port}/{kind}/{number}"
+    def url(self, kind: str, number: int = 0, host: str | None = None, tls: bool = False) -> str:
+        return f"{'https' if tls else 'http'}://{host or kind}.test:{self.ports[tls]}/{kind}/{number}"
 
     async def _serve(self, ready: threading.Event) -> None:
         self.loop, self.stopped = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=server_tls() if self.tls else None,
-                                            backlog=200)
-        self.port = server.sockets[0].getsockname()[1]
-        ready.set()
-        await self.stopped.wait()
-        server.close()
+        servers = [await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=tls, backlog=200)
+                   for tls in (None, server_tls())]
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens on it
+            self.ports = tuple(one.getsockname()[1] for one in (*(server.sockets[0] for server in servers), deaf))
+            self.port = self.ports[0]
+            ready.set()
+            await self.stopped.wait()
+        for server in servers:
+            server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -240,57 +285,72 @@ class PictureServer:
 
 
 def server_tls() -> ssl.SSLContext:
+    """Shows expired.test its own certificate, and every other name picture.test's."""
     import tempfile
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
-        file.write(PAIR)
-        file.flush()
-        context.load_cert_chain(file.name)
-    return context
+    contexts = []
+    for certificate in (CERTIFICATE, EXPIRED):
+        contexts.append(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
+            file.write(KEY + certificate)
+            file.flush()
+            contexts[-1].load_cert_chain(file.name)
+
+    def choose(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = contexts[name == "expired.test"]
+
+    contexts[0].sni_callback = choose
+    return contexts[0]
 
 
-def rows(port: int, count: int) -> list[dict]:
+def client_tls() -> ssl.SSLContext:
+    """Trusts the certificate of picture.test, and no other."""
+    return ssl.create_default_context(cadata=CERTIFICATE)
+
+
+def rows(ports: Sequence[int], count: int) -> list[dict]:
     """A list in which each kind of fault, and hosts and addresses that are none, come between good pictures."""
+    port, https, nobodys = ports
     bad = ["ftp://a.test/1.jpg", "file:///etc/passwd", "", "a.jpg", "http://", "http://localhost/1.jpg",
            "http://10.0.0.1/1.jpg", "http://[::1]/1.jpg", "http://six.test/1.jpg", "http://2130706433/1.jpg"]
     kinds, urls = [kind for kind in KINDS if kind not in ("ok", "drip", "mute")], []
+    sites = {"secure": f"https://picture.test:{https}", "expired": f"https://expired.test:{https}",
+             "wrongname": f"https://wrongname.test:{https}", "deaf": f"http://deaf.test:{nobodys}"}
     for number in range(count):
         if number % 10 == 3:
             kind = kinds[number // 10 % len(kinds)]
-            urls.append(f"http://{kind}.test:{port}/{kind}/{number}")
+            urls.append(f"{sites.get(kind, f'http://{kind}.test:{port}')}/{kind}/{number}")
         elif number % 10 == 4 and number > 400:
             urls.append(urls[number - 400])  # the same again
         elif number % 500 == 5:
             urls.append(bad[number // 500 % len(bad)])
-        elif number % 1000 == 6:
-            urls.append(f"http://drip.test:{port}/drip/{number}")
+        elif number % 250 == 6 and number < 1000:  # early, so that they are waited for while the others are in work
+            kind = "drip" if number % 500 > 250 else "mute"
+            urls.append(f"http://{kind}.test:{port}/{kind}/{number}")
         else:
             urls.append(f"http://h{number % 8}.test:{port}/{'large' if number % 50 == 0 else 'ok'}/{number}")
     return [{"url": url, "captions": [f"gambar {number}"], "source": "uji", "split": "train", "row": number}
             for number, url in enumerate(urls)]
 
 
-def expected(url: str) -> tuple[str, str | None]:
-    """The status of a URL of `rows`, and its reason where there is but one."""
+def expected(url: str) -> tuple[str, str | tuple | None]:
+    """The status of a URL of `rows`, and its reason where the kind has one, or the few that it has."""
     if ".test:" in url:
         return KINDS[url.split("/")[3]][:2]
     return "refused", None
 
 
-def main(port: str, count: str, folder: str, limits: str, *more: str) -> None:
-    """Downloads `rows`, and one picture more of each kind in `more`."""
+def main(ports: str, count: str, folder: str, limits: str) -> None:
+    """Downloads `rows`."""
     from clipid_utils.data.addresses import PublicNetwork
     from clipid_utils.data.download import download
     from clipid_utils.data.one_picture import Limits
 
-    given = rows(int(port), int(count))
-    given += [{**given[0], "url": f"http://{kind}.test:{port}/{kind}/0", "row": len(given) + place}
-              for place, kind in enumerate(more)]
+    given = rows(json.loads(ports), int(count))
     print("begun", flush=True)
     try:
         report = download(iter(given), Path(folder), limits=Limits(**json.loads(limits)), progress=False,
-                          network=PublicNetwork(resolve, Near()))
+                          network=PublicNetwork(resolve, Near()), tls=client_tls())
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
     print(report)

@@ -59,6 +59,20 @@ def test_the_records_are_read_where_they_are_written(tmp_path, pictures):
     assert len(records) == 3 and "train2017/000000000025.jpg" in (tmp_path / "coco.jsonl").read_text()
 
 
+def test_a_picture_that_is_not_listed_and_has_no_number_is_dropped(tmp_path, pictures):
+    (pictures / "vas.jpg").touch()
+    captions = [annotation(1, "vas", "A vase"), annotation(2, "kucing", "A cat"), annotation(3, 25, "A giraffe."),
+                annotation(4, None, "A dog")]
+    value = {"images": [{"id": "vas", "file_name": "vas.jpg"}, {"id": "kucing"}], "annotations": captions}
+    (tmp_path / "captions.json").write_text(json.dumps(value))
+    records, report = read(tmp_path / "captions.json", pictures)
+    assert [(record["image_path"][len(str(pictures)) + 1 :], record["captions"]) for record in records] == [
+        ("vas.jpg", ["A vase"]), ("000000000025.jpg", ["A giraffe."])]  # a number's name is known without a list
+    assert report.dropped == {"picture not listed": 2} and report.read == 4
+    assert report.examples["picture not listed"][0] == (
+        f"captions.json, annotation 1: {str(captions[1])[:80]!r}")
+
+
 @pytest.mark.parametrize("header", ["caption\timage_name\n", "image_name\tcaption\n", ""])
 def test_the_translated_table_in_any_order_of_rows(tmp_path, pictures, header):
     rows = [("seekor jerapah", 25), ("makanan, di \tnampan", 9), ("dua jerapah", 25), ('"vas" itu', 30), ("hilang", 77)]

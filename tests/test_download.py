@@ -7,7 +7,6 @@ import ipaddress
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import picture_server
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from picture_server import KINDS, PUBLIC, Near, PictureServer, bomb, picture, resolve
+from picture_server import KINDS, PUBLIC, Near, PictureServer, bomb, client_tls, picture, resolve
 from PIL import ExifTags, Image
 
 from clipid_utils.__main__ import main
@@ -35,6 +34,7 @@ from clipid_utils.data.one_picture import MOST_SILENCES, Hosts, Limits, Refused,
 # Seconds that a stall of a busy machine does not use up: only what a test is about is to be too late
 FAST = dict(interval=0.0, per_host=8, tries=2, backoff=0.2, seconds=30.0, silence=30.0, patience=5.0,
             most_bytes=1_000_000)
+LATE = 6.0  # seconds after which the run of 5,000 gives up
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
-def start(server: PictureServer, count: int, folder: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, picture_server.__file__, str(server.port), str(count), str(folder), json.dumps(FAST),
-               *more]
+def start(server: PictureServer, count: int, folder: Path, **limits) -> subprocess.Popen:
+    command = [sys.executable, picture_server.__file__, json.dumps(server.ports), str(count), str(folder),
+               json.dumps({**FAST, **limits})]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -82,9 +82,12 @@ def stop_at(process: subprocess.Popen, lines: int, folder: Path, how: signal.Sig
 
 @pytest.mark.slow
 def test_five_thousand_urls_with_every_fault_killed_twice_and_resumed(server, tmp_path):
-    rows, final, before = picture_server.rows(server.port, 5000), {}, server.asked.copy()
+    rows, final, before = picture_server.rows(server.ports, 5000), {}, server.asked.copy()
+    assert {row["url"].split("/")[3] for row in rows if ".test:" in row["url"]} >= KINDS.keys()
+    # What does not answer or end is given up while the others are in work, of which none takes so long
+    limits = dict(seconds=LATE, silence=LATE)
     for lines in (1200, 3000):
-        process = start(server, len(rows), tmp_path)
+        process = start(server, len(rows), tmp_path, **limits)
         stop_at(process, lines, tmp_path, signal.SIGKILL)
         process.communicate()
         for path in (tmp_path / "pictures").rglob("*.jpg"):
@@ -93,7 +96,7 @@ def test_five_thousand_urls_with_every_fault_killed_twice_and_resumed(server, tm
         done = [json.loads(line) for line in whole_lines(tmp_path / "manifest.jsonl")]
         assert len(done) >= lines and all((tmp_path / line["path"]).exists() for line in done if line["path"])
         final |= {line["url"]: server.asked[asked(line["url"])] for line in done if line["status"] != "failed"}
-    process = start(server, len(rows), tmp_path)
+    process = start(server, len(rows), tmp_path, **limits)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
 
@@ -109,6 +112,11 @@ def test_five_thousand_urls_with_every_fault_killed_twice_and_resumed(server, tm
             if kind == "ok":
                 assert line["sha256"] == hashlib.sha256(picture(int(number))).hexdigest()
                 assert line["bytes"] == len(picture(0)) and (line["width"], line["height"]) == (96, 64)
+            if kind == "turned":
+                assert (line["width"], line["height"]) == (64, 96)
+                with Image.open(tmp_path / line["path"]) as image:  # upright: blue is above, red below
+                    assert image.size == (64, 96) and not image.getexif()
+                    assert image.getpixel((32, 20))[2] > 200 and image.getpixel((32, 76))[0] > 200
     kept = [number for number in range(5000) if found[number]["status"] == "kept"]
     records = read_captions(tmp_path / "captions.jsonl")
     assert records["captions"] == [rows[number]["captions"] for number in kept]
@@ -125,19 +133,20 @@ def test_five_thousand_urls_with_every_fault_killed_twice_and_resumed(server, tm
 
 def asked(url: str) -> str:
     """The key under which the server counts a URL."""
-    host, _, path = url.removeprefix("http://").partition("/")
+    host, _, path = url.partition("://")[2].partition("/")
     return f"{host.split(':')[0]}/{path}"
 
 
 def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(server, tmp_path):
-    process = start(server, 1200, tmp_path, "mute")  # which is waited for a minute, however late the signal comes
+    process = start(server, 1200, tmp_path)  # "mute" is waited for a minute, however late the signal comes
     stop_at(process, 20, tmp_path, signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 1, errors
     assert errors.strip().splitlines()[-1] == "interrupted"
     assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not (tmp_path / ".parts").exists()
     seen, before = manifest(tmp_path), server.asked.copy()
-    rows = [row for row in picture_server.rows(server.port, 1200) if "/drip/" not in row["url"]]
+    rows = [row for row in picture_server.rows(server.ports, 1200)
+            if "/drip/" not in row["url"] and "/mute/" not in row["url"]]
     download(iter(rows), tmp_path, limits=Limits(**FAST), progress=False, network=PublicNetwork(resolve, Near()))
     assert sorted(manifest(tmp_path)) == [row["row"] for row in rows]
     assert all(server.asked[asked(line["url"])] == before[asked(line["url"])]
@@ -155,6 +164,20 @@ def test_only_what_failed_is_tried_again(server, tmp_path):
     again = fetch(urls, tmp_path)
     assert (again.kept, again.dropped) == (first.kept, first.dropped)
     assert [server.asked[asked(url)] for url in urls] == [1, 1, 1, 4, 1]
+
+
+def test_the_wait_before_another_try_doubles_with_jitter(server, tmp_path, monkeypatch):
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    url = server.url("down", 25)
+    fetch([url], tmp_path, tries=8, backoff=3.0)
+    assert server.asked[asked(url)] == 8 and len(waits) == 7  # none after the last try
+    jitter = [wait / (3.0 * 2**number) for number, wait in enumerate(waits)]
+    assert 0.5 <= min(jitter) < max(jitter) <= 1.5
 
 
 def test_a_url_is_fetched_once_however_many_rows_name_it_and_twins_show_in_the_manifest(server, tmp_path):
@@ -268,10 +291,9 @@ def test_the_next_address_is_tried_where_one_does_not_answer():
 
 
 def test_certificates_are_verified_against_the_name_of_the_url(tmp_path):
-    trusting = ssl.create_default_context(cadata=picture_server.PAIR.partition("-----END PRIVATE KEY-----\n")[2])
-    with PictureServer(tls=True) as server:
-        urls = [server.url("ok", 1, host="picture"), server.url("ok", 2, host="other")]
-        assert fetch(urls, tmp_path / "a", tls=trusting).kept == 1
+    with PictureServer() as server:
+        urls = [server.url("ok", number, host=host, tls=True) for number, host in enumerate(("picture", "other"))]
+        assert fetch(urls, tmp_path / "a", tls=client_tls()).kept == 1
         lines = manifest(tmp_path / "a")
         assert lines[0]["status"] == "kept" and lines[1]["error"].startswith("certificate: Hostname mismatch")
         assert fetch(urls, tmp_path / "b").dropped == {"certificate (may pass)": 2}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,14 @@ from clipid_utils.data import marian
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.marian import WEIGHTS, convert, converted_folder
 from clipid_utils.data.shards import move_paths, read_tables
-from clipid_utils.data.translate import Translation, Translator, batches_by_length, loops, translate_rows
+from clipid_utils.data.translate import (
+    Translation,
+    Translator,
+    batches_by_length,
+    loops,
+    translate_rows,
+    usable_cores,
+)
 
 WORDS = sorted({word for text in ENGLISH for word in text.split()})
 
@@ -223,6 +231,16 @@ def test_the_order_is_restored_and_each_text_is_translated_once(translator, alon
     assert sum(map(Translation.__eq__, first, alone(texts))) >= 190  # another machine may round some otherwise
 
 
+def test_as_many_batches_are_translated_at_once_as_there_are_cores_to_use(folder, monkeypatch):
+    monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: 0)
+    translator = Translator(folder)
+    assert translator.workers == translator.engine.num_translators == usable_cores()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5}, raising=False)  # as under taskset
+    translator = Translator(folder)
+    assert translator.workers == translator.engine.num_translators == usable_cores() == 3
+    assert Translator(folder, threads=1).engine.num_translators == 1
+
+
 def test_the_memory_of_texts_is_bounded(folder, monkeypatch):
     monkeypatch.setattr("clipid_utils.data.translate.REMEMBERED", 10)
     translator = Translator(folder)
@@ -313,6 +331,23 @@ def test_every_kind_of_source_gives_the_same_rows(translator, tmp_path, kind):
     count = Counter(mark for row in read_shards(out) for mark in row["captions_mark"])
     assert report.kept == count[""] and report.dropped == {"loops": count["loops"]} and report.examples["loops"]
     assert len(read_captions(out / "part-00000.parquet", check_files=False)) == 20
+
+
+def test_progress_shows_captions_a_second_and_the_time_left(translator, tmp_path, capsys, monkeypatch):
+    now, translate = [0.0], translator._translate
+
+    def slow(texts):
+        for found in translate(texts):
+            now[0] += 0.5
+            yield found
+
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(translator, "_translate", slow)
+    source = [{"captions": [f"a cat {2 * number}", f"a cat {2 * number + 1}"]} for number in range(40)]
+    translate_rows(source, tmp_path, translator, shard_rows=10)
+    shown = capsys.readouterr().err
+    assert re.search(r"translating: +50%.* 40/80 \[00:20<00:20, +2\.00 captions/s\]", shown)
+    assert re.search(r"translating: +100%.* 80/80 \[00:40<00:00, +2\.00 captions/s\]", shown)
 
 
 def test_a_column_of_plain_texts_and_a_null_in_it(translator, tmp_path):

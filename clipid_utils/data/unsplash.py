@@ -1,4 +1,4 @@
-"""Unsplash Lite: 25,000 photographs to search in. Their ids and addresses may be passed on, the pictures may not."""
+"""Unsplash Lite: 25,000 photographs to search in. Neither they nor their data may be passed on (its TERMS.md)."""
 
 import os
 import re

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clipid_utils.data.ondisk import gathered
-from clipid_utils.data.report import Report
+from clipid_utils.data.report import EXAMPLES, Report
 from clipid_utils.data.tables import clean_caption, each, example, quoted_table, refused
 
 CAPTION = "caption_reference_description"  # the caption under the picture on the page
@@ -18,9 +18,9 @@ def read_wit(
     """Rows for pictures yet to be downloaded, of wit_v1.train.all-*.tsv.gz, packed or not.
 
     A row is `{"url", "captions", "source", "split", "row"}`: an address with all captions that pages in the language
-    give it, `row` its first row, counted from 0 over all files. Other languages are passed over, neither kept nor
-    dropped; with language None, such as for a file that has been filtered, none are. SVG and rows without a caption are
-    dropped. Raises ValueError for a file without the columns.
+    give it, `row` its first row, counted from 0 over all files. Rows of other languages are dropped, which are most of
+    a published file; with language None, such as for a file that has been filtered, none is. SVG and rows without a
+    caption are dropped. Raises ValueError for a file without the columns.
     """
     for url, row, captions in gathered(_rows(each(paths), report, language, caption)):
         unique = list(dict.fromkeys(captions))
@@ -33,8 +33,12 @@ def read_wit(
 
 def _rows(paths: list[Path], report: Report, language: str | None, caption: str) -> Iterator[tuple[str, int, str]]:
     columns = ("image_url", caption, "mime_type?", "language?" if language is None else "language")
+    other = f"another language than {language}"
     for row, path, number, (url, text, mime_type, spoken) in quoted_table(paths, columns, report):
         if language is not None and spoken != language:
+            # Of millions of rows few are shown, and to name one takes longer than to count it
+            few = report.dropped[other] < EXAMPLES
+            report.drop(other, example(path, number, f"{spoken}: {url}") if few else "")
             continue
         text = clean_caption(text)
         if not text:
