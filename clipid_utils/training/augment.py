@@ -17,15 +17,15 @@ _TO_RGB = np.linalg.inv(_TO_YIQ)
 class AugmentConfig:
     """Ranges of the draws; each is uniform in ± its value (scale: in its two bounds), 0 turns it off."""
 
-    degrees: float = 7.0
-    shear: float = 0.07  # as a slope: 0.07 is about 4 degrees
-    translate: float = 0.08  # of the side
+    degrees: float = 7.0  # of rotation
+    shear: float = 0.07  # sideways, as a slope: 0.07 is about 4 degrees
+    translate: float = 0.08  # of the side, both ways
     scale: tuple[float, float] = (0.8, 1.15)  # of the picture in its frame
     stretch: float = 0.1  # width against height, as a logarithm
     flip: float = 0.5  # chance, where the caption allows it
-    brightness: float = 0.15
-    contrast: float = 0.25
-    saturation: float = 0.4
+    brightness: float = 0.15  # added to all values, which go from 0 to 1
+    contrast: float = 0.25  # of the distance from the middle grey
+    saturation: float = 0.4  # of the distance from the grey of the same light
     hue: float = 0.05  # of a full turn
     grey: float = 0.05  # chance
     shading: float = 0.2  # a linear light across the picture, as drawn highlights and shadows are

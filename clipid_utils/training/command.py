@@ -1,9 +1,8 @@
 """`python -m clipid_utils train`: whole runs by name, each a frozen dataclass whose fields are the command's options.
 
-The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings, but for three of
-their augmentations, which are absent here: perspective, autocontrast and equalize. What was a fault in them is not
-repeated: the loss sees the whole batch, and a resumed run is the same run. `indobert-base` and
-`indonesian-roberta-base` train the same towers with what is known today; no run of that size has been made here.
+The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what differs is
+listed above `ANCESTOR`. `indobert-base` and `indonesian-roberta-base` train towers of that kind with what is known
+today. No run of such a size has been made here.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from clipid_utils.data.captions import read_captions
 from clipid_utils.data.loader import Feed, load_pairs, load_records, records_feed, stream_feed
 from clipid_utils.data.picture_dictionary import load_picture_dictionary
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.convert import save_clip
+from clipid_utils.model.convert import load_clip, save_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form
@@ -46,8 +45,9 @@ FIXED = ("train", "validation", "validation_pictures", "vision", "text", "logit_
 class Stage:
     """One stage of a run: from the weights of the one before it, with its own schedule."""
 
-    fit: FitConfig
+    fit: FitConfig | None = None
     optimizer: Literal["adamw", "adabelief", "muon"] = "adamw"
+    """AdaBelief, with adaptive clipping, was the ancestor's; Muon takes the matrices in the blocks, AdamW the rest."""
     features: ProjectionConfig | None = None
     """In place of fit: the towers frozen, their features computed once, the projections trained on them."""
 
@@ -69,6 +69,7 @@ class Recipe:
     logit_scale: float | None = None
     """Factor on the cosines to start from; none: CLIP's."""
     stages: tuple[Stage, ...] = ()
+    """One after the other."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the towers compute in; parameters are float32."""
     form: Literal["jit", "shard_map", "pmap"] = "jit"
@@ -86,25 +87,41 @@ class Recipe:
     samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
     """Queries whose first pictures are kept at each evaluation."""
     seed: int = 0
+    """Of all that is drawn: the order of the data, captions, augmentations, a mini model's first weights."""
     resume: bool = False
     """Go on with the run in the folder, if there is one."""
     tensorboard: bool = False
+    """Curves and pictures for TensorBoard, in the folders of the stages."""
     wandb: str | None = None
     """Name of a Weights & Biases project."""
 
 
+# The runs of 2021: 20 epochs of 8 x 64 pairs, of at most 96 tokens; AdaBelief, adaptive clipping at 0.01, no decay; a
+# tenth of the steps to the peak, then a cosine to 0; the scale fixed at 20; first the projections, then all else too.
+# What was a fault is not repeated: the loss sees the whole batch, not each device's part, RoBERTa's positions begin
+# where they did in its pretraining, a flip does not make kiri and kanan false, and a resumed run is the same run. What
+# else differs:
+# - BERT's dropout of 0.1 was on, in both stages; here is none.
+# - A random square of the picture became the middle one, a shear along both axes one along x, the grey (127) behind a
+#   moved picture white, and a hue turned in HSV one turned in YIQ. Perspective, autocontrast and equalize are absent.
+# - The text projection began at a standard deviation of 0.02; here at one over the root of the width.
+# - Every 1,000 steps, in the second stage 500, the loss of the validation pairs was measured, and 5 checkpoints were
+#   kept; here each epoch their recall, of the first of them (--validation-pictures), and 3. The log is as it was.
+# - The second stage began at a checkpoint that was chosen by hand (its scripts name steps 40,000 and 71,000 of 477,000)
+#   and ended with its last weights; here each ends with those of the best recall, where it is measured.
 _ANCESTOR = FitConfig(
     epochs=20, batch_size=512, learning_rate=5e-5, weight_decay=0.0, warmup=0.1, clip_norm=0.01, caption_tokens=96,
-    average_decay=0.0, evaluate_every=1, log_every=50, checkpoint_every=1000, trainable=("*.projection.*",),
+    average_decay=0.0, evaluate_every=1, log_every=200, checkpoint_every=1000, trainable=("*.projection.*",),
     augmentation=AugmentConfig(degrees=15.0, shear=0.26, translate=0.1, scale=(0.8, 1.2), stretch=0.0, hue=0.1,
                                grey=0.0, brightness=0.0, contrast=0.0, saturation=0.0, shading=0.0),
 )
 ANCESTOR = (
     Stage(_ANCESTOR, "adabelief"),
-    Stage(dataclasses.replace(_ANCESTOR, learning_rate=1e-5, trainable=("vision.*", "text.*")), "adabelief"),
+    Stage(dataclasses.replace(_ANCESTOR, learning_rate=1e-5, trainable=("vision.*", "text.*"), log_every=100,
+                              checkpoint_every=500), "adabelief"),
 )
 TODAY = (
-    Stage(FitConfig(), features=ProjectionConfig(batch_size=4096)),
+    Stage(features=ProjectionConfig(batch_size=4096)),
     Stage(FitConfig(
         epochs=10, batch_size=4096, chunks=8, learning_rate=2e-4, weight_decay=0.1, layer_decay=0.8, caption_tokens=64,
         rates={"*.projection.*": 2.0}, evaluate_every=1, log_every=20, checkpoint_every=500,
@@ -159,6 +176,9 @@ def check(recipe: Recipe) -> None:
     if recipe.shard != "none" and recipe.form != "jit":
         raise ValueError(f"--shard {recipe.shard} needs --form jit: the others keep a copy of all on each device")
     for number, stage in enumerate(recipe.stages, 1):
+        if (stage.fit is None) == (stage.features is None):
+            raise ValueError(f"stage {number} has {'neither' if stage.fit is None else 'both'} of fit and features: "
+                             "give one")
         if stage.features is not None and recipe.train.endswith(".tar"):
             raise ValueError(f"stage {number} computes features of captions records, which --train {recipe.train} are "
                              "not: take a recipe without such a stage, or name a .jsonl or .parquet file")
@@ -178,7 +198,7 @@ def keep(recipe: Recipe) -> None:
     """
     path = recipe.out / "recipe.json"
     settings = dataclasses.asdict(recipe)
-    if any(recipe.out.glob("stage-*/checkpoints/[0-9]*")):
+    if any(any(recipe.out.glob(f"stage-*/{kept}")) for kept in ("checkpoints/[0-9]*", "model")):
         if not recipe.resume:
             raise FileExistsError(f"{recipe.out} holds a run: go on with it (--resume), or name another folder (--out)")
         if path.is_file():
@@ -206,8 +226,9 @@ def run(recipe: Recipe) -> bool:
     """Trains stage after stage, each in `out/stage-…`, into the checkpoint `out/model`; whether it came to the end.
 
     The folder also gets `recipe.json`, from which a run that goes on may not differ in what its weights are made of.
-    With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read (the projections of
-    a stage on features are trained anew, in minutes, to the same weights). Raises what `fit` raises.
+    With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read; a stage on features
+    keeps its features and, in `stage-…/model`, what it ended with, but no checkpoints: stopped, its projections are
+    trained anew, in minutes, to the same weights. Raises what `fit` raises.
     """
     check(recipe)
     if recipe.hosts:
@@ -226,6 +247,9 @@ def run(recipe: Recipe) -> bool:
     for number, stage in enumerate(recipe.stages, 1):
         out = recipe.out / f"stage-{number}"
         print(f"stage {number} of {len(recipe.stages)}: {out}")
+        if recipe.resume and (out / "model").is_dir():
+            model, _ = load_clip(out / "model", dtype=jnp.dtype(recipe.dtype))
+            continue
         if stage.features is not None:
             data = read_captions(Path(recipe.train)) if pairs is None else pairs
             features = cache_features(model, processor, data, out / "features")
@@ -245,6 +269,9 @@ def run(recipe: Recipe) -> bool:
         if result.interrupted:
             return False
         model = result.model
+        if stage.features is not None and jax.process_index() == 0:
+            save_clip(model, processor, out / "model.part")
+            (out / "model.part").replace(out / "model")
     if jax.process_index() == 0:
         save_clip(model, processor, recipe.out / "model")
     return True

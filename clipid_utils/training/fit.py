@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,25 +30,27 @@ from clipid_utils.training.step import TrainState, assemble, init_state, leaf_na
 class FitConfig:
     """What a run is made of; written into its folder as `fit.json`."""
 
-    epochs: int = 10
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    warmup: float = 0.05  # of all steps
-    clip_norm: float = 1.0
-    caption_tokens: int = 24
-    drop_path: float = 0.0
-    keep_patches: int | None = None
+    epochs: int = 10  # passes over the data
+    batch_size: int = 256  # pairs a step, of all devices together
+    learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
+    weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
+    warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
+    clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
+    caption_tokens: int = 24  # longest caption in tokens; what is cut off is counted
+    drop_path: float = 0.0  # chance that the image tower's last layer is skipped, less before it; half for the text's
+    keep_patches: int | None = None  # patches of each picture that go through the tower, drawn anew; none: all
     image_image: float = 0.0  # weight of the loss between pictures of one concept
     group_concepts: bool = False  # pictures of one concept stand in one batch
-    average_decay: float = 0.999
+    average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: none
     evaluate_every: int = 10  # epochs; steps of a stream, which has none
-    log_every: int = 10  # steps
+    log_every: int = 10  # steps between two lines of metrics.jsonl
     augmentation: AugmentConfig | None = field(default_factory=AugmentConfig)
     steps: int | None = None  # in place of epochs; a stream has none to count
     trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; what fits none stays as it is
-    rates: dict[str, float] = field(default_factory=dict)  # factors on the learning rate, by pattern; the first counts
-    layer_decay: float = 1.0  # of the learning rate, for each layer further from a tower's end
+    # No dict: of one with entries tyro makes an option for each of them, and other patterns could not be given
+    rates: MutableMapping[str, float] = field(default_factory=dict)
+    """Patterns, each with a factor on the learning rate; the first that fits counts."""
+    layer_decay: float = 1.0  # factor on the learning rate, for each layer further from a tower's end
     chunks: int = 1  # parts in which the batch goes through the towers (gradient cache)
     remat: bool = False  # blocks computed anew in the backward pass
     checkpoint_every: int = 0  # steps; 0 keeps none, and a run that is stopped cannot be resumed

@@ -28,13 +28,13 @@ from clipid_utils.training.run import interruptible
 class ProjectionConfig:
     """Settings of stage 1, named as FitConfig's."""
 
-    epochs: int = 30
-    batch_size: int = 1024
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    warmup: float = 0.05  # of all steps
-    clip_norm: float = 1.0
-    log_every: int = 10  # steps
+    epochs: int = 30  # passes over the features
+    batch_size: int = 1024  # pairs a step
+    learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
+    weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
+    warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
+    clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
+    log_every: int = 10  # steps between two lines of metrics.jsonl
     trainable: tuple[str, ...] = ("*.projection.*", "logit_*")  # patterns; others of them stay as they are
 
 

@@ -1,0 +1,85 @@
+"""`train RECIPE`, stopped in either of two stages and called again with --resume, ends as an unbroken run does."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from resume_worker import Process, around, at_step, cached_in, die, lines, steps
+from test_command import write_place
+
+from clipid_utils import __main__
+from clipid_utils.training import command
+
+# Of each recipe: which of its stages are `fit`'s, what else makes it small, and in which stage, by which step and how
+# its processes end. Checkpoints are at steps 2 and 4; a stage on features keeps none.
+RECIPES = {
+    "ancestor-indobert-large": ([0, 1], [], [("stage-1", 3, "killed"), ("stage-2", 3, "killed")]),
+    "indobert-base": (
+        [1], ["--stages.0.features.epochs", "2", "--stages.0.features.batch-size", "8", "--stages.0.features.log-every",
+              "1", "--stages.1.fit.chunks", "2", "--stages.1.fit.rates", "text.*", "2.0"],
+        [("stage-1", 3, "killed"), ("stage-2", 1, "told")],
+    ),
+}
+
+
+def train(commands: list[list[str]], cache: Path, stage: str = "", step: int = 0, how: str = "") -> None:
+    """`python -m clipid_utils train …`, one after the other, and what stops it at this step of this stage."""
+
+    def act():
+        return die() if how == "killed" else signal.raise_signal(signal.SIGTERM)
+
+    fit, train_projections = command.fit, command.train_projections
+
+    def stopped_fit(*args, out, form, **options):
+        form = around(at_step(step, act), form) if out.name == stage else form
+        return fit(*args, out=out, form=form, **options)
+
+    def stopped_projections(*args, on_log, **options):
+        def log(history):
+            on_log(history)
+            if stage == "stage-1" and history[-1]["step"] == step:
+                act()
+
+        return train_projections(*args, on_log=log, **options)
+
+    command.fit, command.train_projections = stopped_fit, stopped_projections
+    with cached_in(cache):
+        for arguments in commands:
+            sys.argv = ["clipid_utils", "train", *arguments]
+            __main__.main()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_stopped_in_either_stage_a_run_ends_with_the_weights_of_an_unbroken_one(name, place, tmp_path):
+    fits, options, stops = RECIPES[name]
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    options = [name, "--train", str(place / "captions.jsonl"), "--vision", str(place / "vision"), "--text",
+               str(place / "bert"), *options]
+    for number in fits:
+        for option, value in (("steps", 4), ("batch-size", 8), ("caption-tokens", 8), ("evaluate-every", 9),
+                              ("log-every", 1), ("checkpoint-every", 2)):
+            options += [f"--stages.{number}.fit.{option}", str(value)]
+    go_on = [*options, "--out", str(run), "--resume"]
+    for stage, step, how in stops:
+        process = Process(train, [go_on], tmp_path / "cache", stage, step, how, log=tmp_path / f"{stage}.log")
+        output = process.ends(-signal.SIGKILL if how == "killed" else 1)
+        assert not (run / "model").exists() and (run / "stage-2").exists() == (stage == "stage-2")
+        if how == "told":
+            assert f"stopped: the same command with --resume goes on from where {run} is" in output
+            assert steps(run / stage) == [step]
+    before = (run / "stage-1" / "metrics.jsonl").stat().st_mtime_ns
+    whole = [*options, "--out", str(unbroken)]
+    Process(train, [go_on, whole], tmp_path / "cache", log=tmp_path / "end.log").ends(0)
+    if 0 not in fits:  # what came of the features was read, not trained again
+        assert (run / "stage-1" / "metrics.jsonl").stat().st_mtime_ns == before
+    for stage in ("stage-1", "stage-2"):
+        assert lines(run / stage) == lines(unbroken / stage) and lines(run / stage)[-1]["step"] == 4
+    model = (run / "model" / "model.safetensors").read_bytes()
+    assert model == (unbroken / "model" / "model.safetensors").read_bytes()
