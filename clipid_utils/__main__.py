@@ -56,6 +56,9 @@ def download(options: argparse.Namespace) -> None:
 def translate(options: argparse.Namespace) -> None:
     from clipid_utils.data.translate import OURS, Translator, translate_rows
 
+    if options.model is None:
+        print("by the small model of data/translator, which is there to try this out: for captions to train on name "
+              "another, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
     try:
         translator = Translator(options.model or OURS, beam=options.beam, device=options.device)
         report = translate_rows(options.file, options.folder, translator, column=options.column)
@@ -112,7 +115,7 @@ def main() -> None:
     command.add_argument("--beam", type=int, default=4)
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     command.set_defaults(run=translate)
-    command = commands.add_parser("train-mini", help="train the shipped checkpoint again")
+    command = commands.add_parser("train-mini", help="train by the shipped checkpoint's recipe")
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=train_mini)

@@ -16,7 +16,9 @@ import tarfile
 import threading
 import time
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import jax
@@ -298,6 +300,9 @@ class Process:
     def __init__(self, run, *args, log: Path, devices: int = 1, **options):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["resume_worker"])
+        # The server passes over what it cannot import, and Python 3.11 does not tell it of pytest's sys.path
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+            forkserver.ensure_running()
         self.log = log
         self.process = context.Process(target=_main, args=(log, devices, run, args, options), daemon=True)
         self.process.start()

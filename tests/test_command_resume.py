@@ -1,11 +1,14 @@
-"""`train RECIPE`, stopped in either of two stages and called again with --resume, ends as an unbroken run does."""
+"""`train RECIPE`, stopped in either of two stages and called with --resume, or on two hosts, is one run."""
 
 import signal
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from resume_worker import Process, around, at_step, cached_in, die, lines, steps
+from resume_worker import Process, around, at_step, cached_in, connect, die, free_port, lines, steps
+from safetensors.numpy import load_file
 from test_command import write_place
 
 from clipid_utils import __main__
@@ -50,6 +53,25 @@ def train(commands: list[list[str]], cache: Path, stage: str = "", step: int = 0
             __main__.main()
 
 
+def on_host(command_line: list[str], cache: Path, port: int, rank: int) -> None:
+    """`train` as one of two workers, which find each other here by a port in place of the machines' own word."""
+    initialize = jax.distributed.initialize
+    jax.distributed.initialize = lambda: (initialize(f"localhost:{port}", 2, rank), connect())
+    train([command_line], cache)
+
+
+def arguments(name: str, place: Path) -> list[str]:
+    """The recipe's command line for the small towers and few steps."""
+    fits, options, _ = RECIPES[name]
+    options = [name, "--train", str(place / "captions.jsonl"), "--vision", str(place / "vision"), "--text",
+               str(place / "bert"), *options]
+    for number in fits:
+        for option, value in (("steps", 4), ("batch-size", 8), ("caption-tokens", 8), ("evaluate-every", 9),
+                              ("log-every", 1), ("checkpoint-every", 2)):
+            options += [f"--stages.{number}.fit.{option}", str(value)]
+    return options
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return write_place(tmp_path_factory.mktemp("place"))
@@ -58,14 +80,8 @@ def place(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_stopped_in_either_stage_a_run_ends_with_the_weights_of_an_unbroken_one(name, place, tmp_path):
-    fits, options, stops = RECIPES[name]
-    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    options = [name, "--train", str(place / "captions.jsonl"), "--vision", str(place / "vision"), "--text",
-               str(place / "bert"), *options]
-    for number in fits:
-        for option, value in (("steps", 4), ("batch-size", 8), ("caption-tokens", 8), ("evaluate-every", 9),
-                              ("log-every", 1), ("checkpoint-every", 2)):
-            options += [f"--stages.{number}.fit.{option}", str(value)]
+    fits, _, stops = RECIPES[name]
+    run, unbroken, options = tmp_path / "run", tmp_path / "unbroken", arguments(name, place)
     go_on = [*options, "--out", str(run), "--resume"]
     for stage, step, how in stops:
         process = Process(train, [go_on], tmp_path / "cache", stage, step, how, log=tmp_path / f"{stage}.log")
@@ -83,3 +99,24 @@ def test_stopped_in_either_stage_a_run_ends_with_the_weights_of_an_unbroken_one(
         assert lines(run / stage) == lines(unbroken / stage) and lines(run / stage)[-1]["step"] == 4
     model = (run / "model" / "model.safetensors").read_bytes()
     assert model == (unbroken / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_does(place, tmp_path):
+    """Features by the first, a step over the devices of both, and one folder that both write and neither twice."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    options = [*arguments("indobert-base", place), "--dtype", "float32", "--stages.1.fit.chunks", "1"]
+    with free_port() as port:
+        hosts = [Process(on_host, [*options, "--out", str(run), "--hosts"], tmp_path / f"cache-{rank}", port, rank,
+                         log=tmp_path / f"{rank}.log", devices=4) for rank in range(2)]
+        for host in hosts:
+            host.ends(0)
+    Process(train, [[*options, "--out", str(alone)]], tmp_path / "cache", log=tmp_path / "alone.log", devices=8).ends(0)
+    for stage in ("stage-1", "stage-2"):
+        logged = ([line for line in lines(folder / stage) if "alarm" not in line] for folder in (run, alone))
+        for line, expected in zip(*logged, strict=True):
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, alone))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-4, err_msg=name)

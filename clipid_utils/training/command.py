@@ -1,8 +1,8 @@
 """`python -m clipid_utils train`: whole runs by name, each a frozen dataclass whose fields are the command's options.
 
 The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what differs is
-listed above `ANCESTOR`. `indobert-base` and `indonesian-roberta-base` train towers of that kind with what is known
-today. No run of such a size has been made here.
+listed above `ANCESTOR`. `indobert-base`, `indobert-large` and `indonesian-roberta-base` train towers of that kind with
+what is known today. No run of such a size has been made here.
 """
 
 import dataclasses
@@ -146,6 +146,10 @@ RECIPES = {
     "indobert-base": (
         "today: ViT-B/32 and IndoBERT base; stage 1 on cached features, batches of 4,096, a learned scale, layer decay",
         Recipe(_HERE / "indobert-base", stages=TODAY, dtype="bfloat16"),
+    ),
+    "indobert-large": (
+        "today: ViT-B/32 and IndoBERT large, as indobert-base",
+        Recipe(_HERE / "indobert-large", text="indobenchmark/indobert-large-p2", stages=TODAY, dtype="bfloat16"),
     ),
     "indonesian-roberta-base": (
         "today: ViT-B/32 and Indonesian RoBERTa base, as indobert-base",
