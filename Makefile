@@ -12,6 +12,7 @@ QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
 test: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 GPU := $(shell command -v nvidia-smi)
+# Bytecode is kept as modules are imported: compiling all that is installed took a quarter of the installation.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 help:  ## this list

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from unittest import mock
 
 import jax
@@ -16,6 +15,7 @@ from tiny import tiny_batch, tiny_clip, tiny_pairs, tiny_processor
 from clipid_utils.data.loader import batches
 from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.paths import CHECKPOINTS
+from clipid_utils.training import run
 from clipid_utils.training.alarms import LINES, Alarms, check_finite, count_duplicates, spread
 from clipid_utils.training.optimizers import adamw
 from clipid_utils.training.run import Clock
@@ -65,12 +65,15 @@ def test_an_alarm_comes_once_with_its_remedy_and_again_after_recovery(name):
     assert rung(watch, lines(2 * LINES, **changes)) == [name]
 
 
-def test_a_feed_that_devices_wait_for_is_measured_and_rings():
+def test_a_feed_that_devices_wait_for_is_measured_and_rings(monkeypatch):
     """But not one that is as slow behind steps that are slower."""
+
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
 
     def feed():
         while True:
-            time.sleep(0.02)
+            now[0] += 0.02
             yield {}
 
     def shares(ready):
@@ -78,13 +81,13 @@ def test_a_feed_that_devices_wait_for_is_measured_and_rings():
         for _ in range(LINES):
             for _ in range(2):
                 clock.next(feed(), running, batch_size=8)
-            time.sleep(0.04)
+            now[0] += 0.04
             found.append(clock.figures()["data_wait_fraction"])
             clock.restart()
         return found
 
     waited, hidden = shares(True), shares(False)
-    assert min(waited) > 0.2 and max(hidden) == 0  # half, but for what else the machine does
+    assert waited == pytest.approx([0.5] * LINES) and max(hidden) == 0
     watch = alarms()
     assert rung(watch, [{**line, "data_wait_fraction": share} for line, share in zip(lines(LINES), hidden, strict=True)]
                 ) == []

@@ -176,11 +176,10 @@ def _tokens(folder: Path) -> list[str]:
 def _target_tokens(folder: Path, tokens: list[str]) -> list[int]:
     """The numbers of the target language's pieces and of what is no piece of a text."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / PIECES[1]))
-    known = {pieces.id_to_piece(number) for number in range(pieces.get_piece_size())} | {"</s>", "<unk>", "<pad>"}
-    said = [number for number, token in enumerate(tokens) if token in known]
-    if not any(tokens[number] not in ("</s>", "<unk>", "<pad>") for number in said):
+    known, special = {pieces.id_to_piece(number) for number in range(len(pieces))}, {"</s>", "<unk>", "<pad>"}
+    if not (known - special) & set(tokens):
         raise ValueError(f"{folder / PIECES[1]}: none of its pieces is in vocab.json: take both from one model")
-    return said
+    return [number for number, token in enumerate(tokens) if token in known | special]
 
 
 def _positions(length: int, width: int) -> np.ndarray:
