@@ -42,8 +42,11 @@ bench: .venv-bench/installed  ## examples per second beside torch, in turns; ins
 	JAX_PLATFORMS=cpu .venv-bench/bin/python benchmarks/run.py
 	$(if $(GPU),.venv-bench/bin/python benchmarks/run.py step translate --gpu)
 
-parity: .venv-bench/installed  ## outputs and gradients beside torch's at true sizes, key by key, and the export back
+# Both need torch. The recipe of the shipped translator is run small, from the pairs to what its model then says.
+parity: .venv-bench/installed  ## outputs, gradients and export beside torch's, at true sizes; the translator's recipe
 	.venv-bench/bin/python scripts/parity.py
+	.venv-bench/bin/python -m clipid_utils prepare
+	.venv-bench/bin/python -m pytest tests/test_train_translator.py
 
 # Without Ray its tests would be passed over: hence the import.
 test-scale: .venv-bench/installed  ## shards through a Ray cluster on this machine, with a worker killed

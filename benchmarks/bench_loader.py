@@ -3,12 +3,13 @@
 All three shuffle 600 JPEGs of 500 x 375 pixels, decode them, resize them to 224 by the same Pillow calls
 (`decode_square`), draw a caption for each and tokenize a batch of 16. On one core each side works in its own process,
 pinned to that core; on two it has two worker processes, where `datasets`, which has none, is read through torch's
-DataLoader, as its manual says, and ours also stands with the threads that it has without workers (`threads`; the
-faster of the two is what is compared). Before a timed stretch each side gives away what it has made ahead. Then it
+DataLoader, as its manual says, and ours also stands with the threads that it has without workers (`threads`). Before a
+timed stretch each side gives away what it has made ahead. How ours compare is the median over the rounds of the two
+rates of a round, with a 95% bootstrap interval: a shared machine's rate changes by a third within minutes. Then it
 tells which share of its time a training step of ViT-B/32 and BERT-base, on the CPU, waits for its batch; `--wait` tells
 that alone.
 
-    python benchmarks/bench_loader.py [--rounds 5] [--wait] [--out build/bench/loader.json]
+    python benchmarks/bench_loader.py [--rounds 15] [--wait] [--out build/bench/loader.json]
 """
 
 import argparse
@@ -34,7 +35,7 @@ from clipid_utils.pictures import decode_square
 
 FOLDER = Path("build/bench/pictures")
 COUNT, SIZE, BATCH, LENGTH = 600, (500, 375), 16, 32
-MADE_AHEAD, TIMED = 24, 160  # batches
+MADE_AHEAD, TIMED = 24, 64  # batches
 CORES = {"1 core": 0, "2 cores": 2}  # worker processes
 CAPTIONS = ["seekor kucing tidur di atas kursi", "dua orang anak bermain bola di lapangan dekat rumah"]
 
@@ -173,10 +174,18 @@ def waiting(workers: int, steps: int = 12) -> dict[str, float]:
     return {"data_wait_fraction": round(waited / elapsed, 4), "seconds_a_step": round(elapsed / steps, 3)}
 
 
+def by(rates: list[float], others: list[float]) -> dict[str, float]:
+    """The median ratio of two sides' rates, round by round, and the ends of its interval."""
+    ratios = np.divide(rates, others)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975)).round(3).tolist()
+    return {"median": round(float(np.median(ratios)), 3), "low": low, "high": high}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "CORES"), help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--wait", action="store_true", help="only how long a training step waits")
     parser.add_argument("--out", type=Path, default=Path("build/bench/loader.json"))
     options = parser.parse_args()
@@ -184,15 +193,16 @@ def main() -> None:
         return worker(*options.worker)
     prepare()
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if not options.wait:
-        print(f"{'pictures/s per core':20}" + "".join(f"{side:>10}" for side in SIDES) + "   ours by: torch  datasets")
-        for cores in CORES:
-            sides = tuple(SIDES) if CORES[cores] else ("ours", "torch", "datasets")  # on one core ours are threads
-            report[cores] = found = turns.compare(__file__, cores, TIMED * BATCH, options.rounds, sides)
-            speed = {side: found["median"][side] / int(cores[0]) for side in sides}
-            best = max(speed["ours"], speed.get("threads", 0.0))
-            print(f"{cores:20}" + "".join(f"{speed[side]:10.1f}" if side in speed else " " * 10 for side in SIDES)
-                  + f"{best / speed['torch']:17.2f}{best / speed['datasets']:10.2f}", flush=True)
+    for cores in {} if options.wait else CORES:
+        sides = tuple(SIDES) if CORES[cores] else ("ours", "torch", "datasets")  # on one core ours are threads
+        report[cores] = found = turns.compare(__file__, cores, TIMED * BATCH, options.rounds, sides)
+        del found["ratio"]
+        print(f"{cores}: pictures/s per core " + "".join(f"{side:>10} {rate / int(cores[0]):.1f}"
+                                                         for side, rate in found["median"].items()), flush=True)
+        for side, other in itertools.product(sides[:-2], sides[-2:]):
+            ratio = by(found[side]["examples_per_second"], found[other]["examples_per_second"])
+            found[f"{side} by {other}"] = ratio
+            print(f"  {side} by {other}: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]", flush=True)
     for workers in (0, 1, 2):
         report[f"wait, {workers} workers"] = found = waiting(workers)
         print(f"{workers} workers: {found['data_wait_fraction']:.2%} of {found['seconds_a_step']} s a step waited")

@@ -2,36 +2,61 @@
 
     python benchmarks/bench_sources.py [--rows 10000 1000000] [--copies 10000 1000000] [--out build/bench/sources.json]
 
-Each reader reads a file made for it, in the published format, in a process of its own, which keeps no record.
-Seconds are of that process on a processor, so that a busy machine slows it little. Peak memory is its largest resident
-set, in all and beyond what it was after the imports. The last table is the search for near copies of 2,000 pictures
-among many (`copy_search`), random but as unevenly spread as photographs are, beside comparing the hashes alone of each
-with all (faiss IndexBinaryFlat, which needs the thumbnails after that), both on one core.
+Each reader reads files made for it, in the published format, in a process of its own, which keeps no record. They are
+removed after it: a million samples in tars take 3 GB. A row is a caption, of CC12M's tars a sample, of Unsplash one of
+either table. Seconds are of that process on a processor, so that a busy machine slows it little. Peak memory is its
+largest resident set, in all and beyond what it was after the imports.
+
+The last table is the search for near copies of 2,000 pictures among many (`copy_search`), random but as unevenly spread
+as photographs are, beside comparing the hashes alone of each with all (faiss IndexBinaryFlat, which needs the
+thumbnails after that), both on one core.
 """
 
 import argparse
 import csv
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from clipid_utils.data.conceptual import SBU_FILES
+from clipid_utils.data.vizwiz import UNWANTED
 
 FOLDER = Path("build/bench/sources")
 WORDS = "seekor sebuah seorang kucing anjing kuda merah biru besar kecil duduk tidur di atas meja dekat jendela".split()
 WIT = ("language", "page_url", "image_url", "page_title", "caption_reference_description", "mime_type",
        "context_page_description", "context_section_description")
+ADDRESS = "https://example.org/pictures/{:09d}/photo.jpg"
+HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+PHOTOS = ("photo_id", "photo_url", "photo_image_url", "photo_submitted_at", "photo_featured", "photo_width",
+          "photo_height", "photo_aspect_ratio", "photo_description", "photographer_username", "photographer_first_name",
+          "photographer_last_name", "exif_camera_make", "exif_camera_model", "exif_iso", "exif_aperture_value",
+          "exif_focal_length", "exif_exposure_time", "photo_location_name", "photo_location_latitude",
+          "photo_location_longitude", "photo_location_country", "photo_location_city", "stats_views", "stats_downloads",
+          "ai_description", "ai_primary_landmark_name", "ai_primary_landmark_latitude",
+          "ai_primary_landmark_longitude", "ai_primary_landmark_confidence", "blur_hash")
+KEYWORDS = ("photo_id", "keyword", "ai_service_1_confidence", "ai_service_2_confidence", "suggested_by_user")
+LANGUAGES = ("ar bn cs da de el en es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk "
+             "vi zh").split()
 QUERIES = 2000
 READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data import coco, conceptual, flickr, vizwiz, wit
+from clipid_utils.data import coco, conceptual, flickr, unsplash, vizwiz, wit, xm3600
+from clipid_utils.data.ondisk import OnDisk
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
 def peak():
@@ -40,11 +65,20 @@ def peak():
 before, start = peak(), time.process_time()
 rows = {
     "cc12m.tsv": lambda: conceptual.read_conceptual(path, report, source="cc12m"),
+    "cc12m-wds": lambda: conceptual.read_mirror(
+        sorted(path.glob("*.tar")), report, source="cc12m",
+        translations=OnDisk(conceptual.address_captions(path / "translated.tsv", Report()))),
+    "sbu": lambda: conceptual.read_sbu(path, report),
     "coco.tsv": lambda: coco.read_coco(path, folder, report),
     "coco.json": lambda: coco.read_coco(path, folder, report),
     "flickr8k.json": lambda: flickr.read_flickr(path, folder, report, source="flickr8k"),
-    "vizwiz.json": lambda: vizwiz.read_vizwiz(path, folder, report),
+    "flickr30k.token": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
+    "flickr30k.csv": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
     "xflickrco.jsonl": lambda: flickr.read_xflickrco(path, folder, report),
+    "vizwiz_train.json": lambda: vizwiz.read_vizwiz(path, folder, report),
+    "vizwiz.json": lambda: vizwiz.read_vizwiz(path, folder, report),
+    "xm3600.jsonl": lambda: xm3600.read_xm3600(path, folder, report),
+    "unsplash": lambda: unsplash.read_unsplash(path, report),
     "wit.tsv.gz": lambda: wit.read_wit([path], report),
 }[kind]()
 records = sum(1 for _ in rows)
@@ -54,7 +88,7 @@ print(json.dumps({"seconds": time.process_time() - start, "peak_mib": peak(), "b
 
 
 def captions(count: int) -> Iterator[str]:
-    """Sentences of ten words, of which one in a hundred is empty."""
+    """Sentences of ten words, of which one in three hundred is empty."""
     rng = np.random.default_rng(0)
     for start in range(0, count, 10_000):
         for numbers in rng.integers(0, len(WORDS), (min(10_000, count - start), 10)):
@@ -64,26 +98,61 @@ def captions(count: int) -> Iterator[str]:
 def write_cc12m(path: Path, count: int) -> None:
     with open(path, "w") as file:
         file.write("caption\turl\n")
-        file.writelines(f"{caption}\thttps://example.org/pictures/{number:09d}/photo.jpg\n"
-                        for number, caption in enumerate(captions(count)))
+        file.writelines(f"{caption}\t{ADDRESS.format(number)}\n" for number, caption in enumerate(captions(count)))
+
+
+def write_cc12m_wds(folder: Path, count: int) -> None:
+    """Tars of 10,000 samples, as img2dataset makes them, of one small picture; and the addresses' translations."""
+    folder.mkdir()
+    write_cc12m(folder / "translated.tsv", count)
+    Image.new("RGB", (16, 16)).save(file := io.BytesIO(), "jpeg", optimize=True)
+    picture = file.getvalue()
+    facts = {"status": "success", "error_message": None, "width": 16, "height": 16, "original_width": 16,
+             "original_height": 16, "exif": "{}", "sha256": hashlib.sha256(picture).hexdigest()}
+    texts = captions(count)
+    for start in range(0, count, 10_000):
+        with open(folder / f"cc12m-train-{start // 10_000:04d}.tar", "wb") as tar:
+            for number, caption in enumerate(itertools.islice(texts, 10_000), start):
+                row = {"caption": caption, "url": ADDRESS.format(number), "key": f"{number:09d}", **facts}
+                tar.write(tar_member(f"{number:09d}.jpg", picture))
+                tar.write(tar_member(f"{number:09d}.txt", caption.encode()))
+                tar.write(tar_member(f"{number:09d}.json", json.dumps(row).encode()))
+            tar.write(bytes(1024))
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """A file as `tarfile` puts it into a tar, without the minutes that it takes for three million."""
+    header = bytearray(HEADER)
+    header[: len(name)] = name.encode()
+    header[124:135] = b"%011o" % len(content)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return header + content + bytes(-len(content) % 512)
+
+
+def write_sbu(folder: Path, count: int) -> None:
+    folder.mkdir()
+    urls = (f"http://static.flickr.com/{number % 4000}/{number:010d}_{number:010x}.jpg" for number in range(count))
+    for name, lines in zip(SBU_FILES, (urls, captions(count)), strict=True):
+        with open(folder / name, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def write_coco(path: Path, count: int) -> None:
-    """Five captions a picture, far apart, as COCO's are; one picture in two hundred is there."""
+    """Five captions a picture, far apart, as COCO's are."""
     pictures = count // 5
-    for number in range(0, pictures, 200):
-        (path.parent / f"{number:012d}.jpg").touch()
     with open(path, "w") as file:
         file.write("caption\timage_name\n")
         file.writelines(f"{caption}\t{number * 7919 % pictures:012d}.jpg\n"
                         for number, caption in enumerate(captions(count)))
 
 
-def write_coco_json(path: Path, count: int) -> None:
-    """The same as annotations; its pictures are those of `write_coco`."""
+def write_coco_json(path: Path, count: int, flags: Sequence[str] = ()) -> None:
+    """The same as annotations, in a hundredth of which a flag, such as VizWiz has, is true."""
     pictures = count // 5
     images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in range(pictures)]
-    rows = [{"id": number, "image_id": number * 7919 % pictures, "caption": caption}
+    rows = [{"id": number, "image_id": number * 7919 % pictures, "caption": caption,
+             **{flag: number % 101 == place for place, flag in enumerate(flags)}}
             for number, caption in enumerate(captions(count))]
     path.write_text(json.dumps({"images": images, "annotations": rows}))
 
@@ -98,8 +167,17 @@ def write_flickr8k_json(path: Path, count: int) -> None:
         file.write("}")
 
 
+def write_flickr30k(path: Path, count: int) -> None:
+    """The same as published, or as Kaggle's .csv with its bars."""
+    is_kaggle = path.suffix == ".csv"
+    form = "{:012d}.jpg| {}| {}\n" if is_kaggle else "{:012d}.jpg#{}\t{}\n"
+    with open(path, "w") as file:
+        file.write("image_name| comment_number| comment\n" if is_kaggle else "")
+        file.writelines(form.format(number // 5, number % 5, caption) for number, caption in enumerate(captions(count)))
+
+
 def write_vizwiz_json(path: Path, count: int) -> None:
-    """The same as a list of objects."""
+    """The same as a list of objects, which is how VizWiz was translated."""
     texts = captions(count)
     with open(path, "w") as file:
         for number in range(count // 5):
@@ -109,9 +187,38 @@ def write_vizwiz_json(path: Path, count: int) -> None:
 
 
 def write_xflickrco(path: Path, count: int) -> None:
-    with open(path, "w") as file:  # some of COCO's pictures, above
+    with open(path, "w") as file:
         file.writelines(json.dumps({"sentences": [caption], "id": number, "img_path": f"{number:012d}.jpg"}) + "\n"
                         for number, caption in enumerate(captions(count)))
+
+
+def write_xm3600(path: Path, count: int) -> None:
+    """Two captions a picture in each language, each also in tokens."""
+    texts = captions(count)
+    with open(path, "w") as file:
+        for number in range(count // (2 * len(LANGUAGES))):
+            row = {"image/key": f"{number:012d}", "image/locale": "id"}
+            for language in LANGUAGES:
+                two = list(itertools.islice(texts, 2))
+                row[language] = dict.fromkeys(("caption", "caption/tokenized", "caption/tokenized/lowercase"), two)
+            file.write(json.dumps(row) + "\n")
+
+
+def write_unsplash(folder: Path, count: int) -> None:
+    """Nine keywords a photo, far apart, of which two fifths are sure; Lite has more, and so fewer photos."""
+    folder.mkdir()
+    count_photos = count // 10
+    with open(folder / "photos.tsv000", "w", newline="") as file:
+        table = csv.DictWriter(file, PHOTOS, delimiter="\t", lineterminator="\n")
+        table.writeheader()
+        table.writerows({"photo_id": f"{number:011x}", "photo_url": f"https://unsplash.com/photos/{number:011x}",
+                         "photo_image_url": f"https://images.unsplash.com/photo-{number:011x}",
+                         "photo_description": f'{caption} "{number}"', "ai_description": caption}
+                        for number, caption in enumerate(captions(count_photos)))
+    with open(folder / "keywords.tsv000", "w") as file:
+        file.write("\t".join(KEYWORDS) + "\n")
+        file.writelines(f"{number * 7919 % count_photos:011x}\t{caption[:12]}\t{number % 100}.5\t\tf\n"
+                        for number, caption in enumerate(captions(count - count_photos)))
 
 
 def write_wit(path: Path, count: int) -> None:
@@ -128,19 +235,22 @@ def write_wit(path: Path, count: int) -> None:
 
 
 WRITERS = {
-    "cc12m.tsv": write_cc12m, "coco.tsv": write_coco, "coco.json": write_coco_json,
-    "flickr8k.json": write_flickr8k_json, "vizwiz.json": write_vizwiz_json, "xflickrco.jsonl": write_xflickrco,
-    "wit.tsv.gz": write_wit,
+    "cc12m.tsv": write_cc12m, "cc12m-wds": write_cc12m_wds, "sbu": write_sbu, "coco.tsv": write_coco,
+    "coco.json": write_coco_json, "flickr8k.json": write_flickr8k_json, "flickr30k.token": write_flickr30k,
+    "flickr30k.csv": write_flickr30k, "xflickrco.jsonl": write_xflickrco,
+    "vizwiz_train.json": partial(write_coco_json, flags=(*UNWANTED, "text_detected")), "vizwiz.json": write_vizwiz_json,
+    "xm3600.jsonl": write_xm3600, "unsplash": write_unsplash, "wit.tsv.gz": write_wit,
 }
 
 
 def read(kind: str, count: int) -> dict:
-    folder = FOLDER / str(count)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / kind).exists():
-        WRITERS[kind](part := folder / f"part-{kind}", count)
-        part.rename(folder / kind)
-    done = subprocess.run([sys.executable, "-c", READ, str(folder), kind], capture_output=True, text=True)
+    """What READ measures of the reader of a kind of file; one picture in two hundred is there."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        for number in range(0, count // 5, 200):
+            Path(folder, f"{number:012d}.jpg").touch()
+        WRITERS[kind](Path(folder, kind), count)
+        done = subprocess.run([sys.executable, "-c", READ, folder, kind], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)

@@ -94,13 +94,15 @@ def new_model(vocabulary: dict[str, int], options) -> MarianMTModel:
     torch.manual_seed(options.seed)
     pad = vocabulary["<pad>"]
     width = options.width
-    return MarianMTModel(MarianConfig(
+    model = MarianMTModel(MarianConfig(
         vocab_size=len(vocabulary), d_model=width, encoder_layers=options.layers, decoder_layers=options.layers,
         encoder_attention_heads=options.heads, decoder_attention_heads=options.heads, encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width, max_position_embeddings=256, activation_function="swish", scale_embedding=True,
         dropout=options.dropout, attention_dropout=0.0, activation_dropout=0.0, init_std=0.02, pad_token_id=pad,
-        eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad, num_beams=4, max_length=256,
+        eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad,
     ))
+    model.generation_config.update(num_beams=4, max_length=256)  # transformers 5 takes them here alone
+    return model
 
 
 class Optimizers(list):
@@ -232,10 +234,11 @@ def reversed_corpus(corpus: Corpus) -> Corpus:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="data/translator, or data/translator-back for --reverse")
+    parser.add_argument("--out", type=Path, help="data/translator, data/translator-back for --reverse, or build/halves "
+                        "for --without")
     parser.add_argument("--reverse", action="store_true", help="Indonesian to English")
-    parser.add_argument("--without", type=int, choices=(0, 1), help="half of the dictionary's names to hold out more; "
-                        "the model goes to build/halves, for scripts/added_pictures.py")
+    parser.add_argument("--without", type=int, choices=(0, 1), help="half of the dictionary's names to hold out more, "
+                        "for scripts/added_pictures.py")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch, on either side")
     parser.add_argument("--width", type=int, default=192)
@@ -250,9 +253,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    out = options.out or DATA / ("translator-back" if options.reverse else "translator")
-    if options.without is not None:
-        out = HALVES / f"half-{options.without}"
+    ours = DATA / ("translator-back" if options.reverse else "translator")
+    out = options.out or (ours if options.without is None else HALVES / f"half-{options.without}")
     corpus = read_corpus(load_picture_dictionary(), options.without)
     turned = reversed_corpus(corpus) if options.reverse else corpus
     choosing, testing = ({"captions": turned.captions[split], "names": turned.names[split]}

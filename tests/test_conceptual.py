@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_translations_are_found_by_address(tmp_path, tars):
     records = read_mirror(tars, report, source="cc3m", translations=translations)
     assert [record["captions"] for record in records] == [["seekor kucing"], ["seekor sapi"]]
     assert report.dropped == {"no translation of its address": 3, "no picture in the sample": 1}
+
+
+def test_memory_does_not_grow_with_a_tar(tmp_path):
+    write_tar(tmp_path / "cc3m.tar", {name: content for number in range(1000)
+                                      for name, content in sample(f"{number:09d}").items()})
+    records = read_mirror(tmp_path / "cc3m.tar", Report(), source="cc3m")
+    next(records)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in records) == 999
+        assert tracemalloc.get_traced_memory()[1] < 2**18
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 3], lambda content: b"<html>",

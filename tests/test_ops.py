@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 
 from clipid_utils.model import ops, short_attention
+from clipid_utils.model.clip import linear
 
 
 def naive_attention(q, k, v, mask):
@@ -201,13 +203,24 @@ def test_layer_norm_and_its_gradient_are_the_textbooks(shape):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 6)])
-def test_a_linear_layers_product_and_its_gradient_are_those_of_jax(shape):
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])  # the ways taken there, on this machine
+def test_a_linear_layer_and_its_gradient_are_the_textbooks(backend, shape, with_bias, monkeypatch):
     rng = np.random.default_rng(5)
-    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, (6, 4)))
-    dimensions = (((len(shape) - 1,), (0,)), ((), ()))
-    both = [lambda x, kernel, product=product: product(x, kernel, dimensions)
-            for product in (ops.dot_general, jax.lax.dot_general)]
-    np.testing.assert_allclose(*(product(x, kernel) for product in both), atol=1e-5)
-    for one, other in zip(*(gradients(product, x, kernel) for product in both), strict=True):
+    sizes = (shape, (6, 4), (4,)) if with_bias else (shape, (6, 4))
+    x, *values = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    graph, state = nnx.split(linear(6, 4, dtype=jnp.float32, rngs=nnx.Rngs(0), bias=with_bias))
+
+    def ours(x, *values):
+        for name, value in zip(("kernel", "bias"), values, strict=False):
+            state[name] = state[name].replace(value)
+        return nnx.merge(graph, state)(x)
+
+    def textbook(x, kernel, bias=0.0):
+        return jnp.einsum("...d,dm->...m", x, kernel) + bias
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    np.testing.assert_allclose(ours(x, *values), textbook(x, *values), atol=1e-5)
+    for one, other in zip(gradients(ours, x, *values), gradients(textbook, x, *values), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -128,11 +128,19 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Name and files, by ending, of each run of files of one name in a tar, which ends at the first dot."""
     try:
         with tarfile.open(path, "r|*") as tar:
-            files = ((*_split(member.name), tar.extractfile(member).read()) for member in tar if member.isfile())
+            files = ((*_split(member.name), tar.extractfile(member).read()) for member in _members(tar)
+                     if member.isfile())
             for name, group in itertools.groupby(files, key=lambda file: file[0]):
                 yield name, {ending: content for _, ending, content in group}
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path}: no tar, or cut off ({error}): fetch it again") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, which would keep each that was read."""
+    for member in tar:
+        tar.members.clear()
+        yield member
 
 
 def _split(name: str) -> tuple[str, str]:

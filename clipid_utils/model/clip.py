@@ -42,18 +42,26 @@ def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
     return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
 
 
+class Linear(nnx.Linear):
+    """nnx's, on a CPU in the form of `ops`."""
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch M"]:
+        if ops.xla_cpu(x) and self.dtype == jnp.float32:
+            kernel, bias = (None if part is None else part[...].astype(x.dtype) for part in (self.kernel, self.bias))
+            return ops.linear(x, kernel, bias)
+        return super().__call__(x)
+
+
 def linear(
     d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer whose initial outputs are as large as its inputs, or with a kernel of another `std`.
 
     Both are the released CLIP's: kernels shrink with the width, and those that end a residual branch also with the
     depth. BERT's 0.02 is of that size at width 768; at 128 it would let all texts begin as one and the same vector.
     """
     init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
-    return nnx.Linear(
-        d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=ops.dot_general, rngs=rngs
-    )
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=ops.dot_general, rngs=rngs)
 
 
 def _residual_std(config: VisionConfig | TextConfig) -> float:

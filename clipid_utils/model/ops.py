@@ -6,12 +6,13 @@ Everything in `clip.py` calls these functions and is otherwise written plainly. 
   flash attention for half precision), on a TPU its XLA form; on a CPU explicit products over contiguous [B, H, L, K]
   arrays, which XLA's CPU back end runs faster than the einsum over [B, L, H, K], and a derivative that keeps the
   softmax's weights.
-- `dot_general`, the product in a linear layer: on a CPU or a GPU one product of two matrices. JAX's own derivative for
-  the kernel is that of a batched product, for which XLA first copies what it multiplies, transposed.
+- `linear` on a CPU, `dot_general` within nnx's on a GPU: one product of two matrices. JAX's own derivative for the
+  kernel is that of a batched product, for which XLA first copies what it multiplies, transposed; and its derivative for
+  the bias of queries, keys and values XLA's CPU code sums slowly, on one core.
 - `layer_norm`: nnx's, which is what runs elsewhere, with a derivative that keeps mean and deviation. What JAX derives
   goes over the tokens more often.
-- `gelu`, `quick_gelu`: the textbook functions with a derivative that keeps the slope computed in the forward pass. The
-  default derivative recomputes erf and exp inside the backward fusion, where XLA's CPU code cannot share them.
+- `gelu`, `quick_gelu`: the textbook functions with a derivative in closed form, from the input alone. What JAX derives
+  keeps more of the forward pass, and a slope that is kept has to be written and read.
 
 The CPU's forms are for float32; other types take the general ones there. `benchmarks/bench_step.py` measures the whole
 step with all of them and `benchmarks/bench_encode.py` the forward pass. What matters more on a Linux CPU stands outside
@@ -95,14 +96,14 @@ def _cudnn_takes(query, key, mask) -> bool:
     return query.shape[-1] % 8 == 0 and even
 
 
-def _with_saved_slope(value_and_slope: Callable) -> Callable:
-    """An elementwise function whose backward pass multiplies by the slope that the forward pass kept."""
+def _with_slope(value_and_slope: Callable) -> Callable:
+    """An elementwise function whose backward pass multiplies by the slope, computed from what went in."""
 
     @jax.custom_vjp
     def function(x):
         return value_and_slope(x)[0]
 
-    function.defvjp(value_and_slope, lambda slope, g: (g * slope,))
+    function.defvjp(lambda x: (function(x), x), lambda x, g: (g * value_and_slope(x)[1],))
     return function
 
 
@@ -116,8 +117,8 @@ def _quick_gelu(x):
     return x * gate, gate * (1.0 + 1.702 * x * (1.0 - gate))
 
 
-gelu = _with_saved_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form, as BERT
-quick_gelu = _with_saved_slope(_quick_gelu)  # x * sigmoid(1.702 x), as OpenAI's CLIP
+gelu = _with_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form, as BERT
+quick_gelu = _with_slope(_quick_gelu)  # x * sigmoid(1.702 x), as OpenAI's CLIP
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # the names that Hugging Face configs use
 
@@ -127,24 +128,37 @@ def xla_cpu(x: Array) -> bool:
     return jax.default_backend() == "cpu" and x.dtype == jnp.float32
 
 
+def linear(
+    x: Float[Array, "*batch D"], kernel: Float[Array, "D M"], bias: Float[Array, " M"] | None
+) -> Float[Array, "*batch M"]:
+    """`x @ kernel + bias`, with a derivative of its own."""
+    return _linear(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def dot_general(x: Float[Array, "*batch D"], kernel: Float[Array, "D M"], dimension_numbers, **options):
-    """`jax.lax.dot_general` as a linear layer calls it: the last axis of `x` with the first of `kernel`."""
-    if not xla_cpu(x) and jax.default_backend() != "gpu":
+    """`jax.lax.dot_general` as nnx.Linear calls it: the last axis of `x` with the first of `kernel`."""
+    if jax.default_backend() != "gpu":
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    return linear(x, kernel, None)
 
 
 @jax.custom_vjp
-def _product(x, kernel):
-    return x @ kernel
+def _linear(x, kernel, bias):
+    y = x @ kernel
+    return y if bias is None else y + bias
 
 
-def _product_backward(kept, g):
-    x, kernel = kept
-    return g @ kernel.T, x.T @ g
+def _linear_forward(x, kernel, bias):
+    return _linear(x, kernel, bias), (x, kernel, bias)
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+def _linear_backward(kept, g):
+    x, kernel, bias = kept
+    g_kernel = (g.T @ x).T if xla_cpu(x) else x.T @ g  # so XLA's CPU code copies less
+    return g @ kernel.T, g_kernel, None if bias is None else g.sum(axis=0)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
