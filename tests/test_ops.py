@@ -162,7 +162,7 @@ TEXTBOOK = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": l
 
 
 @pytest.mark.parametrize("name", TEXTBOOK)
-def test_activation_and_its_kept_slope(name):
+def test_activation_and_its_slope(name):
     x = jnp.concatenate([jnp.linspace(-6, 6, 241), jnp.array([-1e4, -40.0, 40.0, 1e4])])
     ours, textbook = ops.ACTIVATIONS[name], TEXTBOOK[name]
     np.testing.assert_allclose(ours(x), textbook(x), atol=1e-6)

@@ -154,7 +154,9 @@ def _linear_forward(x, kernel, bias):
 
 def _linear_backward(kept, g):
     x, kernel, bias = kept
-    g_kernel = (g.T @ x).T if xla_cpu(x) else x.T @ g  # so XLA's CPU code copies less
+    # XLA's CPU code copies what it transposes: the kernel's gradient where that is the smaller
+    turned = xla_cpu(x) and len(x) > max(kernel.shape)
+    g_kernel = (g.T @ x).T if turned else x.T @ g
     return g @ kernel.T, g_kernel, None if bias is None else g.sum(axis=0)
 
 
