@@ -51,7 +51,7 @@ parity: .venv-bench/installed  ## outputs, gradients and export beside torch's, 
 # Without Ray its tests would be passed over: hence the import.
 test-scale: .venv-bench/installed  ## shards through a Ray cluster on this machine, with a worker killed
 	.venv-bench/bin/python -c 'import ray.data'
-	.venv-bench/bin/python -m pytest tests/test_scale.py
+	.venv-bench/bin/python -m pytest tests/data/test_scale.py
 
 test-colab: .venv-colab/installed  ## the unit tests against Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
 	.venv-colab/bin/python -m clipid_utils prepare

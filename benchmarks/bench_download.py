@@ -23,9 +23,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import picture_server
 
-from clipid_utils.data.addresses import PublicNetwork
-from clipid_utils.data.download import download
-from clipid_utils.data.one_picture import Limits
+from clipid_utils.data.download.addresses import PublicNetwork
+from clipid_utils.data.download.download import download
+from clipid_utils.data.download.fetcher import Limits
 
 DIFFERENT = 50  # pictures
 

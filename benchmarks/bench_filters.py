@@ -24,9 +24,9 @@ import json, sys, time
 from itertools import islice
 from pathlib import Path
 import numpy as np
-from clipid_utils.data.filters import *
-from clipid_utils.data.openclipart import load_openclipart
-from clipid_utils.data.propn import load_tagger
+from clipid_utils.data.cleaning.filters import *
+from clipid_utils.data.dictionary.openclipart import load_openclipart
+from clipid_utils.data.cleaning.proper_nouns import load_tagger
 from clipid_utils.data.report import Report
 kind, made, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 words = "seekor sebuah seorang kucing anjing kuda merah biru besar kecil duduk tidur di atas meja dekat jendela".split()

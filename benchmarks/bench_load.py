@@ -48,7 +48,7 @@ def write_large(folder: Path, form: str) -> int:
     from safetensors.numpy import save_file
 
     from clipid_utils import PRESETS, HybridCLIP
-    from clipid_utils.model.towers import TRANSFORMS, key_table, to_hf_config
+    from clipid_utils.model.pretrained.families import TRANSFORMS, key_table, to_hf_config
 
     config = PRESETS["vit_b32_indobert_large"]
     shapes = nnx.eval_shape(lambda: HybridCLIP(config, rngs=nnx.Rngs(0)))

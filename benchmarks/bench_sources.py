@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipid_utils.data.conceptual import SBU_FILES
-from clipid_utils.data.vizwiz import UNWANTED
+from clipid_utils.data.sources.conceptual import SBU_FILES
+from clipid_utils.data.sources.vizwiz import UNWANTED
 
 FOLDER = Path("build/bench/sources")
 WORDS = "seekor sebuah seorang kucing anjing kuda merah biru besar kecil duduk tidur di atas meja dekat jendela".split()
@@ -55,8 +55,8 @@ READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data import coco, conceptual, flickr, unsplash, vizwiz, wit, xm3600
-from clipid_utils.data.ondisk import OnDisk
+from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, vizwiz, wit, xm3600
+from clipid_utils.data.sources.disk_table import OnDisk
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
 def peak():
@@ -260,8 +260,8 @@ def find_copies(count: int) -> dict:
     """Seconds to put the pictures into cells and to ask for the near copies of QUERIES of them, a third planted."""
     import faiss
 
-    from clipid_utils.data.copy_search import KEYS, CopySearch, cells
-    from clipid_utils.data.near_copies import MAX_BITS
+    from clipid_utils.data.cleaning.copy_search import KEYS, CopySearch, cells
+    from clipid_utils.data.cleaning.near_copies import MAX_BITS
 
     rng = np.random.default_rng(0)
     spread = ((1, 1, 1, 45), (1, 1, 3, 15), (2, 2, 1, 25), (4, 4, 1, 20), (4, 4, 3, 6))  # light, tint, large and small

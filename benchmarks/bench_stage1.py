@@ -24,11 +24,11 @@ def measure() -> dict:
     from flax import nnx
 
     from clipid_utils import HybridCLIP
-    from clipid_utils.data.loader import load_pairs
-    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.data.batches.loader import load_pairs
+    from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
     from clipid_utils.training.features import cache_features
-    from clipid_utils.training.projections import ProjectionConfig, train_projections
+    from clipid_utils.training.heads import ProjectionConfig, train_projections
     from clipid_utils.training.recipes import tokenizer_corpus
 
     rows = load_picture_dictionary()["train"]

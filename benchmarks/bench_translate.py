@@ -2,7 +2,7 @@
 
 Both sides: one model, of opus-mt's size and random weights, one list of token ids, the same beam, and as many steps,
 since the shortest and the longest translation have one length. Ours is CTranslate2 as `Translator` opens it, in int8,
-or in float32 as torch has it; its decoder goes over the target language's pieces alone (data/marian.py). Theirs is
+or in float32 as torch has it; its decoder has the target language's pieces alone (translation/marian.py). Theirs is
 float32, or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end stand hours and cost
 for many captions, from the rate measured here.
 
@@ -56,14 +56,14 @@ def ours(size: str):
     """A function that translates all sentences."""
     import ctranslate2
 
-    from clipid_utils.data.translate import Translator
+    from clipid_utils.data.translation.translate import Translator
 
     folder = Path("build/bench/opus_mt_size")
     if not (folder / "vocab.json").is_file():
         write_random_model(folder)
     translator = Translator(folder, beam=beam(size), device="cuda" if size in ON_GPU else "cpu")
     if size.endswith("float32"):
-        from clipid_utils.data.marian import converted_folder
+        from clipid_utils.data.translation.marian import converted_folder
 
         translator.engine = ctranslate2.Translator(
             str(converted_folder(folder, "float32")), inter_threads=translator.workers, intra_threads=1)

@@ -2,7 +2,7 @@
 
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS, CLIPConfig, TextConfig, VisionConfig
-from clipid_utils.model.convert import load_clip, save_clip
+from clipid_utils.model.pretrained.convert import load_clip, save_clip
 from clipid_utils.model.processor import CLIPProcessor
 
 __version__ = "0.1.0"

@@ -9,9 +9,9 @@ from clipid_utils.paths import CHECKPOINTS
 
 
 def prepare(options: argparse.Namespace) -> None:
-    from clipid_utils.data.fetch import FetchError
-    from clipid_utils.data.openclipart import load_openclipart
-    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.data.dictionary.build import load_picture_dictionary
+    from clipid_utils.data.dictionary.fetch import FetchError
+    from clipid_utils.data.dictionary.openclipart import load_openclipart
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
@@ -38,8 +38,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def download(options: argparse.Namespace) -> None:
-    from clipid_utils.data.download import download, read_urls
-    from clipid_utils.data.one_picture import Limits
+    from clipid_utils.data.download.download import download, read_urls
+    from clipid_utils.data.download.fetcher import Limits
 
     limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
     try:
@@ -54,7 +54,7 @@ def download(options: argparse.Namespace) -> None:
 
 
 def translate(options: argparse.Namespace) -> None:
-    from clipid_utils.data.translate import OURS, Translator, translate_rows
+    from clipid_utils.data.translation.translate import OURS, Translator, translate_rows
 
     if options.model is None:
         print("by the small model of data/translator, which is there to try this out: for captions to train on name "
@@ -70,7 +70,7 @@ def translate(options: argparse.Namespace) -> None:
 
 
 def train_mini(options: argparse.Namespace) -> None:
-    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.training.recipes import train_mini
 
     result = train_mini(load_picture_dictionary(), options.out, seed=options.seed)
@@ -80,7 +80,7 @@ def train_mini(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.inference.evaluate import evaluate_checkpoint
 
     out = options.checkpoint / "metrics.json"

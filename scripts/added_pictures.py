@@ -26,18 +26,18 @@ from sacrebleu.metrics import CHRF
 from translator_corpus import half_of
 
 from clipid_utils import paths
-from clipid_utils.data.loader import PicturePairs, load_pairs
-from clipid_utils.data.machine_captions import (
+from clipid_utils.data.batches.loader import PicturePairs, load_pairs
+from clipid_utils.data.dictionary.build import load_picture_dictionary
+from clipid_utils.data.dictionary.openclipart import load_openclipart, split_openclipart
+from clipid_utils.data.report import Report
+from clipid_utils.data.translation.machine_captions import (
     caption_gates,
     in_indonesian,
     named,
     with_good_captions,
     with_good_pictures,
 )
-from clipid_utils.data.openclipart import load_openclipart, split_openclipart
-from clipid_utils.data.picture_dictionary import load_picture_dictionary
-from clipid_utils.data.report import Report
-from clipid_utils.data.translate import Translator
+from clipid_utils.data.translation.translate import Translator
 from clipid_utils.inference.evaluate import rounded, versions
 from clipid_utils.training.fit import fit
 from clipid_utils.training.optimizers import muon

@@ -21,10 +21,11 @@ from datasets import Dataset
 from flax import nnx
 
 from clipid_utils import paths
-from clipid_utils.data.ahead import Steps, usable_threads
+from clipid_utils.data.batches.loader import Feed, PicturePairs, load_pairs
+from clipid_utils.data.batches.prefetch import Steps
 from clipid_utils.data.captions import flip_allowed, sample_caption
-from clipid_utils.data.loader import Feed, PicturePairs, load_pairs
-from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.data.dictionary.build import load_picture_dictionary
+from clipid_utils.files import usable_threads
 from clipid_utils.inference.evaluate import retrieval_both_ways, rounded, versions
 from clipid_utils.model.clip import HybridCLIP, TextEncoder
 from clipid_utils.model.config import PRESETS

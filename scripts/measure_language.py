@@ -12,7 +12,7 @@ from pathlib import Path
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from clipid_utils.data.filters import LANGUAGES
+from clipid_utils.data.cleaning.filters import LANGUAGES
 from clipid_utils.paths import CACHE
 
 THRESHOLDS = (0.1, 0.3, 0.5)

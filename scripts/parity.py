@@ -30,9 +30,9 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
 from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
-from clipid_utils.model.convert import flatten_params
+from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.families import TRANSFORMS, key_table
 from clipid_utils.model.processor import train_wordpiece
-from clipid_utils.model.towers import TRANSFORMS, key_table
 from clipid_utils.training.loss import clip_loss
 
 PAIRS = {  # the sizes of openai/clip-vit-base-patch32 with those of BERT base and of RoBERTa base

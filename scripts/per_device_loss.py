@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float
 from recall_of_runs import Ranks, difference, line, recalls, text_ranks
 
 from clipid_utils import paths
-from clipid_utils.data.loader import load_pairs
-from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.data.batches.loader import load_pairs
+from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.inference.evaluate import rounded, versions
 from clipid_utils.training.fit import fit
 from clipid_utils.training.loss import clip_loss

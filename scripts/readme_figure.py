@@ -33,7 +33,7 @@ def draw_searches(checkpoint: Path, columns: int = 7) -> Image.Image:
     from datasets import concatenate_datasets
 
     import clipid_utils
-    from clipid_utils.data.picture_dictionary import load_picture_dictionary
+    from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.inference.index import build_index
     from clipid_utils.inference.search import search_figure
 

@@ -18,10 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from clipid_utils.data.emoji_sets import read_names
-from clipid_utils.data.fetch import fetch_npm, read_sources
-from clipid_utils.data.picture_splits import UNSEEN_CONCEPTS, share
-from clipid_utils.data.propn import PARTS, WORDS, capitals, forms, save_tagger, shape, spelling, split_words, train
+from clipid_utils.data.cleaning.proper_nouns import (
+    PARTS,
+    WORDS,
+    capitals,
+    forms,
+    save_tagger,
+    shape,
+    spelling,
+    split_words,
+    train,
+)
+from clipid_utils.data.dictionary.artists import read_names
+from clipid_utils.data.dictionary.fetch import fetch_npm, read_sources
+from clipid_utils.data.dictionary.splits import UNSEEN_CONCEPTS, share
 from clipid_utils.paths import CACHE, DATA
 
 FORMS = ("as written", "small letters", "capital on every word")

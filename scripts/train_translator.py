@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from transformers import MarianConfig, MarianMTModel, MarianTokenizer
 from translator_corpus import Corpus, Maker, Pair, read_corpus, word_by_word
 
-from clipid_utils.data.marian import convert
-from clipid_utils.data.picture_dictionary import load_picture_dictionary
-from clipid_utils.data.translate import Translator
+from clipid_utils.data.dictionary.build import load_picture_dictionary
+from clipid_utils.data.translation.marian import convert
+from clipid_utils.data.translation.translate import Translator
 from clipid_utils.inference.evaluate import rounded
 from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA

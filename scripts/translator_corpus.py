@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from datasets import DatasetDict
 
-from clipid_utils.data.gates import words
-from clipid_utils.data.picture_splits import share
+from clipid_utils.data.dictionary.splits import share
+from clipid_utils.data.translation.checks import words
 from clipid_utils.paths import DATA
 from clipid_utils.wording import classifier_for, counted
 

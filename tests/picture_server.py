@@ -342,9 +342,9 @@ def expected(url: str) -> tuple[str, str | tuple | None]:
 
 def main(ports: str, count: str, folder: str, limits: str) -> None:
     """Downloads `rows`."""
-    from clipid_utils.data.addresses import PublicNetwork
-    from clipid_utils.data.download import download
-    from clipid_utils.data.one_picture import Limits
+    from clipid_utils.data.download.addresses import PublicNetwork
+    from clipid_utils.data.download.download import download
+    from clipid_utils.data.download.fetcher import Limits
 
     given = rows(json.loads(ports), int(count))
     print("begun", flush=True)

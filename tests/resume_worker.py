@@ -32,9 +32,9 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
 
-from clipid_utils.data import loader
+from clipid_utils.data.batches import loader
+from clipid_utils.data.batches.loader import records_feed, stream_feed
 from clipid_utils.data.captions import read_captions, write_captions
-from clipid_utils.data.loader import records_feed, stream_feed
 from clipid_utils.training import checkpoint
 from clipid_utils.training.checkpoint import Checkpoints
 from clipid_utils.training.distributed import jit_form, make_mesh

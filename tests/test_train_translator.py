@@ -16,8 +16,8 @@ from test_picture_dictionary import true_one
 from tiny_marian import ENGLISH, INDONESIAN
 from translator_corpus import Corpus, read_corpus
 
-from clipid_utils.data.marian import convert
-from clipid_utils.data.translate import OURS, Translator
+from clipid_utils.data.translation.marian import convert
+from clipid_utils.data.translation.translate import OURS, Translator
 from clipid_utils.paths import DATA
 
 pytest.importorskip("torch", reason="torch is not installed: make parity runs this")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from translator_corpus import ADJECTIVES, Corpus, Maker, bare, ibm1, mutual, plural, read_corpus, swapped, word_by_word
 
-from clipid_utils.data.gates import GATES, words
+from clipid_utils.data.translation.checks import GATES, words
 
 
 def concept(concept, name_en, name_id, group="animals", keywords_en=(), keywords_id=()):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from flax import nnx
 
-from clipid_utils.data.loader import PicturePairs
+from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece

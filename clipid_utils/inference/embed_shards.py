@@ -1,4 +1,4 @@
-"""The pictures of a Parquet table as vectors beside them: a function for `clipid_utils.data.scale.map_shards`.
+"""The pictures of a Parquet table as vectors beside them, for `data.translation.on_ray.map_shards`.
 
     map_shards(shards, out, EmbedPictures, {"checkpoint": "checkpoint", "root": str(Path(out).absolute())})
 """
@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from clipid_utils.model.convert import load_clip
 from clipid_utils.model.embed import embed_images
+from clipid_utils.model.pretrained.convert import load_clip
 
 
 class EmbedPictures:

@@ -337,7 +337,7 @@ class HybridCLIP(nnx.Module):
         Raises FileNotFoundError for what is not there, ValueError for towers of another kind and for weights that do
         not fit their config.json, with the keys' names.
         """
-        from clipid_utils.model.convert import join_towers  # which knows this file
+        from clipid_utils.model.pretrained.convert import join_towers  # which knows this file
 
         return join_towers(vision, text, embed_dim=embed_dim, pooling=pooling, image_size=image_size,
                            vision_revision=vision_revision, text_revision=text_revision, dtype=dtype,

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipid_utils.model.hub import fetch_checkpoint
-from clipid_utils.model.processor_files import (
+from clipid_utils.files import to_rgb
+from clipid_utils.model.pretrained.hub import fetch_checkpoint
+from clipid_utils.model.pretrained.processor_files import (
     IMAGE_MEAN,
     IMAGE_STD,
     NO_LENGTH,
@@ -25,7 +26,6 @@ from clipid_utils.model.processor_files import (
     read_tokenizer,
     write_json,
 )
-from clipid_utils.pictures import to_rgb
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MOST_PIXELS = 2**24

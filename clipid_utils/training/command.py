@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import tyro
 from datasets import Dataset, load_dataset
 
+from clipid_utils.data.batches.loader import Feed, load_pairs, load_records, records_feed, stream_feed
 from clipid_utils.data.captions import read_captions
-from clipid_utils.data.loader import Feed, load_pairs, load_records, records_feed, stream_feed
-from clipid_utils.data.picture_dictionary import load_picture_dictionary
+from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.convert import load_clip, save_clip
+from clipid_utils.model.pretrained.convert import load_clip, save_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form
 from clipid_utils.training.features import cache_features
 from clipid_utils.training.fit import FitConfig, fit
+from clipid_utils.training.heads import ProjectionConfig, train_projections
+from clipid_utils.training.log import RunLog
 from clipid_utils.training.optimizers import adabelief, adamw, muon
-from clipid_utils.training.projections import ProjectionConfig, train_projections
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
 from clipid_utils.training.run import check_same
-from clipid_utils.training.runlog import RunLog
 
 FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
 OPTIMIZERS = {"adamw": adamw, "adabelief": adabelief, "muon": muon}

@@ -27,9 +27,9 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clipid_utils.data.ahead import usable_threads
+from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.data.captions import sample_caption
-from clipid_utils.data.loader import PicturePairs
+from clipid_utils.files import usable_threads
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor, resize_and_crop
 from clipid_utils.training.optimizers import dotted

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from clipid_utils.data.loader import Feed, PicturePairs, dictionary_feed
+from clipid_utils.data.batches.loader import Feed, PicturePairs, dictionary_feed
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.alarms import Alarms, check_finite

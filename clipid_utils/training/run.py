@@ -14,14 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clipid_utils import metrics as scores
-from clipid_utils.data.loader import PicturePairs
+from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.convert import load_clip, save_clip
 from clipid_utils.model.embed import embed_pixels, embed_texts
+from clipid_utils.model.pretrained.convert import load_clip, save_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.checkpoint import Checkpoints
 from clipid_utils.training.distributed import Placed
-from clipid_utils.training.runlog import RunLog, retrieval_sample
+from clipid_utils.training.log import RunLog, retrieval_sample
 from clipid_utils.training.step import TrainState
 
 

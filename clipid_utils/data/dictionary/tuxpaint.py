@@ -1,0 +1,106 @@
+"""Tux Paint's stamps: cut-out photographs and drawings with captions that people translated."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipid_utils.data.dictionary.artists import look_up
+
+FLAT_SHARE = 0.5  # from here on a PNG is a drawing: see stamp_kind
+
+
+def read_stamps(package: Path, groups: dict, kinds: dict) -> dict[str, dict]:
+    """Stamp path -> its row without the picture, plus `path`, for every stamp with an Indonesian caption.
+
+    Left out: stamps with no `id.utf8=` line or one equal to the English caption (not translated); a PNG beside an SVG
+    of the same name (the same drawing twice, unless the SVG's own size or fonts leave it empty).
+    """
+    folder = next(package.rglob("tuxpaint/stamps"))
+    stamps = {}
+    for path in sorted([*folder.rglob("*.svg"), *folder.rglob("*.png")]):
+        captions = read_captions(path.with_suffix(".txt"))
+        if path.suffix == ".png" and path.with_suffix(".svg").exists() and not _needs_fonts(path.with_suffix(".svg")):
+            continue
+        if _needs_fonts(path) or not {"id", "en"} <= captions.keys() or captions["id"] == captions["en"]:
+            continue
+        source = path.relative_to(folder).as_posix()
+        group = look_up(groups["tuxpaint"], source)
+        stamps[source] = {
+            "source": source,
+            "path": path,
+            "concept": "tuxpaint:" + re.sub(r"\W+", "-", captions["en"].lower()).strip("-"),
+            "name_id": as_name(captions["id"], captions["en"]),
+            "keywords_id": [],
+            "name_en": as_name(captions["en"], captions["en"]),
+            "keywords_en": [],
+            "group": group,
+            "has_text": group in ("letters", "flags") or "nomirror" in _settings(path.with_suffix(".dat")),
+            "kind": stamp_kind(path, source, kinds),
+        }
+    return stamps
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """The captions of a stamp's .txt, "en" (its first line) and "id" where it has one; without final punctuation."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    captions = {"en": lines[0] if lines else ""}
+    captions |= dict(line.replace("id.utf8", "id", 1).split("=", 1) for line in lines if line.startswith("id.utf8="))
+    captions = {language: " ".join(caption.split()).rstrip(".,;: ") for language, caption in captions.items()}
+    return {language: caption for language, caption in captions.items() if caption}
+
+
+def as_name(caption: str, english: str) -> str:
+    """A caption with a small first letter, as the emoji's names have it, where the English one begins with an article.
+
+    "Kucing putih" of "A white kitten" -> "kucing putih"; "Neptunus" of "Neptune" stays, being a name, as does "VW".
+    """
+    common = re.match(r"(A|An|The) ", english) and not caption[1:2].isupper()
+    return caption[0].lower() + caption[1:] if common else caption
+
+
+def stamp_kind(path: Path, source: str, kinds: dict) -> str:
+    """ "photograph" or "drawing": the package does not say, so a rule does, corrected by eye in data/stamp_kinds.json.
+
+    SVGs, what lies in a folder `cartoon` and symbols other than coins are drawings. Of the other PNGs those are
+    photographs in which less than FLAT_SHARE of all pairs of neighbouring opaque pixels have exactly the same colour:
+    a camera leaves noise everywhere, a drawing has areas of one colour.
+    """
+    for kind, listed in kinds.items():
+        if source in listed:
+            return kind
+    parts = Path(source).parts
+    symbol = parts[0] == "symbols" and "coins" not in parts and "japanese" not in parts
+    if path.suffix == ".svg" or "cartoon" in parts or symbol:
+        return "drawing"
+    return "drawing" if flat_share(Image.open(path)) >= FLAT_SHARE else "photograph"
+
+
+def flat_share(image: Image.Image) -> float:
+    """The share of horizontal pairs of opaque pixels with exactly one colour; 1.0 where nothing is opaque."""
+    rgba = np.asarray(image.convert("RGBA"))  # [H, W, 4]
+    opaque = rgba[..., 3] > 250
+    pairs = opaque[:, 1:] & opaque[:, :-1]
+    equal = (rgba[:, 1:, :3] == rgba[:, :-1, :3]).all(-1)
+    return float(equal[pairs].mean()) if pairs.any() else 1.0
+
+
+def read_kinds(path: Path) -> dict[str, set[str]]:
+    """Reads the corrections by eye: kind -> stamp paths."""
+    return {kind: set(listed) for kind, listed in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _settings(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8", errors="replace").split()) if path.exists() else set()
+
+
+def _needs_fonts(path: Path) -> bool:
+    """Whether an SVG is nothing but text, which would be drawn in whatever font a machine has."""
+    if path.suffix != ".svg":
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return "<text" in text and "<path" not in text

@@ -1,0 +1,275 @@
+"""Files: written whole or not at all, JSON lines with their line numbers, inputs by file, folder or glob, and pictures.
+
+This is the only code of its kind in the library. Everything that writes a result, reads JSON lines or opens a picture
+goes through here, so that an interruption, a byte-order mark or a broken picture is handled once.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+
+PARTIAL = ".partial"  # the ending of a file or folder that is not finished
+PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
+HEIC = (".heic", ".heif")
+
+
+# Writing
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to. It takes the name `path` when the block ends; after an error nothing is left behind.
+
+    The data is on the disk before the rename, so a reader sees the old file or the new one, never a part. If two
+    processes write the same file, the last one wins. Missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill. It takes the name `path`, in place of an older one, when the block ends well."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, value: object, indent: int | None = 2) -> None:
+    """Writes a value as JSON in UTF-8, whole or not at all."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+
+
+def write_json_lines(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """Writes one JSON object a line in UTF-8, whole or not at all."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+# Reading
+
+def read_json(path: str | os.PathLike) -> object:
+    """The value of a JSON file; a byte-order mark is accepted. Raises ValueError that names the file and the place."""
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}): correct the line") from None
+
+
+def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None, str | None]]:
+    """For each line that is not blank: its number from 1, its JSON object, and a problem with its remedy.
+
+    One of the last two is None. A byte-order mark, Windows line ends and gzip (by the ending .gz) are accepted.
+    """
+    path = Path(path)
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
+                yield number, *parse_line(line)
+
+
+def parse_line(line: bytes) -> tuple[dict | None, str | None]:
+    """The JSON object of one line and None, or None and a problem with its remedy."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return None, f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON ({error.msg} at character {error.pos + 1}): write one record a line"
+    except RecursionError:
+        return None, "the JSON is nested too deeply: write one record a line"
+    if not isinstance(record, dict):
+        return None, f"{str(record)[:40]!r} is not a record: write an object, {{\"key\": value, …}}"
+    return record, None
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """Number, from 1, and object of each line. Raises ValueError, "file:line: problem", at the first bad one."""
+    for number, record, problem in json_lines(path):
+        if problem:
+            raise ValueError(f"{Path(path).name}:{number}: {problem}")
+        yield number, record
+
+
+def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl", ".parquet")) -> list[Path]:
+    """The files that a command's input names: one file, the part files of a folder, or a glob; `~` is expanded.
+
+    A folder gives its files that end in `suffixes`, sorted by name; hidden and unfinished ones are left out. Raises
+    ValueError, with a remedy, if there is no such file.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        files = (file for file in path.iterdir() if not file.name.startswith("."))
+        found = sorted(file for file in files if file.name.endswith(suffixes))
+        if not found:
+            raise ValueError(f"{given}: no file here ends in {' or '.join(suffixes)}: name a file, a folder or a glob")
+        return found
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+    if not found:
+        raise ValueError(f"{given}: no such file or folder, and no file fits it as a glob: correct the path")
+    return found
+
+
+HEAD = 2**20  # bytes that file_identity reads from the start of a file
+
+
+def file_identity(path: str | os.PathLike) -> str:
+    """16 hexadecimal digits that change when the file's content changes: of its size, time, and first MiB."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + file.read(HEAD))
+    return digest.hexdigest()[:16]
+
+
+def usable_threads() -> int:
+    """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+# Pictures
+
+class PictureError(ValueError):
+    """A picture that cannot be read; the message says why, and what to do."""
+
+
+def open_picture(
+    source: str | os.PathLike | bytes | dict | Image.Image, *, short_side: int | None = None,
+    root: str | os.PathLike | None = None,
+) -> Image.Image:
+    """A picture of any kind as a person sees it: RGB, upright, on white where transparent (`to_rgb`).
+
+    `source` is a path (a relative one starts at `root`), the bytes of a file, {"bytes", "path"} as `datasets` stores
+    pictures, or an open picture. With `short_side`, a larger picture is reduced to it. Raises PictureError for anything
+    that cannot be decoded to its end, FileNotFoundError for a missing file.
+    """
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if not isinstance(source, bytes | Image.Image):
+        source = Path(root or "", os.path.expanduser(source))
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such picture: correct the path")
+    try:
+        if isinstance(source, Image.Image):
+            return reduce_picture(to_rgb(source), short_side)
+        if isinstance(source, Path) and source.suffix.lower() in HEIC or isinstance(source, bytes) and is_heic(source):
+            _register_heic()
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if short_side:
+                image.draft("RGB", (2 * short_side, 2 * short_side))  # a large JPEG decodes faster to a smaller size
+            return reduce_picture(to_rgb(image), short_side)
+    except PictureError:
+        raise
+    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
+        name = f"{source}: " if isinstance(source, Path) else ""
+        raise PictureError(f"{name}not a picture that can be read ({type(error).__name__}: {error})") from error
+
+
+def is_heic(head: bytes) -> bool:
+    """Whether bytes begin as a HEIC file does."""
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def _register_heic() -> None:
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise PictureError("reading HEIC pictures needs pillow-heif: pip install pillow-heif") from None
+    register_heif_opener()
+
+
+def reduce_picture(image: Image.Image, short_side: int | None) -> Image.Image:
+    """The picture with its short side at most `short_side` pixels."""
+    if not short_side or min(image.size) <= short_side:
+        return image
+    size = [max(1, round(side * short_side / min(image.size))) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
+
+
+# The seven ways to hold a camera other than upright, by EXIF orientation, and how to turn such a picture upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a person sees it: RGB, upright, on white where transparent.
+
+    An RGB picture is left alone. What transformers' CLIPImageProcessor does otherwise, in each case losing the picture:
+    - EXIF orientation: it stays on its side there and is turned upright here;
+    - 16-bit greys: all above 255 is white there; here 65535 is white (in mode I: the largest value, if above 65535);
+    - transparent: its older versions show the colour that was hidden, mostly black; white here and in its newer ones.
+    """
+    image.load()  # some formats know their orientation and transparency only then
+    if turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation)):
+        image = image.transpose(turn)
+        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+            image.info.pop(key, None)  # lest it be turned again
+    if image.mode.startswith("I"):
+        return _eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which holds 8-bit pictures too), brought to 8."""
+    values = np.asarray(image).astype(np.int64)  # of this machine's byte order: numpy 2.1 dies of others below
+    top = max(65535, int(values.max())) if image.mode != "I" or values.max() > 255 else 255
+    values = np.where(values == image.info.get("transparency", -1), top, values).clip(0)
+    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+
+
+def decode_square(file: str | os.PathLike | bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The middle square of a picture file, its short side brought to `size` pixels (bicubic), as CLIP does.
+
+    What the processor makes of the same picture, to a rounding: here only the square is resized. A JPEG of at least
+    twice the size is decoded at 1/2, 1/4 or 1/8 of its own, the least that is not below `size`, which is several times
+    faster; its pixels then differ by a few levels. Raises what Pillow raises for a file that is no picture.
+    """
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        image.draft(None, (size, size))
+        image = to_rgb(image)
+    width, height = (int(side * size / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))

@@ -1,0 +1,323 @@
+"""Which towers of Hugging Face's fit the model, and under which names: configs and weights in their words and in ours.
+
+One table, `key_table`, holds every weight: its name in transformers' VisionTextDualEncoderModel, its nnx path here, and
+how the one array becomes the other. A tower on its own, with a head, of an older version or of Flax has the same names
+but for prefixes and suffixes, which `canonical` brings to those of the table.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipid_utils.model import ops
+from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
+from clipid_utils.model.pretrained.processor_files import model_type
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A weight: its name in VisionTextDualEncoderModel, its path in HybridCLIP, the name of its transform."""
+
+    hf_name: str
+    nnx_path: str
+    transform: str
+
+
+class Transform(NamedTuple):
+    """From torch's array and from Flax's to ours, and from ours to torch's; `vision` says how large a patch is."""
+
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    from_flax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray, VisionConfig], np.ndarray]
+
+
+def _same(array: np.ndarray, vision: VisionConfig | None = None) -> np.ndarray:
+    return array
+
+
+def _to_convolution(kernel: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    side = vision.patch_size
+    return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
+TRANSFORMS = {
+    "same": Transform(_same, _same, _same),
+    "transpose": Transform(lambda x: x.T, _same, lambda x, vision: x.T),  # torch's linear layers are [out, in]
+    # the convolution that makes patches is, torch's [D, 3, rows, columns], a linear layer over (row, column, channel)
+    "patches": Transform(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+                         lambda x: x.reshape(-1, x.shape[-1]), _to_convolution),
+    # ViT keeps an axis for the batch: [1, 1, D] and [1, 1 + P, D]
+    "class token": Transform(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(x.shape[-1]),
+                             lambda x, vision: x[None, None]),
+    "batch axis": Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(x.shape[-2:]),
+                            lambda x, vision: x[None]),
+}
+# What a part consists of: the suffixes in torch and here, and the transform
+_PARTS = {
+    "linear": ((".weight", ".kernel", "transpose"), (".bias", ".bias", "same")),
+    "kernel": ((".weight", ".kernel", "transpose"),),
+    "norm": ((".weight", ".scale", "same"), (".bias", ".bias", "same")),
+    "table": ((".weight", "", "same"),),
+    "array": (("", "", "same"),),
+    "class": (("", "", "class token"),),
+    "places": (("", "", "batch axis"),),
+    "patches": ((".weight", ".kernel", "patches"),),
+    "patches+": ((".weight", ".kernel", "patches"), (".bias", ".bias", "same")),
+}
+# transformers' name of a part, ours, and what it consists of; # is the number of a layer
+_CLIP = """
+    embeddings.class_embedding              class_embedding         array
+    embeddings.position_embedding           position_embedding      table
+    embeddings.patch_embedding              patch_embedding         patches
+    pre_layrnorm                            ln_pre                  norm
+    encoder.layers.#.self_attn.q_proj       blocks.#.attn.q_proj    linear
+    encoder.layers.#.self_attn.k_proj       blocks.#.attn.k_proj    linear
+    encoder.layers.#.self_attn.v_proj       blocks.#.attn.v_proj    linear
+    encoder.layers.#.self_attn.out_proj     blocks.#.attn.out_proj  linear
+    encoder.layers.#.layer_norm1            blocks.#.ln_1           norm
+    encoder.layers.#.mlp.fc1                blocks.#.mlp.fc1        linear
+    encoder.layers.#.mlp.fc2                blocks.#.mlp.fc2        linear
+    encoder.layers.#.layer_norm2            blocks.#.ln_2           norm
+    post_layernorm                          ln_post                 norm
+"""
+_VIT = """
+    embeddings.cls_token                            class_embedding         class
+    embeddings.position_embeddings                  position_embedding      places
+    embeddings.patch_embeddings.projection          patch_embedding         patches+
+    encoder.layer.#.attention.attention.query       blocks.#.attn.q_proj    linear
+    encoder.layer.#.attention.attention.key         blocks.#.attn.k_proj    linear
+    encoder.layer.#.attention.attention.value       blocks.#.attn.v_proj    linear
+    encoder.layer.#.attention.output.dense          blocks.#.attn.out_proj  linear
+    encoder.layer.#.layernorm_before                blocks.#.ln_1           norm
+    encoder.layer.#.intermediate.dense              blocks.#.mlp.fc1        linear
+    encoder.layer.#.output.dense                    blocks.#.mlp.fc2        linear
+    encoder.layer.#.layernorm_after                 blocks.#.ln_2           norm
+    layernorm                                       ln_post                 norm
+    pooler.dense                                    pooler                  linear
+"""
+_BERT = """
+    embeddings.word_embeddings                  word_embedding          table
+    embeddings.position_embeddings              position_embedding      table
+    embeddings.token_type_embeddings            token_type_embedding    table
+    embeddings.LayerNorm                        ln                      norm
+    encoder.layer.#.attention.self.query        blocks.#.attn.q_proj    linear
+    encoder.layer.#.attention.self.key          blocks.#.attn.k_proj    linear
+    encoder.layer.#.attention.self.value        blocks.#.attn.v_proj    linear
+    encoder.layer.#.attention.output.dense      blocks.#.attn.out_proj  linear
+    encoder.layer.#.attention.output.LayerNorm  blocks.#.ln_1           norm
+    encoder.layer.#.intermediate.dense          blocks.#.mlp.fc1        linear
+    encoder.layer.#.output.dense                blocks.#.mlp.fc2        linear
+    encoder.layer.#.output.LayerNorm            blocks.#.ln_2           norm
+    pooler.dense                                pooler                  linear
+"""
+# Source keys that no model here has a place for
+_UNUSED = (
+    (r".*\.position_ids|text_model\.embeddings\.token_type_ids", "a buffer that counts 0, 1, 2, …"),
+    (r"cls\..*|lm_head\..*|classifier\..*|decoder\..*|qa_outputs\..*", "the head of another task"),
+    (r"vision_model\.embeddings\.mask_token", "for masked pictures only"),
+)
+_FOREIGN = {  # of a whole model, when one tower of it is wanted
+    "vision": (r"(text_model|text_projection)\..*|logit_scale", "another text tower's"),
+    "text": (r"(vision_model|visual_projection)\..*|logit_scale", "another image tower's"),
+}
+_PREFIXES = {"vision": ("vision_model.vision_model.", "vision_model.", "vit."),
+             "text": ("text_model.", "bert.", "roberta.")}
+_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}  # of the first BERTs, converted from TensorFlow
+_FLAX_SUFFIXES = {".kernel": ".weight", ".scale": ".weight", ".embedding": ".weight"}
+
+
+def key_table(config: CLIPConfig) -> list[Key]:
+    """Every weight of a model, in the order of the forward pass."""
+    vit = not config.vision.ln_pre
+    keys = [
+        *_tower("vision", _VIT if vit else _CLIP, config.vision.layers, config.vision.pooling == "pooler"),
+        Key("visual_projection.weight", "vision.projection.kernel", "transpose"),
+        *_tower("text", _BERT, config.text.layers, config.text.pooling == "pooler"),
+        Key("text_projection.weight", "text.projection.kernel", "transpose"),
+        Key("logit_scale", "logit_scale", "same"),
+    ]
+    return keys if config.logit_bias is None else [*keys, Key("logit_bias", "logit_bias", "same")]
+
+
+def _tower(side: str, table: str, layers: int, pooler: bool) -> list[Key]:
+    lines = [line.split() for line in table.strip().splitlines()]
+    lines = [line for line in lines if pooler or line[1] != "pooler"]
+    first = next(i for i, line in enumerate(lines) if "#" in line[0])
+    end = max(i for i, line in enumerate(lines) if "#" in line[0]) + 1
+    repeated = [[name.replace("#", str(number)) for name in line] for number in range(layers)
+                for line in lines[first:end]]
+    return [Key(f"{side}_model.{theirs}{hf_suffix}", f"{side}.{ours}{suffix}", transform)
+            for theirs, ours, part in [*lines[:first], *repeated, *lines[end:]]
+            for hf_suffix, suffix, transform in _PARTS[part]]
+
+
+def canonical(name: str, sides: tuple[str, ...] = ("vision", "text")) -> tuple[str, bool]:
+    """A source key as `key_table` would name it, and whether its array lies as Flax has it.
+
+    `sides` are the towers that the source may hold; of one tower alone the keys have its own prefix or none.
+    """
+    flax = False
+    for old, new in (_SUFFIXES | _FLAX_SUFFIXES).items():
+        if name.endswith(old):
+            name, flax = name.removesuffix(old) + new, old in _FLAX_SUFFIXES
+    for side in sides:
+        for prefix in _PREFIXES[side]:
+            if name.startswith(prefix):
+                return f"{side}_model.{name.removeprefix(prefix)}", flax
+    bare = len(sides) == 1 and re.match(r"(embeddings|encoder|pooler|layernorm|pre_layrnorm|post_layernorm)\.", name)
+    return (f"{sides[0]}_model.{name}" if bare else name), flax
+
+
+def unused(name: str, config: CLIPConfig, sides: tuple[str, ...] = ("vision", "text")) -> str | None:
+    """Why a source key, named as in the table, is knowingly left out; None where it is not."""
+    reasons = [*_UNUSED, *(_FOREIGN[side] for side in sides if len(sides) == 1)]
+    if config.text.pooling == "mean":
+        reasons.append((r"text_model\.pooler\..*", "the mean needs no pooler"))
+    return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
+
+
+def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
+    """Position embeddings [1 + P, D] for a picture of `grid` x `grid` patches; the class token's row stays.
+
+    Bicubic (Keys 1981, a = -0.75), as transformers' interpolate_pos_encoding has it of torch.
+    """
+    old = math.isqrt(len(table) - 1)
+    if old == grid:
+        return table
+    places = (np.arange(grid) + 0.5) * (old / grid) - 0.5
+    taps = np.floor(places)[:, None] + np.arange(-1, 3)
+    far = np.abs(places[:, None] - taps)
+    a = -0.75
+    near_weight, far_weight = ((a + 2) * far - (a + 3)) * far**2 + 1, (((far - 5) * far + 8) * far - 4) * a
+    weights = np.zeros((grid, old))
+    np.add.at(weights, (np.arange(grid)[:, None], taps.clip(0, old - 1).astype(int)),
+              np.where(far <= 1, near_weight, far_weight))
+    patches = np.asarray(table[1:], np.float64).reshape(old, old, -1)
+    patches = np.einsum("ro,cp,opd->rcd", weights, weights, patches, optimize=True)
+    return np.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
+
+
+# --- Configs ----------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """A config that the towers cannot follow; the message begins with the field."""
+
+
+def _settings(values: dict, kind: str) -> Any:
+    """The fields that the towers have, and transformers' defaults for those that the file leaves out."""
+    from transformers import BertConfig, CLIPVisionConfig, RobertaConfig, ViTConfig, XLMRobertaConfig
+
+    known = {"clip": CLIPVisionConfig, "clip_vision_model": CLIPVisionConfig, "vit": ViTConfig, "bert": BertConfig,
+             "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+              "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "pooler_act",
+              "pooler_output_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
+    sizes = {field: values[field] for field in fields if field.endswith(("_size", "_layers", "_heads", "_embeddings"))
+             and isinstance(values.get(field), str | float)}
+    if sizes:
+        raise ConfigError(f"{', '.join(f'{field} is {value!r}' for field, value in sizes.items())}: whole numbers only")
+    settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
+    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
+                          settings.hidden_size}.items():
+        if getattr(settings, field, wanted) not in (wanted, None):
+            raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here have {wanted!r} only")
+    if settings.hidden_size % settings.num_attention_heads:
+        raise ConfigError(f"hidden_size {settings.hidden_size} is no multiple of num_attention_heads "
+                          f"{settings.num_attention_heads}")
+    if settings.hidden_act not in ops.ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
+    return settings
+
+
+def _sizes(settings: Any) -> dict:
+    return {"width": settings.hidden_size, "layers": settings.num_hidden_layers, "heads": settings.num_attention_heads,
+            "mlp_dim": settings.intermediate_size, "activation": settings.hidden_act,
+            "norm_eps": settings.layer_norm_eps}
+
+
+def vision_config(values: dict, pooler: bool) -> VisionConfig:
+    """An image tower's config from CLIP's, CLIP vision model's or ViT's; `pooler` is whether its weights have one.
+
+    A whole CLIP's may stand where its vision part should. Raises ConfigError.
+    """
+    kind = model_type(values)
+    while values.get("vision_config") or values.get("vision_config_dict"):
+        values = values.get("vision_config") or values["vision_config_dict"]
+        kind = model_type(values) or "clip_vision_model"
+    if kind not in ("clip", "clip_vision_model", "vit"):
+        raise ConfigError(f"model_type of the image tower is {kind!r}; known are clip, clip_vision_model and vit")
+    settings = _settings(values, kind)
+    vit = kind == "vit"
+    if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
+        raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: only squares are known")
+    return VisionConfig(image_size=settings.image_size, patch_size=settings.patch_size, **_sizes(settings),
+                        ln_pre=not vit, patch_bias=vit, pooling="pooler" if vit and pooler else "class")
+
+
+def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
+    """A text tower's config from BERT's, RoBERTa's or XLM-RoBERTa's. Raises ConfigError.
+
+    RoBERTa counts positions from its padding's id + 1, unless it was trained otherwise (`own_positions=False`).
+    """
+    kind = model_type(values)
+    if kind not in ("bert", "roberta", "xlm-roberta"):
+        raise ConfigError(f"model_type of the text tower is {kind!r}; known are bert, roberta and xlm-roberta")
+    for field, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+        if values.get(field) not in (None, wanted):
+            raise ConfigError(f"{field} is {values[field]!r}, and the text tower here has {wanted!r} only")
+    settings = _settings(values, kind)
+    if kind != "bert" and not isinstance(settings.pad_token_id, int):
+        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions are counted from it")
+    offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
+    return TextConfig(
+        vocab_size=settings.vocab_size, max_length=settings.max_position_embeddings - offset, **_sizes(settings),
+        token_types=settings.type_vocab_size, position_offset=offset,
+    )
+
+
+def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = True) -> CLIPConfig:
+    """A whole model's config from VisionTextDualEncoder's or the ancestor's; `keys` are its weights, as in the table.
+
+    `own_positions` as in `text_config`: the ancestor gave RoBERTa the positions 0, 1, 2, … and must be run so.
+    """
+    return CLIPConfig(
+        vision=vision_config(values.get("vision_config") or {}, "vision_model.pooler.dense.weight" in keys),
+        text=text_config(values.get("text_config") or {}, own_positions=own_positions),
+        embed_dim=values.get("projection_dim") or 512,
+        logit_scale=values.get("logit_scale_init_value", 2.6592),
+    )
+
+
+def to_hf_config(config: CLIPConfig) -> dict:
+    """The config.json of a VisionTextDualEncoderModel; a ValueError for what it has no place for."""
+    vision, text = config.vision, config.text
+    if text.pooling != "pooler" or config.logit_bias is not None:
+        raise ValueError("VisionTextDualEncoderModel has a pooler and no logit_bias; this model has "
+                         f"pooling={text.pooling!r} and logit_bias={config.logit_bias}: save it as format='native'")
+    clip, vit = (True, False, "class"), (False, True, "pooler")
+    form = (vision.ln_pre, vision.patch_bias, vision.pooling)
+    if form not in (clip, vit):
+        raise ValueError(f"VisionTextDualEncoderModel knows CLIP's image tower and ViT's; this one has ln_pre, "
+                         f"patch_bias, pooling = {form}: save it as format='native'")
+    hf_vision = {"model_type": "clip_vision_model" if form == clip else "vit", **_hf_sizes(vision),
+                 "image_size": vision.image_size, "patch_size": vision.patch_size}
+    if form == clip:
+        hf_vision["projection_dim"] = config.embed_dim
+    roberta = text.position_offset > 0
+    hf_text = {"model_type": "roberta" if roberta else "bert", **_hf_sizes(text), "vocab_size": text.vocab_size,
+               "max_position_embeddings": text.max_length + text.position_offset, "type_vocab_size": text.token_types}
+    if roberta:
+        hf_text["pad_token_id"] = text.position_offset - 1
+    return {"architectures": ["VisionTextDualEncoderModel"], "model_type": "vision-text-dual-encoder",
+            "projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale, "dtype": "float32",
+            "vision_config": hf_vision, "text_config": hf_text}
+
+
+def _hf_sizes(tower: VisionConfig | TextConfig) -> dict:
+    return {"hidden_size": tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
+            "intermediate_size": tower.mlp_dim, "hidden_act": tower.activation, "layer_norm_eps": tower.norm_eps}

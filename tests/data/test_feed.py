@@ -1,0 +1,275 @@
+"""Feeds: the same batches for any number of workers, threads and processes, and the same again after a resumption."""
+
+import io
+import itertools
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+from tiny import tiny_pairs, tiny_processor
+
+from clipid_utils.data.batches import loader
+from clipid_utils.data.batches.loader import batches, dictionary_feed, records_feed, stream_feed
+from clipid_utils.data.batches.streams import EndlessRows, picture_and_captions
+from clipid_utils.data.captions import read_captions, write_captions
+
+COUNT, SIZE = 23, 24
+
+
+@pytest.fixture(scope="module")
+def tokenize():
+    return tiny_processor().tokenize
+
+
+def jpeg(number: int) -> bytes:
+    """A file of one colour, which tells its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (30 + number, 40), (10 * number, 255 - 10 * number, 128)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder, cache = tmp_path_factory.mktemp("pictures"), datasets.config.HF_DATASETS_CACHE
+    for number in range(COUNT):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    rows = ({"image_path": f"{number}.jpg", "captions": [f"kucing {number}", f"panah kiri {number}"]}
+            for number in range(COUNT))
+    write_captions(rows, folder / "captions.jsonl")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    yield folder
+    datasets.config.HF_DATASETS_CACHE = cache
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    return read_captions(folder / "captions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tars(folder):
+    """Four WebDataset files of 7 pictures, one of them broken."""
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(7 * shard, 7 * shard + 7):
+                picture = b"broken" if number == 9 else jpeg(number % 26)
+                for ending, content in (("jpg", picture), ("json", b'{"caption": "kucing %d"}' % number)):
+                    info = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return load_dataset("webdataset", data_files=str(folder / "*.tar"), split="train", streaming=True)
+
+
+def taken(feed, count, start=0):
+    iterator = iter(feed.dataset)
+    found = list(itertools.islice(iterator, start + count))[start:]
+    iterator.close()
+    return found
+
+
+def assert_equal_batches(ones, others):
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def joined(shares):
+    """What several processes see, put together."""
+    return [{key: np.concatenate([batch[key] for batch in parts]) for key in parts[0]}
+            for parts in zip(*shares, strict=True)]
+
+
+def assert_resumes(feed, count=14, stops=(0, 1, 3, 6, 7, 10)):
+    iterator, states, whole = iter(feed.dataset), [], []
+    for _ in range(count):
+        states.append(json.dumps(iterator.get_state()))
+        whole.append(next(iterator))
+    for stop in stops:
+        for other in (iter(feed.dataset), iterator):  # a new one, and one that goes back
+            other.set_state(json.loads(states[stop]))
+            assert json.dumps(other.get_state()) == states[stop]
+            assert_equal_batches(itertools.islice(other, 4), whole[stop : stop + 4])
+    iterator.close()
+
+
+def test_a_dictionary_feed_is_its_epochs_one_after_the_other(tokenize):
+    pairs = tiny_pairs(26)
+    feed = dictionary_feed(pairs, tokenize, 8, seed=2, length=12, group_concepts=True)
+    assert feed.steps_per_epoch == 3 and feed.batch_size == 8
+    epochs = [batches(pairs, tokenize, 8, seed=2, epoch=epoch, length=12, group_concepts=True) for epoch in range(3)]
+    assert_equal_batches(taken(feed, 9), itertools.chain(*epochs))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_processes_share_the_batches_of_a_dictionary(tokenize, grouped):
+    def feed(**options):
+        return dictionary_feed(tiny_pairs(26), tokenize, 8, seed=2, length=12, group_concepts=grouped, **options)
+
+    shares = [taken(feed(process_index=index, process_count=4), 7) for index in range(4)]
+    assert all(len(batch["images"]) == 2 for share in shares for batch in share)
+    assert_equal_batches(joined(shares), taken(feed(), 7))
+
+
+def test_a_dictionary_feed_resumes(tokenize):
+    assert_resumes(dictionary_feed(tiny_pairs(26), tokenize, 8, seed=2, length=12))
+
+
+def test_records_come_once_an_epoch_with_a_caption_of_their_own(tokenize, records):
+    feed = records_feed(records, tokenize, SIZE, 5, seed=0, length=12)
+    assert feed.steps_per_epoch == 4
+    decode = tiny_processor().tokenizer.decode
+    orders, captions = [], {}
+    found = taken(feed, 32)
+    for epoch in range(8):
+        rows = [row for batch in found[4 * epoch : 4 * epoch + 4] for row in batch["concepts"].tolist()]
+        assert len(set(rows)) == 20
+        orders.append(tuple(rows))
+    assert len(set(orders)) == 8
+    for batch in found:
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+            "images": ((5, SIZE, SIZE, 3), np.uint8), "concepts": ((5,), np.int32), "may_flip": ((5,), np.bool_),
+            "input_ids": ((5, 12), np.int32), "attention_mask": ((5, 12), np.int32), "truncated": ((5,), np.bool_)}
+        for place, row in enumerate(batch["concepts"].tolist()):
+            assert abs(batch["images"][place].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
+            caption = decode(list(batch["input_ids"][place]))
+            assert ("kiri" in caption) is not batch["may_flip"][place]
+            captions.setdefault(row, set()).add(caption)
+    assert sum(len(drawn) == 2 for drawn in captions.values()) > 15
+
+
+def test_the_batches_are_the_same_for_any_number_of_workers(tokenize, records):
+    threads = records_feed(records, tokenize, SIZE, 6, seed=7, length=12)
+    workers = records_feed(records, tokenize, SIZE, 6, seed=7, length=12, workers=2)
+    expected = taken(threads, 9)
+    iterator = iter(workers.dataset)
+    assert_equal_batches(itertools.islice(iterator, 5), expected[:5])
+    other = iter(threads.dataset)
+    other.set_state(iterator.get_state())  # a run may go on with other workers
+    assert_equal_batches(itertools.islice(other, 4), expected[5:])
+    iterator.set_state({"step": 2})
+    assert_equal_batches(itertools.islice(iterator, 3), expected[2:5])
+    assert type(next(iterator)["images"]) is np.ndarray  # none of Grain's shared memory
+    iterator.close()
+
+
+def test_processes_share_the_batches_of_records(tokenize, records):
+    def feed(**options):
+        return records_feed(records, tokenize, SIZE, 6, seed=7, length=12, **options)
+
+    shares = [taken(feed(process_index=index, process_count=3), 5) for index in range(3)]
+    assert_equal_batches(joined(shares), taken(feed(), 5))
+
+
+def test_a_records_feed_resumes(tokenize, records):
+    assert_resumes(records_feed(records, tokenize, SIZE, 5, seed=1, length=12))
+
+
+def test_another_seed_is_another_order(tokenize, records):
+    orders = {tuple(np.concatenate([batch["concepts"] for batch in taken(
+        records_feed(records, tokenize, SIZE, 5, seed=seed, length=12), 4)]).tolist()) for seed in (0, 1, 2**32 - 1)}
+    assert len(orders) == 3
+
+
+def broken_records(folder, tmp_path, broken):
+    for number in range(COUNT):
+        content = (folder / f"{number}.jpg").read_bytes()
+        (tmp_path / f"{number}.jpg").write_bytes(content[:200] if number in broken else content)
+    rows = ({"image_path": f"{number}.jpg", "captions": ["kucing"]} for number in range(COUNT))
+    write_captions(rows, tmp_path / "captions.jsonl")
+    return read_captions(tmp_path / "captions.jsonl")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp_path, workers):
+    records = broken_records(folder, tmp_path, broken=(4, 5, 22))
+    feed = records_feed(records, tokenize, SIZE, COUNT, seed=0, length=12, workers=workers)
+    with pytest.warns(UserWarning, match=r"\d\.jpg cannot be read \(\w+\): another takes its place \(1 of them"):
+        (batch,) = taken(feed, 1)
+    expected = [0, 0, 1, 2, 3, *[6] * 3, *range(7, 22)]
+    assert sorted(batch["concepts"].tolist()) == expected
+    for row, image in zip(batch["concepts"].tolist(), batch["images"], strict=True):
+        assert abs(image[8, 8].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
+
+
+def test_when_no_picture_can_be_read_it_is_an_error(tokenize, folder, tmp_path):
+    records = broken_records(folder, tmp_path, broken=range(COUNT))
+    with pytest.raises(ValueError, match=f"none of {COUNT} pictures in a row can be read, the last of them .*jpg"):
+        taken(records_feed(records, tokenize, SIZE, 4, seed=0, length=12), 1)
+
+
+def test_cut_captions_are_marked(tokenize, records):
+    with pytest.warns(UserWarning, match="texts are cut to 3 tokens"):
+        (batch,) = taken(records_feed(records, tiny_processor().tokenize, SIZE, 5, seed=0, length=3), 1)
+    assert batch["truncated"].all() and batch["input_ids"].shape == (5, 3)
+    (batch,) = taken(records_feed(records, tokenize, SIZE, 5, seed=0, length=16), 1)
+    assert not batch["truncated"].any()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide among 2 processes"),
+    ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index is 2: of 2 processes"),
+    ({"batch_size": 24}, "batch_size 24 is more than the 23 records"),
+])
+def test_what_does_not_fit_is_refused(tokenize, records, options, message):
+    with pytest.raises(ValueError, match=message):
+        records_feed(records, tokenize, SIZE, seed=0, length=12, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_a_stream_of_tars_resumes(tokenize, tars, window):
+    feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12, shuffle_window=window)
+    assert_resumes(feed, 24, (0, 1, 6, 7, 13, 20))
+
+
+def test_a_stream_holds_each_row_once_an_epoch_in_another_order(tokenize, tars):
+    feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12, shuffle_window=7)
+    assert feed.steps_per_epoch is None
+    with pytest.warns(UserWarning, match=r"00009\.jpg cannot be read \(UnidentifiedImageError\)"):
+        found = taken(feed, 14)
+    epochs = [np.concatenate([batch["concepts"] for batch in found[start : start + 7]]) for start in (0, 7)]
+    assert [len(set(epoch.tolist())) for epoch in epochs] == [25, 25]  # of 28: one broken, two of the files are doubles
+    assert (epochs[0] != epochs[1]).any()
+    assert found[0]["images"].shape == (4, SIZE, SIZE, 3) and found[0]["concepts"].dtype == np.int32
+
+
+@pytest.mark.parametrize("count", [2, 3])  # 3 does not divide the 4 files: rows are shared then
+def test_processes_share_the_rows_of_a_stream(tars, count):
+    def keys(index):
+        rows = itertools.takewhile(lambda row: row[0] == 0, iter(EndlessRows(tars, 0, index, count)))
+        return [row["__key__"] for _, row in rows]
+
+    shares = [keys(index) for index in range(count)]
+    assert sorted(sum(shares, [])) == [f"{number:05d}" for number in range(28)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_parquet_and_json_lines_can_be_streamed(tokenize, folder, tmp_path):
+    rows = [{"image": Image.open(folder / f"{number}.jpg"), "captions": ["kucing", "hewan"]} for number in range(9)]
+    write_captions(rows, tmp_path / "captions.parquet")
+    lines = [json.dumps({"picture": str(folder / f"{n}.jpg"), "words": "kucing"}) for n in range(9)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    for kind, name, columns in (("parquet", "captions.parquet", None), ("json", "lines.jsonl", ("picture", "words"))):
+        stream = load_dataset(kind, data_files=str(tmp_path / name), split="train", streaming=True)
+        feed = stream_feed(stream, tokenize, SIZE, 3, seed=0, length=12, columns=columns, shuffle_window=4)
+        assert len({number for batch in taken(feed, 3) for number in batch["concepts"].tolist()}) == 9
+        assert_resumes(feed, 8, (0, 2, 3, 4))
+
+
+def test_a_stream_without_pictures_says_so(tokenize, folder, tmp_path, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"picture": "a.jpg", "words": "kucing"}))
+    stream = load_dataset("json", data_files=str(tmp_path / "lines.jsonl"), split="train", streaming=True)
+    with pytest.raises(ValueError, match="columns picture, words, none of image, .*name the picture's"):
+        taken(stream_feed(stream, tokenize, SIZE, 2, seed=0, length=12), 1)
+    monkeypatch.setattr(loader, "MOST_UNREADABLE", 6)
+    with pytest.warns(UserWarning, match="a.jpg cannot be read"), pytest.raises(ValueError, match="none of 6 rows"):
+        taken(stream_feed(stream, tokenize, SIZE, 2, seed=0, length=12, columns=("picture", "words")), 1)
+
+
+def test_a_null_among_the_captions_is_no_caption():
+    assert picture_and_captions({"image": b"1", "captions": ["a cat", None, " "]}) == (b"1", ["a cat"])

@@ -1,0 +1,229 @@
+"""Shards through a Ray cluster on this machine: with workers that die, and with runs that are begun anew."""
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tiny import tiny_clip
+from tiny_marian import ENGLISH, tiny_marian
+
+from clipid_utils.data.translation import marian
+from clipid_utils.data.translation.on_ray import TranslateTable, _most_workers, map_shards
+from clipid_utils.data.translation.translate import Translator, translate_rows
+from clipid_utils.inference.embed_shards import EmbedPictures
+from clipid_utils.model.embed import embed_images
+from clipid_utils.model.pretrained.convert import save_clip
+
+try:
+    import ray
+except ModuleNotFoundError:
+    ray = None
+
+needs_ray = pytest.mark.skipif(ray is None, reason="Ray is not installed: pip install .[scale]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers' room. Their processes find the modules that these tests find."""
+    here = Path(__file__).parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(here), str(here.parent)])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+class DiesOnce:
+    """A function whose process is killed in the middle of the shard of row 30, the first time that it is there."""
+
+    def __init__(self, function, marker: str):
+        self.function, self.marker = function, Path(marker)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        made = self.function(table)
+        if 30 in table["id"].to_pylist() and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+
+class TranslatesAndDies(DiesOnce):
+    def __init__(self, model: str, marker: str):
+        super().__init__(TranslateTable(model), marker)
+        self.function.translator.batch_tokens = 1  # what comes out cannot depend on what a worker remembers
+
+
+class EmbedsAndDies(DiesOnce):
+    def __init__(self, checkpoint: str, marker: str):
+        super().__init__(EmbedPictures(checkpoint), marker)
+
+
+class Uneven:
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return table.slice(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return marian.converted_folder(tiny_marian(tmp_path_factory.mktemp("marian") / "hf"), "int8",
+                                   tmp_path_factory.mktemp("converted"))
+
+
+def write_shards(folder: Path, count: int = 8, rows: int = 10) -> list[Path]:
+    folder.mkdir()
+    for shard in range(count):
+        ids = range(shard * rows, (shard + 1) * rows)
+        captions = [[ENGLISH[i % 12], f"{ENGLISH[i % 7]} and {ENGLISH[i % 5]}"] for i in ids]
+        table = pa.table({"id": ids, "captions": captions, "image_path": [f"pictures/{i}.jpg" for i in ids]})
+        pq.write_table(table, folder / f"part-{shard:05}.parquet")
+    return sorted(folder.glob("*.parquet"))
+
+
+def read_shards(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@needs_ray
+def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path):
+    shards = write_shards(tmp_path / "english")
+    options = {"model": str(model), "marker": str(tmp_path / "died")}
+    assert map_shards(shards, tmp_path / "out", TranslatesAndDies, options, workers=2, progress=False) == 80
+    assert (tmp_path / "died").exists()
+    made = read_shards(tmp_path / "out")
+    assert [row["id"] for row in made] == list(range(80))
+    translator = Translator(model, batch_tokens=1)
+    for shard in shards:  # the same as one machine's function makes of each
+        translate_rows(shard, tmp_path / "alone" / shard.stem, translator, progress=False)
+    alone = [row for shard in shards for row in read_shards(tmp_path / "alone" / shard.stem)]
+    for here, there in zip(made, alone, strict=True):
+        assert os.path.normpath(tmp_path / "out" / here.pop("image_path")) == os.path.normpath(
+            tmp_path / "alone" / "part-00000" / there.pop("image_path"))
+        assert here == there
+    # A second run, on whom two shards are left, makes just these
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    for name in ("part-00002.parquet", "part-00005.parquet"):
+        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.123.partial")  # as if they had died in writing
+    assert map_shards(shards, tmp_path / "out", TranslatesAndDies, options, workers=1, progress=False) == 80
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    assert {name for name in after if after[name] != before[name]} == {"part-00002.parquet", "part-00005.parquet"}
+    assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(80))
+    assert not list((tmp_path / "out").glob("*.partial"))
+    with pytest.raises(ValueError, match="part-00000.parquet was made with .*name another folder"):
+        map_shards(shards, tmp_path / "out", TranslateTable, {"model": str(model)})
+
+
+@needs_ray
+@pytest.mark.parametrize("killed", [False, True])
+def test_pictures_are_embedded_and_neither_a_broken_one_nor_a_killed_worker_loses_a_row(cluster, killed, tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    rng, pictures = np.random.default_rng(0), []
+    (tmp_path / "in").mkdir()
+    for shard in range(4):
+        rows = []
+        for _ in range(9):
+            pictures.append(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
+            pictures[-1].save(data := io.BytesIO(), "PNG")
+            rows.append({"bytes": data.getvalue(), "path": None})
+        rows.insert(2, {"bytes": b"<svg/>", "path": None})
+        pq.write_table(pa.table({"id": range(shard * 10, shard * 10 + 10), "image": rows}),
+                       tmp_path / "in" / f"{shard}.parquet")
+    shards, options = sorted((tmp_path / "in").glob("*.parquet")), {"checkpoint": str(tmp_path / "clip")}
+    if killed:
+        options["marker"] = str(tmp_path / "died")
+    make = EmbedsAndDies if killed else EmbedPictures
+    assert map_shards(shards, tmp_path / "out", make, options, progress=False) == 40
+    assert (tmp_path / "died").exists() == killed
+    made = read_shards(tmp_path / "out")
+    assert [row["id"] for row in made] == list(range(40))
+    assert [row["id"] for row in made if row["image_embeds"] is None] == [2, 12, 22, 32]
+    found = np.array([row["image_embeds"] for row in made if row["image_embeds"]], np.float32)
+    np.testing.assert_allclose(found, embed_images(clip, processor, pictures, progress=False), atol=1e-5)
+
+
+@needs_ray
+def test_pictures_beside_their_shards_are_found_from_out(cluster, tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    (tmp_path / "in" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / "pictures" / "a.png")
+    pq.write_table(pa.table({"image_path": ["pictures/a.png", "pictures/gone.png"]}), tmp_path / "in" / "0.parquet")
+    options, out = {"checkpoint": str(tmp_path / "clip"), "root": str(tmp_path / "out")}, tmp_path / "out"
+    assert map_shards([tmp_path / "in" / "0.parquet"], out, EmbedPictures, options, progress=False) == 2
+    made = read_shards(out)
+    assert [row["image_embeds"] is None for row in made] == [False, True]
+    assert (out / made[0]["image_path"]).is_file()
+
+
+@needs_ray
+def test_a_function_that_loses_a_row_is_caught(cluster, tmp_path):
+    with pytest.raises(Exception, match="10 rows went in and 9 came out"):
+        map_shards(write_shards(tmp_path / "in", 1), tmp_path / "out", Uneven, {}, progress=False)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_without_ray_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .\[scale\]"):
+        map_shards([], tmp_path, TranslateTable, {})
+
+
+@pytest.mark.parametrize("shards, cluster, cores, gpus, workers", [
+    (100, {"CPU": 16.0}, 1, 0, 16), (100, {"CPU": 16.0}, 3, 0, 5), (4, {"CPU": 16.0}, 1, 0, 4),
+    (100, {"CPU": 16.0, "GPU": 2.0}, 1, 1, 2), (100, {"CPU": 16.0, "GPU": 1.0}, 1, 0.1, 10),
+    (100, {"CPU": 2.0, "GPU": 8.0}, 1, 1, 2), (100, {"CPU": 16.0}, 1, 1, 1), (100, {"CPU": 1.0}, 2, 0, 1),
+    (7, {}, 0, 0, 7),
+])
+def test_no_more_workers_than_there_are_shards_cores_and_gpus_for(shards, cluster, cores, gpus, workers):
+    assert _most_workers(shards, cluster, cores, gpus) == workers
+
+
+@needs_ray
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two shards have the same name"):
+        map_shards([tmp_path / "a" / "0.parquet", tmp_path / "b" / "0.parquet"], tmp_path / "out", TranslateTable, {})
+
+
+def test_pictures_by_path_start_at_the_root(tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    embed = EmbedPictures(tmp_path / "clip", root=tmp_path)
+    table = embed(pa.table({"image_path": ["a.png", "gone.png", None]}))
+    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
+    with pytest.raises(ValueError, match=r"none of 2 pictures is there, the first of them .*/b/a.png'.*root="):
+        EmbedPictures(tmp_path / "clip", root=tmp_path / "b")(pa.table({"image_path": ["a.png", None, "gone.png"]}))
+    with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
+        embed(pa.table({"x": [1]}))
+
+
+def test_a_file_that_breaks_amid_its_pixels_is_a_broken_picture_like_others(tmp_path):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(data := io.BytesIO(), "PNG")
+    good = data.getvalue()
+    place = good.rindex(b"IDAT")
+    broken = good[:place] + b"\0DAT" + good[place + 4 :]  # Pillow raises SyntaxError
+    table = EmbedPictures(tmp_path / "clip")(pa.table({"image": [broken, good]}))
+    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [True, False]
+
+
+def test_no_more_pictures_than_a_batch_are_open(tmp_path, monkeypatch):
+    clip, processor = tiny_clip()
+    save_clip(clip, processor, tmp_path / "clip", format="native")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    embed, opened, seen = EmbedPictures(tmp_path / "clip", root=tmp_path, batch_size=2), [], []
+    open_one, prepare = embed._opened, type(processor).__call__
+    embed._opened = lambda value: opened.append(value) or open_one(value)
+    monkeypatch.setattr(type(processor), "__call__",
+                        lambda self, **given: seen.append(len(opened)) or prepare(self, **given))
+    assert embed(pa.table({"image_path": ["a.png"] * 6})).num_rows == 6
+    assert seen == [2, 4, 6]

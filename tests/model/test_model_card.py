@@ -1,0 +1,192 @@
+"""The model card: its front matter is the hub's, its numbers are the run's own, and it says what it does not know."""
+
+import json
+import re
+import shutil
+
+import pytest
+from colour_model import colour_clip
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
+from test_evaluate import split as small_split
+from tiny import tiny_clip
+
+from clipid_utils import save_clip
+from clipid_utils.inference.evaluate import evaluate_checkpoint
+from clipid_utils.model.pretrained.card import RECIPES, model_card, write_model_card
+from clipid_utils.paths import CHECKPOINTS
+
+SECTIONS = ["Use", "Intended use", "Training", "Results", "Limits and bias", "Licence"]
+MINI = CHECKPOINTS / "mini"
+
+
+def read(name):
+    return json.loads((MINI / f"{name}.json").read_text())
+
+
+def mini_card(**changes):
+    files = {name: read(name) for name in ("config", "metrics", "recipe", "fit")}
+    return model_card("mini", **files | changes)
+
+
+def numbers_in(value):
+    """Every number of a JSON value, as the card may write it: as it is, or with three decimals."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers_in, value.values())) if value else set()
+    if isinstance(value, list):
+        return set().union(*map(numbers_in, value)) if value else set()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {str(value), f"{value:.3f}"}
+    return set(re.findall(r"\d[\d.]*", value)) if isinstance(value, str) else set()
+
+
+def body(card):
+    return ModelCard(card).text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_clip(*tiny_clip(), tmp_path / "a-clip")
+    return tmp_path / "a-clip"
+
+
+# --- The shipped checkpoint -------------------------------------------------------------------------------------------
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+    shutil.copytree(MINI, tmp_path / "mini", ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    path = write_model_card(tmp_path / "mini", license="apache-2.0", datasets=["someone/pictures"])
+    assert path == tmp_path / "mini" / "README.md"
+    card = ModelCard.load(path)
+    assert isinstance(card.data, ModelCardData)
+    wanted = {"language": "id", "license": "apache-2.0", "library_name": "clip-indonesian", "model_name": "mini",
+              "pipeline_tag": "zero-shot-image-classification", "datasets": ["someone/pictures"]}
+    assert {key: card.data[key] for key in wanted} == wanted
+    assert {"clip", "indonesian"} <= set(card.data.tags)
+    assert set(metadata_load(path)) == {"language", "license", "library_name", "pipeline_tag", "tags", "datasets",
+                                        "model-index"}
+    assert str(card) == path.read_text()
+
+
+def test_the_hub_is_given_the_measured_values():
+    metrics, found = read("metrics"), {}
+    for result in ModelCard(mini_card()).data.eval_results:
+        assert result.dataset_revision == metrics["data"][result.dataset_split]["sha256"]
+        found[result.dataset_split, result.task_type, result.metric_name] = result.metric_value
+    assert len(found) == 4 * (2 * 4 + 2)
+    for split, figures in metrics["retrieval"].items():
+        for way, figure in figures.items():
+            for metric in ("R@1", "R@5", "R@10", "MRR@10"):
+                assert found[split, way.replace("_", "-") + "-retrieval", metric] == figure[metric]["value"]
+    assert found["photographs", "zero-shot-image-classification", "Top-1, which group"] == (
+        metrics["zero_shot"]["photographs"]["group"]["templates"]["top1"]["value"])
+
+
+def test_every_number_is_the_runs_own():
+    files = {name: read(name) for name in ("config", "metrics", "recipe", "fit")}
+    text = model_card("mini", **files)
+    known = set().union(*map(numbers_in, files.values()))
+    words = re.sub(r"MRR@10|R@\d+|Top-1|top-1|95%", "", body(text))  # the names of the figures
+    words = re.sub(r"`[^`]*`|\|[^|]*_sha256 \|[^|]*\|", "", words)  # checksums
+    shown = re.findall(r"(?<![\w.])\d+(?:\.\d+)*", words)
+    assert len(shown) > 100
+    assert set(shown) <= known
+
+
+def test_the_prose_of_every_recipe_holds_no_number():
+    for recipe in RECIPES:
+        text = model_card("a", {"model_type": "clip-indonesian"} | read("config"), recipe={"recipe": recipe})
+        first = body(text).split("## Use")[0]
+        assert not re.search(r"\d", body(text).replace(first, ""))
+
+
+def test_a_changed_figure_changes_the_card():
+    metrics = read("metrics")
+    metrics["retrieval"]["photographs"]["text_to_image"]["R@1"] = {"value": 0.123456, "low": 0.1, "high": 0.9}
+    assert mini_card(metrics=metrics).count("0.123 [0.100, 0.900]") == 2  # the table, and the limits
+    assert "0.123" not in mini_card()
+
+
+def test_it_says_what_the_model_is_not_for():
+    text = " ".join(body(mini_card(license="apache-2.0")).split())
+    assert [line[3:] for line in mini_card().splitlines() if line.startswith("## ")] == SECTIONS
+    metrics = read("metrics")
+    for split in ("photographs", "unseen_artist", "unseen_concept"):
+        assert f"{metrics['retrieval'][split]['text_to_image']['R@1']['value']:.3f}" in text.split("## Limits")[1]
+    for word in ("skin-tone", "*pria*", "*wanita*", "olloquial", "machine translated", "surveillance", "CC BY-SA"):
+        assert word in text
+    assert "The weights: apache-2.0." in text
+
+
+# --- Other checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_without_metrics_the_card_says_that_nothing_was_measured(folder):
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.eval_results is None and card.data.model_name is None
+    assert card.data.license is None and "None is stated" in card.text
+    assert "Nothing was measured" in card.text and "**Unmeasured.**" in card.text
+    assert "not recorded" in card.text and "emoji" not in card.text
+    assert "# a-clip\n" in card.text and 'load_clip("a-clip")' in card.text
+
+
+def test_what_the_caller_knows_goes_in(folder):
+    path = write_model_card(folder, name="satu", base_model=["a/vision", "b/text"], training_data="Gambar pasar.")
+    card = ModelCard.load(path)
+    assert card.data.base_model == ["a/vision", "b/text"]
+    assert "Gambar pasar." in card.text and "a/vision and b/text, and has their biases" in card.text
+    assert "not recorded" not in card.text and "# satu\n" in card.text
+
+
+def test_a_checkpoint_of_transformers_is_said_to_be_one():
+    card = ModelCard(model_card("a", {"model_type": "vision-text-dual-encoder", "vision_config": {}}))
+    assert card.data.library_name == "transformers" and "sizes are in `config.json`" in card.text
+
+
+def test_a_split_without_pictures_is_not_measured():
+    metrics = read("metrics")
+    metrics["data"]["photographs"] = {"pictures": 0}
+    del metrics["retrieval"]["photographs"], metrics["zero_shot"]["photographs"]
+    text = mini_card(metrics=metrics)
+    assert "| photographs | none: not measured |" in text
+    assert "**Photographs** were not measured" in text
+    assert {result.dataset_split for result in ModelCard(text).data.eval_results} == {
+        "validation", "unseen_artist", "unseen_concept"}
+
+
+def test_an_evaluation_becomes_a_card():
+    """The keys are those that evaluate.py writes today, not those that it wrote when mini was made."""
+    dictionary = {"validation": small_split(["merah", "hijau", "biru"], "twemoji")}
+    metrics = evaluate_checkpoint(colour_clip(), dictionary, splits=["validation"], progress=False)
+    text = mini_card(metrics=metrics)
+    assert "| validation | 3 | 3 | 1.000 [1.000, 1.000] |" in text and metrics["checkpoint"]["fingerprint"] in text
+    assert {result.metric_value for result in ModelCard(text).data.eval_results if "R" in result.metric_name} == {1.0}
+
+
+# --- What is wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_a_card_that_is_there_is_kept(folder):
+    (folder / "README.md").write_text("written by hand")
+    with pytest.raises(FileExistsError, match="README.md is there already.*overwrite=True"):
+        write_model_card(folder)
+    assert (folder / "README.md").read_text() == "written by hand"
+    assert "# a-clip" in write_model_card(folder, overwrite=True).read_text()
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json not found: give write_model_card a checkpoint"):
+        write_model_card(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{ half a", "[1, 2]", ""])
+def test_metrics_that_cannot_be_read_are_named(folder, content):
+    (folder / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json cannot be read"):
+        write_model_card(folder)
+    assert not (folder / "README.md").exists()
+
+
+def test_metrics_of_another_kind():
+    with pytest.raises(ValueError, match="have no checkpoint, data, retrieval.*evaluate` writes"):
+        mini_card(metrics={"seed": 1, "versions": {}, "accuracy": 0.9})

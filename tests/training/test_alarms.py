@@ -1,0 +1,291 @@
+"""The alarms: each rings for its cause, once, with a remedy, and a healthy run is silent."""
+
+import json
+import math
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny import tiny_batch, tiny_clip, tiny_pairs, tiny_processor
+
+from clipid_utils.data.batches.loader import batches
+from clipid_utils.model.config import MAX_LOGIT_SCALE
+from clipid_utils.paths import CHECKPOINTS
+from clipid_utils.training import run
+from clipid_utils.training.alarms import LINES, Alarms, check_finite, count_duplicates, spread
+from clipid_utils.training.optimizers import adamw
+from clipid_utils.training.run import Clock
+from clipid_utils.training.step import init_state, make_step
+
+CHANCE = math.log(256)
+HEALTHY = {"step": 1000, "epoch": 5, "loss": 2.0, "log_batch": CHANCE, "logit_scale": 3.0, "gradient_norm": 1.0,
+           "learning_rate": 1e-3, "data_wait_fraction": 0.02, "truncated": 3, "examples": 256_000, "image_spread": 0.6,
+           "text_spread": 0.6, "duplicates": 0, "bad_step": -1, "bad_leaf": -1}
+
+
+def lines(count=LINES, **changes):
+    return [{**HEALTHY, "step": HEALTHY["step"] + 10 * i, **changes} for i in range(count)]
+
+
+def rung(alarms, *parts):
+    """The names of the alarms that begin in these lines, in order."""
+    return [new["alarm"] for part in parts for line in part for new in alarms(line)]
+
+
+def alarms(**options):
+    return Alarms(steps=4000, warmup=200, **options)
+
+
+# --- Made-up lines -------------------------------------------------------------------------------------------------
+
+
+CAUSES = {
+    "stuck": ({"loss": 0.99 * CHANCE}, r"log\(batch\) = 5.545.*try three times the learning_rate \(now 0.001\)"),
+    "collapsed": ({"text_spread": 0.001}, r"all text embeddings \(spread 0.001\).*longer warmup"),
+    "logit_scale": ({"logit_scale": MAX_LOGIT_SCALE}, "at its clamp, ln 100.*lower learning_rate"),
+    "duplicates": ({"duplicates": 4}, r"1\.6% of the pictures.*remove copies"),
+    "truncated": ({"truncated": 7680}, r"3\.0% of the captions were cut.*raise caption_tokens"),
+    "data_wait": ({"data_wait_fraction": 0.25}, "25% of the time.*raise workers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_an_alarm_comes_once_with_its_remedy_and_again_after_recovery(name):
+    changes, message = CAUSES[name]
+    watch = alarms()
+    found = [new for line in lines(3 * LINES, **changes) for new in watch(line)]
+    assert [new["alarm"] for new in found] == [name] and found[0]["step"] >= 1000
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(found[0]["message"])
+    assert rung(watch, lines(LINES)) == []
+    assert rung(watch, lines(2 * LINES, **changes)) == [name]
+
+
+def test_a_feed_that_devices_wait_for_is_measured_and_rings(monkeypatch):
+    """But not one that is as slow behind steps that are slower."""
+
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+
+    def feed():
+        while True:
+            now[0] += 0.02
+            yield {}
+
+    def shares(ready):
+        clock, found, running = Clock(), [], mock.Mock(spec=jax.Array, is_ready=lambda: ready)
+        for _ in range(LINES):
+            for _ in range(2):
+                clock.next(feed(), running, batch_size=8)
+            now[0] += 0.04
+            found.append(clock.figures()["data_wait_fraction"])
+            clock.restart()
+        return found
+
+    waited, hidden = shares(True), shares(False)
+    assert waited == pytest.approx([0.5] * LINES) and max(hidden) == 0
+    watch = alarms()
+    assert rung(watch, [{**line, "data_wait_fraction": share} for line, share in zip(lines(LINES), hidden, strict=True)]
+                ) == []
+    assert rung(watch, [{**line, "data_wait_fraction": share} for line, share in zip(lines(LINES), waited, strict=True)]
+                ) == ["data_wait"]
+
+
+def test_healthy_lines_raise_no_alarm():
+    assert rung(alarms(), lines(50)) == []
+
+
+def test_the_shipped_run_raises_no_alarm():
+    """Its lines are older than some keys, and hold the evaluations too."""
+    history = [json.loads(line) for line in (CHECKPOINTS / "mini" / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((CHECKPOINTS / "mini" / "fit.json").read_text())
+    steps = history[-1]["step"]
+    watch = Alarms(steps, round(config["warmup"] * steps))
+    assert len(history) > 200 and rung(watch, history) == []
+    for line in history:
+        check_finite(line)
+
+
+def test_all_causes_at_once_are_all_named():
+    changes = {key: value for changes, _ in CAUSES.values() for key, value in changes.items()}
+    assert sorted(rung(alarms(), lines(**changes))) == sorted(CAUSES)
+
+
+def test_the_loss_and_the_embeddings_are_not_judged_during_warmup():
+    early = [{**line, "step": line["step"] - 800} for line in lines(20, loss=CHANCE, image_spread=0.001)]
+    watch = alarms()
+    assert early[-1]["step"] < 400 and rung(watch, early) == []
+    late = [{**line, "step": 500} for line in early]
+    assert sorted(rung(watch, late)) == ["collapsed", "stuck"]
+
+
+def test_one_slow_read_or_one_bad_batch_is_no_alarm():
+    assert rung(alarms(), lines(), lines(1, data_wait_fraction=0.4, loss=CHANCE), lines()) == []
+
+
+@pytest.mark.parametrize("positives", [1, 2, 16, 128])
+def test_the_least_possible_loss_is_not_stuck_whatever_the_mask(positives):
+    """With k right answers a row the loss cannot fall below log k, where a run that has learned all ends."""
+    assert rung(alarms(), lines(loss=math.log(positives))) == []
+
+
+def test_a_loss_where_guessing_costs_something_else_is_not_judged():
+    assert rung(alarms(guessing_pays_log_batch=False), lines(loss=1.2 * CHANCE)) == []
+
+
+def test_the_clamp_is_the_models_own():
+    assert rung(alarms(max_logit_scale=3.0), lines(logit_scale=3.0)) == ["logit_scale"]
+    assert rung(alarms(), lines(logit_scale=MAX_LOGIT_SCALE - 0.01)) == []
+
+
+# --- Real causes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_of_zero_is_stuck_and_a_good_one_is_not():
+    def run(rate):
+        model, processor = tiny_clip()
+        transform = adamw(rate, 0.0, 1.0)
+        graph, state = init_state(model, transform, 0)
+        step = make_step(graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
+                         augmentation=None)
+        watch, names, done = Alarms(60, 3), [], 0
+        for epoch in range(60):
+            for batch in batches(tiny_pairs(12), processor.tokenize, 12, seed=0, epoch=epoch, length=16):
+                state, values = step(state, batch)
+                done += 1
+                line = {"step": done, "log_batch": math.log(12), **{name: float(x) for name, x in values.items()}}
+                names += [new["alarm"] for new in watch(line)]
+        return names
+
+    assert "stuck" in run(0.0)  # and perhaps collapsed: random towers may start with one vector for all texts
+    assert run(1e-2) == []
+
+
+def test_a_scale_at_the_clamp_of_the_step_is_seen():
+    model, processor = tiny_clip(logit_scale=5.0)
+    graph, state = init_state(model, adamw(1e-3, 0.0, 1.0), 0)
+    step = make_step(graph, adamw(1e-3, 0.0, 1.0), image_mean=processor.image_mean, image_std=processor.image_std,
+                     augmentation=None)
+    _, values = step(state, tiny_batch(processor))
+    assert rung(alarms(), [{"step": 1, **{name: float(x) for name, x in values.items()}}]) == ["logit_scale"]
+
+
+def test_one_picture_and_one_caption_a_batch_are_collapsed():
+    model, processor = tiny_clip()
+    batch, same = tiny_batch(processor), np.zeros(8, int)
+    pixels = jnp.asarray(processor.normalize(batch["images"]))
+
+    def line(rows):
+        image = spread(model.encode_image(pixels[rows]))
+        text = spread(model.encode_text(batch["input_ids"][rows], batch["attention_mask"][rows]))
+        return {**HEALTHY, "image_spread": float(image), "text_spread": float(text)}
+
+    assert rung(alarms(), [line(np.arange(8))]) == []
+    found = alarms()(line(same))
+    assert [new["alarm"] for new in found] == ["collapsed"]
+    assert "all image embeddings" in found[0]["message"] and "and text embeddings" in found[0]["message"]
+
+
+def test_cut_captions_are_those_the_tokenizer_counts():
+    processor = tiny_processor()
+    with pytest.warns(UserWarning, match="texts are cut to 4 tokens"):
+        processor.tokenize(tiny_pairs(12).names, 4)
+    line = {**HEALTHY, "truncated": processor.truncated, "examples": 12}
+    assert processor.truncated > 0 and rung(alarms(), [line]) == ["truncated"]
+
+
+# --- Spread and duplicates -----------------------------------------------------------------------------------------
+
+
+def test_spread_is_the_mean_distance_of_all_pairs():
+    embeds = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+    value = jax.jit(spread)(jnp.asarray(embeds))
+    assert value.shape == () and float(value) == pytest.approx((1 - embeds @ embeds.T).mean(), abs=1e-6)
+    assert float(spread(jnp.asarray(np.repeat(embeds[:1], 9, axis=0)))) == pytest.approx(0, abs=1e-6)
+    assert float(spread(jnp.eye(4)[jnp.array([0, 1])] * jnp.array([[1.0], [1.0]]))) == pytest.approx(0.5)
+    assert float(spread(jnp.concatenate([embeds, -embeds]))) == pytest.approx(1)
+    assert spread(jnp.asarray(embeds, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_pictures_that_equal_an_earlier_one_are_counted():
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
+    count = jax.jit(count_duplicates)
+    assert int(count(images)) == 0
+    images[20] = images[3]
+    images[[9, 30]] = images[4]
+    assert int(count(images)) == 3
+    assert int(count(np.zeros((8, 16, 16, 3), np.uint8))) == 7
+
+
+def test_pictures_that_differ_hardly_are_not_duplicates():
+    """Every picture differs from the first in one byte, by every amount: also those that many hashes lose."""
+    images = np.zeros((256, 8, 8, 3), np.uint8)
+    images[:, 7, 7, 2] = np.arange(256)
+    assert int(count_duplicates(jnp.asarray(images))) == 0
+    turned = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    variants = [np.roll(turned, shift, axis) for axis in (1, 2, 3) for shift in range(turned.shape[axis])]
+    assert int(count_duplicates(jnp.concatenate(variants))) == 2  # a roll by 0 stands there three times
+
+
+def test_black_and_white_drawings_are_told_apart():
+    """Only two values, 0 and 128, so that most of each byte's bits are never used."""
+    images = np.random.default_rng(0).integers(0, 2, (512, 8, 8, 3), dtype=np.uint8) * 128
+    assert int(jax.jit(count_duplicates)(images)) == 512 - len(np.unique(images.reshape(512, -1), axis=0)) == 0
+
+
+def test_duplicates_are_counted_over_all_devices():
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    images[15] = images[0]
+    mesh = jax.sharding.Mesh(jax.devices(), "data")
+    placed = jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert int(jax.jit(count_duplicates)(placed)) == 1
+    shares = images.reshape(8, 2, 8, 8, 3)  # as each device sees its own where the step is written per device
+    counts = jax.vmap(lambda share: count_duplicates(share, "data"), axis_name="data")(shares)
+    assert counts.tolist() == [1] * 8
+
+
+# --- No number -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_finite_passes():
+    check_finite(HEALTHY)
+    check_finite({"step": 3, "loss": 1.0, "gradient_norm": 2.0})
+
+
+@pytest.mark.parametrize("changes", [{"loss": math.nan}, {"gradient_norm": math.inf}, {"logit_scale": math.nan},
+                                     {"bad_step": 0, "bad_leaf": 1}])
+def test_what_is_not_finite_stops_the_run_with_a_remedy(changes):
+    with pytest.raises(FloatingPointError, match="at step 1000.*lower learning_rate or clip_norm.*nothing was saved"):
+        check_finite({**HEALTHY, **changes}, ["a", "b"])
+    with pytest.raises(FloatingPointError, match="the best weights before it are in run/best$"):
+        check_finite({**HEALTHY, **changes}, ["a", "b"], "the best weights before it are in run/best")
+
+
+def test_the_first_leaf_that_is_no_number_is_named():
+    """An infinite weight in one tower makes the gradients NaN that come through it: the message says where first."""
+    model, processor = tiny_clip()
+    graph, params = nnx.split(model, nnx.Param)
+    batch = tiny_batch(processor)
+    pixels = jnp.asarray(processor.normalize(batch["images"]))
+    kernel = model.text.projection.kernel
+    kernel[...] = kernel[...].at[0, 0].set(jnp.inf)
+    _, broken = nnx.split(model, nnx.Param)
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        text = model.encode_text(batch["input_ids"], batch["attention_mask"])
+        return (model.scale() * model.encode_image(pixels) * text).sum()
+
+    names = [jax.tree_util.keystr(path, simple=True, separator=".")
+             for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(broken))
+    bad = [i for i, leaf in enumerate(gradients) if not np.isfinite(leaf).all()]
+    line = {**HEALTHY, "bad_step": 989, "bad_leaf": bad[0], "gradient_norm": float(optax.tree.norm(gradients))}
+    with pytest.raises(FloatingPointError) as caught:
+        check_finite(line, names)
+    assert f"not finite was that of {names[bad[0]]} at step 990" in str(caught.value)

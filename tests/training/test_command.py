@@ -1,0 +1,277 @@
+"""`python -m clipid_utils train`: its recipes run on small towers and records, and an error is one line."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from reference import config_of, unpack, weights_of, write_folder
+from tiny import tiny_pairs
+
+from clipid_utils import load_clip
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import PRESETS
+from clipid_utils.training import command
+from clipid_utils.training.command import RECIPES, Recipe, Stage, main, run
+from clipid_utils.training.fit import FitConfig
+from clipid_utils.training.heads import ProjectionConfig
+from clipid_utils.training.optimizers import check_patterns, dotted, matching
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seekor", "kucing", "tidur", "anjing", "mobil", "merah", "rumah"]
+COUNT = 16
+
+
+def jpeg(seed: int) -> bytes:
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((40, 32), Image.Resampling.NEAREST).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_place(root: Path) -> Path:
+    """An image tower, two text towers, captions records, and the same pairs as tars."""
+    unpack("clip_vision_gelu", root / "vision")
+    bert, roberta = (write_folder(  # one layer of them, as in the image tower: each is compiled
+        root / name, config_of(name) | {"num_hidden_layers": 1},
+        {key: value for key, value in weights_of(name).items() if ".layer.1." not in key},
+    ) for name in ("bert", "roberta"))
+    (bert / "vocab.txt").write_text("\n".join(WORDS))
+    (bert / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", *sorted(set("".join(WORDS[5:])))]
+    (roberta / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    (roberta / "merges.txt").write_text("#version: 0.2\n")
+    (roberta / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+    captions = [f"{one} {two}" for one in WORDS[5:9] for two in WORDS[8:12]]
+    lines = []
+    with tarfile.open(root / "pairs-0.tar", "w") as tar:
+        for number, caption in enumerate(captions[:COUNT]):
+            (root / f"{number}.jpg").write_bytes(jpeg(number))
+            lines.append(json.dumps({"image_path": f"{number}.jpg", "captions": [caption]}))
+            for name, data in ((f"{number:03}.jpg", jpeg(number)), (f"{number:03}.txt", caption.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (root / "captions.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def small(name: str, place, out, train="captions.jsonl", **changes) -> Recipe:
+    """A recipe as it stands, on the small towers, for few steps of few pairs."""
+
+    def few(stage):
+        config = stage.fit and dataclasses.replace(stage.fit, epochs=1, steps=2, batch_size=8, chunks=1,
+                                                   caption_tokens=8, log_every=1, evaluate_every=2, checkpoint_every=2)
+        features = stage.features and dataclasses.replace(stage.features, batch_size=8, epochs=1)
+        return dataclasses.replace(stage, fit=config, features=features)
+
+    recipe = RECIPES[name][1]
+    return dataclasses.replace(
+        recipe, out=out, train=str(place / train), validation=str(place / "captions.jsonl"), samples=("kucing",),
+        vision=str(place / "vision"), text=str(place / ("roberta" if "roberta" in name else "bert")),
+        stages=tuple(map(few, recipe.stages)), model_devices=8, **changes,
+    )
+
+
+# The ancestor's with the other text tower has the stages of the first and the tower of the last
+@pytest.mark.parametrize("name", ["ancestor-indobert-large", "indobert-base", "indonesian-roberta-base"])
+def test_a_recipe_runs_its_stages(name, place, tmp_path, monkeypatch):
+    recipe = small(name, place, tmp_path / "run")
+    started, processor = command.start(recipe, None)  # a second time it would take seconds
+    monkeypatch.setattr(command, "start", lambda *_: (started, processor))
+    assert run(recipe)
+    model, _ = load_clip(tmp_path / "run" / "model")
+    for path, value in nnx.to_flat_state(nnx.state(started, nnx.Param)):
+        trained = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))[path]
+        assert np.isfinite(np.asarray(trained[...])).all()
+        if path[-1] == "kernel" and "projection" in path:
+            assert not np.array_equal(trained[...], value[...])
+    for number, stage in enumerate(recipe.stages, 1):
+        folder, config = tmp_path / "run" / f"stage-{number}", stage.features or stage.fit
+        kept = ["features", "model"] if stage.features else ["checkpoints", "best", "samples/step_000002.png"]
+        for file in ("fit.json", "versions.json", "metrics.jsonl", *kept):
+            assert (folder / file).exists(), file
+        settings = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": recipe.seed}))
+        assert json.loads((folder / "fit.json").read_text()) == settings
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line][-1] == 2
+    kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert kept == json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_patterns_of_a_recipe_fit_the_towers_it_is_for(name):
+    recipe = RECIPES[name][1]
+    text = "indonesian_roberta_base" if "roberta" in name else "indobert_base"
+    config = PRESETS["mini" if recipe.vision is None else f"vit_b32_{text}"]
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=1),
+                                 text=dataclasses.replace(config.text, layers=1))
+    params = nnx.eval_shape(lambda: nnx.state(HybridCLIP(config, rngs=nnx.Rngs(0)), nnx.Param))
+    for stage in recipe.stages:
+        check_patterns(params, (stage.features or stage.fit).trainable)
+        check_patterns(params, stage.fit.rates if stage.fit else ())
+
+
+def test_tars_and_going_on(place, tmp_path):
+    recipe = small("ancestor-indobert-large", place, tmp_path / "run", train="pairs-*.tar")
+    assert run(recipe)
+    with pytest.raises(FileExistsError, match="resume"):
+        run(recipe)
+    before = (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text()
+    assert run(dataclasses.replace(recipe, resume=True))  # finished: read, not trained again
+    assert (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text() == before
+    first, second = recipe.stages
+    second = dataclasses.replace(second, optimizer="adamw", fit=dataclasses.replace(second.fit, rates={"text.*": 2.0}))
+    for changes, words in (
+        ({"stages": (first, second)}, "stages.1.fit.rates.text.* None, now 2.0; stages.1.optimizer 'adabelief', now"),
+        ({"dtype": "bfloat16"}, "dtype 'float32', now 'bfloat16'"), ({"text": "other"}, "now 'other'"),
+        ({"train": "captions.jsonl"}, "pairs-*.tar', now 'captions.jsonl'"),
+    ):
+        with pytest.raises(ValueError, match="recipe.json began with .*resume with the same settings") as caught:
+            run(dataclasses.replace(recipe, resume=True, **changes))
+        assert words in str(caught.value)
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(dataclasses.replace(recipe, dtype="bfloat16"))
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["dtype"] == "float32"
+
+
+def test_tars_have_no_epochs_and_the_options_to_give_are_named(capsys, tmp_path):
+    """By the recipe as it stands, before the towers are loaded; these options it has."""
+    command_line = ["ancestor-indobert-large", "--train", "none-*.tar", "--out", str(tmp_path)]
+    named = "--stages.0.fit.steps N --stages.0.fit.evaluate-every N --stages.1.fit.steps N"
+    with pytest.raises(SystemExit, match=f"none-.*no epochs to count: give {named} --stages.1.fit.evaluate-every N,"):
+        main([*command_line, "--vision", "no-such-folder"])
+    with pytest.raises(SystemExit, match="no file fits|no-such-folder"):
+        main([*command_line, *f"{named} --stages.1.fit.evaluate-every N".replace("N", "9").split(),
+              "--vision", "no-such-folder", "--text", "no-such-folder"])
+
+
+def test_features_are_not_computed_of_tars(place, tmp_path):
+    with pytest.raises(ValueError, match="stage 1 .*captions records.*pairs-.*tar"):
+        run(small("indobert-base", place, tmp_path / "run", train="pairs-*.tar"))
+
+
+def test_a_stage_has_one_of_fit_and_features(tmp_path):
+    for stage, words in (Stage(), "neither"), (Stage(FitConfig(), features=ProjectionConfig()), "both"):
+        with pytest.raises(ValueError, match=f"stage 1 has {words} of fit and features"):
+            run(Recipe(tmp_path, stages=(stage,)))
+
+
+def test_what_a_stage_on_features_ended_with_is_read_by_its_own_recipe_alone(tmp_path):
+    recipe = dataclasses.replace(RECIPES["indobert-base"][1], out=tmp_path)
+    command.keep(recipe)
+    (tmp_path / "stage-1" / "model").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="--resume"):
+        command.keep(recipe)
+    command.keep(dataclasses.replace(recipe, resume=True))
+    with pytest.raises(ValueError, match="seed 0, now 1"):
+        command.keep(dataclasses.replace(recipe, resume=True, seed=1))
+
+
+def test_a_new_mini_computes_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_pairs", lambda pictures, size: tiny_pairs(12, size))
+    model, _ = command.start(Recipe(tmp_path, vision=None, dtype="bfloat16"), datasets.Dataset.from_dict({}))
+    assert model.vision.dtype == model.text.dtype == np.dtype("bfloat16")
+
+
+def test_help_lists_the_recipes_and_a_recipe_its_options(capsys):
+    for arguments, words in (["--help"], list(RECIPES)), (["mini", "--help"], ["--resume", "--out", "--tensorboard"]):
+        shown = shown_by(arguments, capsys)
+        assert all(word in shown for word in words)
+
+
+def shown_by(arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_option_says_what_it_is(name, capsys):
+    words = {}
+    for line in shown_by([name, "--help"], capsys).splitlines():  # tyro draws its boxes in lines or in blanks
+        if re.match(r"[│ ] --?\w", line):
+            option = line.strip("│ ")
+            words[option] = ""
+        elif re.match(r"[│ ]  {4}", line):
+            words[option] += " " + line.strip("│ ")
+    assert sum(option.startswith("--stages.") for option in words) > 30
+    assert not [option for option, text in words.items() if not re.match(r" (?!\(default)\S+ \S", text)]
+    for number, stage in enumerate(RECIPES[name][1].stages):  # what a stage does not read it does not offer
+        for kind in ("fit", "features"):
+            offered = any(option.startswith(f"--stages.{number}.{kind}.") for option in words)
+            assert offered == (getattr(stage, kind) is not None)
+
+
+@pytest.mark.parametrize("name, options, expected", [
+    ("indobert-base", [], {"*.projection.*": 2.0}),
+    ("indobert-base", ["--stages.1.fit.rates", "text.blocks.*", "0.5", "text.*", "2"],
+     {"text.blocks.*": 0.5, "text.*": 2.0}),
+    ("indobert-base", ["--stages.1.fit.rates"], {}),
+    ("ancestor-indobert-large", ["--stages.1.fit.rates", "vision.*", "3"], {"vision.*": 3.0}),
+])
+def test_learning_rates_of_groups_are_an_option(name, options, expected, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(command, "run", lambda recipe: not recipes.append(recipe))
+    main([name, *options])
+    assert list(recipes[0].stages[1].fit.rates.items()) == list(expected.items())  # the first that fits counts
+
+
+@pytest.mark.parametrize("name, text", [
+    ("ancestor-indobert-large", "indobenchmark/indobert-large-p2"),
+    ("ancestor-indonesian-roberta", "flax-community/indonesian-roberta-base"),
+])
+def test_the_ancestors_settings_are_those_of_2021(name, text):
+    """Those of run_hybrid_clip.py and of the run_training_….sh and their …_unfreeze.sh."""
+    recipe = RECIPES[name][1]
+    assert (recipe.vision, recipe.text, recipe.dtype) == ("openai/clip-vit-base-patch32", text, "float32")
+    assert recipe.logit_scale == 20.0 and len(recipe.stages) == 2
+    for stage, rate, log, save in zip(recipe.stages, (5e-5, 1e-5), (200, 100), (1000, 500), strict=True):
+        fit, moved = stage.fit, stage.fit.augmentation
+        assert stage.optimizer == "adabelief" and stage.features is None
+        assert (fit.epochs, fit.steps, fit.batch_size, fit.caption_tokens) == (20, None, 8 * 64, 96)
+        assert (fit.learning_rate, fit.warmup, fit.weight_decay, fit.clip_norm) == (rate, 0.1, 0.0, 0.01)
+        assert (fit.log_every, fit.checkpoint_every, fit.average_decay, fit.layer_decay) == (log, save, 0.0, 1.0)
+        assert not (fit.rates or fit.drop_path or fit.keep_patches or fit.image_image or fit.group_concepts)
+        assert (moved.degrees, moved.translate, moved.scale, moved.hue, moved.flip) == (15, 0.1, (0.8, 1.2), 0.1, 0.5)
+        assert moved.shear == pytest.approx(math.tan(math.radians(15)), abs=0.01)
+        assert not (moved.stretch or moved.brightness or moved.contrast or moved.saturation or moved.grey
+                    or moved.shading)
+    params = nnx.eval_shape(lambda: nnx.state(HybridCLIP(PRESETS["mini"], rngs=nnx.Rngs(0)), nnx.Param))
+    paths = {dotted(path): path for path, _ in nnx.to_flat_state(params)}
+    first, second = ({name for name, path in paths.items() if matching(stage.fit.trainable)(path, None)}
+                     for stage in recipe.stages)
+    assert first == {"vision.projection.kernel", "text.projection.kernel"} and paths.keys() - second == {"logit_scale"}
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--train", "missing.jsonl"], "missing.jsonl"), 
+    (["--train", "none-*.tar", "--stages.0.fit.steps", "9", "--stages.1.fit.steps", "9"], "no file fits"),
+    (["--model-devices", "3"], "divisor of 8"), (["--form", "pmap", "--shard", "data"], "--form jit"),
+])
+def test_what_is_wrong_is_one_line(options, message, place, tmp_path):
+    towers = ["--vision", str(place / "vision"), "--text", str(place / "bert"), "--out", str(tmp_path)]
+    options = ["--train", str(place / "captions.jsonl")] * ("--train" not in options) + options
+    with pytest.raises(SystemExit, match=message) as end:
+        main(["ancestor-indobert-large", *towers, *options])
+    assert "Traceback" not in str(end.value)
+
+

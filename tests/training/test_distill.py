@@ -1,0 +1,186 @@
+"""Distillation: the loss against a NumPy loop, a student that lands where its teacher does, and what stops it."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny import CONFIG, NAMES, tiny_clip, tiny_processor
+
+from clipid_utils.model.clip import TextEncoder
+from clipid_utils.model.pretrained.convert import flatten_params, load_clip, save_clip
+from clipid_utils.training import distill as module
+from clipid_utils.training.distill import (
+    DistillConfig,
+    Parallel,
+    distill,
+    distillation_loss,
+    held_out,
+    make_distill_update,
+    parallel_features,
+    text_features,
+    with_text_tower,
+)
+
+ENGLISH = ["sleeping cat", "seal", "blue butterfly", "red car", "big house", "small fish", "left arrow", "rose",
+           "old bicycle", "sailing boat", "volcano", "watermelon"]
+CONFIG_TEXT = dataclasses.replace(CONFIG.text, width=24, layers=1)  # of another size than the teacher's
+
+
+def new_student(seed: int = 5, embed_dim: int = 8) -> TextEncoder:
+    return TextEncoder(CONFIG_TEXT, embed_dim, rngs=nnx.Rngs(seed))
+
+
+def taught() -> Parallel:
+    """Features that differ as a trained teacher's do; random weights give all texts nearly the same."""
+    return Parallel(ENGLISH, NAMES, np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32))
+
+
+def weights(tower) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in flatten_params(nnx.state(tower, nnx.Param)).items()}
+
+
+def run(validation=None, *, train=None, student=None, seed=0, **changes):
+    config = DistillConfig(**{"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, **changes})
+    return distill(student or new_student(), tiny_processor(), train or taught(), validation, config, seed=seed,
+                   progress=False)
+
+
+def test_the_loss_is_the_mean_of_squares():
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    total = 0.0
+    for row in range(5):
+        for column in range(3):
+            total += (float(student[row, column]) - float(teacher[row, column])) ** 2
+    assert float(distillation_loss(jnp.asarray(student), jnp.asarray(teacher))) == pytest.approx(total / 15, rel=1e-6)
+
+
+def test_the_teachers_features_are_those_before_the_norm():
+    model, processor = tiny_clip()
+    pairs = parallel_features(model.text, processor, ENGLISH, NAMES, batch_size=5)
+    np.testing.assert_allclose(pairs.features, model.text(**processor.tokenize(ENGLISH)), atol=1e-5)
+    assert not np.allclose(np.linalg.norm(pairs.features, axis=1), 1)
+
+
+@pytest.mark.parametrize("languages", [1, 2])
+def test_a_step_goes_down_the_sum_of_the_languages(languages):
+    student, processor, train = new_student(), tiny_processor(), taught()
+    texts = [processor.tokenize(part, 16) for part in (NAMES, ENGLISH)[:languages]]
+    graph, params = nnx.split(student)
+
+    def plain(params):
+        tower = nnx.merge(graph, params)
+        return sum(jnp.mean((tower(**part) - train.features) ** 2) for part in texts)
+
+    loss, gradients = jax.jit(jax.value_and_grad(plain))(params)
+    stacked = tuple(np.stack([part[name] for part in texts]) for name in ("input_ids", "attention_mask"))
+    optimizer = optax.sgd(0.1)
+    update = jax.jit(make_distill_update(graph, optimizer))
+    after, _, values = update(params, optimizer.init(params), stacked, train.features)
+    assert float(values["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    expected = flatten_params(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients))
+    for name, value in flatten_params(after).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+
+
+def test_the_student_lands_where_the_teacher_does():
+    result = run(taught(), epochs=60, batch_size=12, evaluate_every=20, log_every=1)
+    assert result.history[0]["loss"] > 1.5 and result.history[-1]["loss"] < 0.1
+    figures = held_out(result.student, tiny_processor(), taught())
+    assert figures["cosine"] > 0.95 and figures["R@1"] == 1.0
+    assert [line["epoch"] for line in result.history if "R@1" in line] == [20, 40, 60]
+
+
+def test_english_is_learned_only_where_it_is_taught():
+    cosines = {}
+    for both in (True, False):
+        student = run(epochs=60, batch_size=12, both_languages=both).student
+        own = text_features(student, tiny_processor(), ENGLISH)
+        theirs = taught().features
+        norms = np.linalg.norm(own, axis=1) * np.linalg.norm(theirs, axis=1)
+        cosines[both] = ((own * theirs).sum(axis=1) / norms).mean()
+    assert cosines[True] > 0.9 and cosines[False] < 0.7, cosines
+
+
+def test_the_best_student_is_kept_not_the_last(monkeypatch):
+    recalls = iter([0.2, 0.6, 0.6, 0.1])
+    seen = []
+
+    def measured(student, processor, pairs):
+        seen.append(weights(student))
+        return {"cosine": 0.0, "R@1": next(recalls)}
+
+    monkeypatch.setattr(module, "held_out", measured)
+    result = run(taught(), epochs=4)
+    for name, value in weights(result.student).items():
+        np.testing.assert_array_equal(value, seen[2][name])
+    assert not np.array_equal(seen[2]["projection.kernel"], seen[3]["projection.kernel"])
+
+
+def test_equal_sentences_are_right_for_each_other():
+    """Two names with one translation cannot be told apart, and need not be."""
+    train = taught()
+    pairs = Parallel(["cat", "kitty", "dog"], [NAMES[0], NAMES[0], NAMES[1]], train.features[[0, 0, 1]])
+    student = run(train=train, epochs=60, batch_size=12).student
+    assert held_out(student, tiny_processor(), pairs)["R@1"] == 1.0
+
+
+def test_the_student_given_is_left_as_it_was_and_the_seed_decides():
+    student = new_student()
+    before = weights(student)
+    first, same, other = (run(student=student, seed=seed).student for seed in (0, 0, 1))
+    for name, value in weights(student).items():
+        np.testing.assert_array_equal(value, before[name])
+        np.testing.assert_array_equal(weights(first)[name], weights(same)[name])
+    assert not np.array_equal(weights(first)["projection.kernel"], weights(other)["projection.kernel"])
+
+
+def test_ctrl_c_leaves_what_is_there(monkeypatch):
+    real = module.check_finite
+
+    def interrupted(line):
+        real(line)
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module, "check_finite", interrupted)
+    result = run(epochs=10, log_every=1)
+    assert result.interrupted and result.history[-1]["step"] in (2, 3)
+    assert np.isfinite(text_features(result.student, tiny_processor(), NAMES)).all()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    with pytest.raises(FloatingPointError, match="at step 1 "):
+        run(train=taught()._replace(features=np.full((12, 8), np.nan, np.float32)), log_every=1)
+
+
+def test_widths_and_counts_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="gives 6 numbers and the teacher's 8: make it with embed_dim 8"):
+        run(student=new_student(embed_dim=6))
+    with pytest.raises(ValueError, match="batch_size 13 is more than the 12 pairs"):
+        run(batch_size=13)
+    model, processor = tiny_clip()
+    with pytest.raises(ValueError, match="2 English and 1 Indonesian"):
+        parallel_features(model.text, processor, ["cat", "dog"], ["kucing"])
+
+
+def test_a_student_becomes_the_models_text_tower(tmp_path):
+    model, processor = tiny_clip()
+    student = run().student
+    joined = with_text_tower(model, student)
+    tokens = processor.tokenize(NAMES)
+    features = np.asarray(student(**tokens))
+    expected = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(joined.encode_text(**tokens), expected, atol=1e-5)
+    assert joined.config.text.width == 24 and model.config.text.width == 16
+    save_clip(joined, processor, tmp_path / "joined")
+    again, _ = load_clip(tmp_path / "joined")
+    np.testing.assert_allclose(again.encode_text(**tokens), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="gives 6 numbers and the model's 8"):
+        with_text_tower(model, new_student(embed_dim=6))
