@@ -8,6 +8,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -155,6 +157,14 @@ def file_identity(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
+def need(module: str, extra: str) -> ModuleType:
+    """The module of an optional dependency. Raises ImportError, with the line that installs it, if it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs {module}: pip install 'clip-indonesian[{extra}]' ({error})") from error
+
+
 def usable_threads() -> int:
     """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -207,10 +217,9 @@ def _register_heic() -> None:
     if "HEIF" in Image.OPEN:
         return
     try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise PictureError("reading HEIC pictures needs pillow-heif: pip install pillow-heif") from None
-    register_heif_opener()
+        need("pillow_heif", "heic").register_heif_opener()
+    except ImportError as error:
+        raise PictureError(f"a HEIC picture: {error}") from None
 
 
 def reduce_picture(image: Image.Image, short_side: int | None) -> Image.Image:
