@@ -1,28 +1,28 @@
-# The course in a few commands; `make` alone lists them. The first use installs into .venv, later ones need no network.
+# The course in a few commands; `make` alone lists them. The first use installs into .venv. Later uses need no network.
 PYTHON ?= python3
 PYTHON313 ?= python3.13
 RUN := .venv/bin/python
-# XLA takes one large buffer for each step: in huge pages it costs no page faults, which slow training on a CPU. One
-# arena, trimmed, keeps what threads have freed from adding to a notebook's peak.
+# XLA takes one large buffer for each training step. In huge pages it costs no page faults, which slow training on a CPU.
+# One arena, trimmed, keeps memory that threads have freed from adding to a notebook's peak.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=131072:glibc.malloc.arena_max=1
-# Unit tests compile hundreds of programs without optimizations (tests/conftest.py): XLA's older code for a CPU takes a
-# third less time for it; for the notebooks' optimized ones it takes more. What one notebook has compiled no other
-# compiles again. Every worker, kernel and process of a test reads the bytecode that the first one kept.
+# Unit tests compile hundreds of programs without optimizations (tests/conftest.py). XLA's older code for a CPU compiles
+# them in a third less time; it is slower for the notebooks' optimized programs. The notebooks share one cache of compiled
+# programs, and every test process reads the bytecode that the first one kept.
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
 test: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 GPU := $(shell command -v nvidia-smi)
-# Bytecode is kept as modules are imported: compiling all that is installed took a quarter of the installation.
+# Compiling all installed modules took a quarter of the installation; Python compiles those that are imported.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-course: .venv/installed  ## run every notebook, write them executed and as HTML to build/course/
+course: .venv/installed  ## run every notebook; the executed pages are in build/course/index.html
 	$(RUN) -m clipid_utils prepare
 	$(RUN) scripts/course.py
 
-test: .venv/installed  ## ruff, the unit tests, and every notebook run anew
+test: .venv/installed  ## ruff, the unit tests, and every notebook
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
 	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval
@@ -33,46 +33,50 @@ lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
 train-mini: .venv/installed  ## train data/checkpoints/mini again, by the recipe that made it
-	$(RUN) -m clipid_utils train-mini --out data/checkpoints/mini
+	$(RUN) -m clipid_utils train mini --out data/checkpoints/mini
 
-evaluate: .venv/installed  ## evaluate data/checkpoints/mini again into its metrics.json
+evaluate: .venv/installed  ## measure data/checkpoints/mini again into its metrics.json
 	$(RUN) -m clipid_utils evaluate data/checkpoints/mini
 
 bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch and Ray into .venv-bench
 	JAX_PLATFORMS=cpu .venv-bench/bin/python benchmarks/run.py
 	$(if $(GPU),.venv-bench/bin/python benchmarks/run.py step translate --gpu)
 
-# Both need torch. The recipe of the shipped translator is run small, from the pairs to what its model then says.
-parity: .venv-bench/installed  ## outputs, gradients and export beside torch's, at true sizes; the translator's recipe
+parity: .venv-bench/installed  ## outputs, gradients and exports beside torch's at true sizes; the translator's recipe
 	.venv-bench/bin/python scripts/parity.py
 	.venv-bench/bin/python -m clipid_utils prepare
 	.venv-bench/bin/python -m pytest tests/test_train_translator.py
 
-# Without Ray its tests would be passed over: hence the import.
+# Without Ray its tests would be skipped; the import makes that an error.
 test-scale: .venv-bench/installed  ## shards through a Ray cluster on this machine, with a worker killed
 	.venv-bench/bin/python -c 'import ray.data'
 	.venv-bench/bin/python -m pytest tests/data/test_scale.py
 
-test-colab: .venv-colab/installed  ## the unit tests against Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
+test-colab: .venv-colab/installed  ## the unit tests with Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
 	.venv-colab/bin/python -m clipid_utils prepare
-	.venv-colab/bin/python -m pytest
+	.venv-colab/bin/python -m pytest -p no:nbval
+
+test-wheel: .venv/installed  ## build the wheel and try it in an empty environment, outside of any clone
+	$(RUN) scripts/try_wheel.py
+
+mutants: .venv/installed  ## small wrong changes of the code, one at a time: which of them does a test notice?
+	$(RUN) scripts/mutants.py
 
 notebooks: .venv/installed  ## run every notebook and keep its outputs in notebooks/, as they are committed
 	$(RUN) -m clipid_utils prepare
 	$(RUN) scripts/course.py --in-place
 	$(RUN) scripts/course.py --in-place --out build/solutions notebooks/solutions/*.ipynb
 
-constraints:  ## make constraints.txt anew from requirements.txt, in a new environment; use Python 3.11
-	$(PYTHON) -m venv --clear build/constraints
-	build/constraints/bin/python $(INSTALL) -r requirements.txt
-	{ grep '^#' constraints.txt; build/constraints/bin/python -m pip freeze --all --exclude pip; \
-	  grep -E '^(ray|torch)==' constraints.txt; } > build/constraints.txt
-	mv build/constraints.txt constraints.txt
+constraints: .venv/installed  ## make constraints.txt again from requirements.txt: one set for every Python and platform
+	$(RUN) scripts/constraints.py
 
-clean:  ## remove what make made here: environments and build/; the pictures in data/cache stay
+test-constraints: .venv/installed  ## resolve constraints.txt for each Python and platform, without installing
+	$(RUN) scripts/constraints.py --check
+
+clean:  ## remove environments and build/; the pictures in data/cache stay
 	rm -rf .venv .venv-bench .venv-colab build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# An environment is finished once its file `installed` is there; a change of what it is made from installs again.
+# An environment is finished when its file `installed` exists. A change of the files below installs again.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	$(call environment,$(PYTHON),.venv)
 	$(RUN) $(INSTALL) -r requirements.txt -c constraints.txt
@@ -83,7 +87,7 @@ clean:  ## remove what make made here: environments and build/; the pictures in 
 	.venv-bench/bin/python $(INSTALL) -r requirements.txt torch "ray[data]" $(if $(GPU),"jax[cuda12]") -c constraints.txt
 	$(call package,.venv-bench/bin/python)
 
-# Colab's six as Colab has them, the rest as tested.
+# Colab's own six packages at Colab's versions, the others as tested.
 .venv-colab/installed: requirements.txt constraints.txt constraints-colab.txt pyproject.toml
 	@command -v $(PYTHON313) > /dev/null || { echo "make test-colab needs Python 3.13, as Colab has it: install it, or \
 	name it with make test-colab PYTHON313=/path/to/python3.13" >&2; exit 1; }
@@ -93,9 +97,9 @@ clean:  ## remove what make made here: environments and build/; the pictures in 
 	$(call package,.venv-colab/bin/python)
 
 define environment
-	@$(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "the course needs Python \
-	3.11, 3.12 or 3.13 and $(1) is another: name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "Installing the tested set into $(2): a few minutes, once."
+	@$(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "The course needs Python \
+	3.11, 3.12 or 3.13. $(1) is a different version or is missing: name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing the tested packages into $(2). This takes a few minutes, once."
 	$(1) -m venv $(2)
 endef
 
@@ -104,5 +108,6 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test lab train-mini evaluate bench parity test-scale test-colab notebooks constraints clean
+.PHONY: help course test lab train-mini evaluate bench parity test-scale test-colab test-wheel mutants notebooks constraints \
+	test-constraints clean
 .DELETE_ON_ERROR:

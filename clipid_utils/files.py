@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -158,11 +159,20 @@ def file_identity(path: str | os.PathLike) -> str:
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """The module of an optional dependency. Raises ImportError, with the line that installs it, if it is absent."""
+    """The module of an optional dependency. Raises ImportError, with the command that installs it, if it is absent."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"this needs {module}: pip install 'clip-indonesian[{extra}]' ({error})") from error
+        raise ImportError(f"this needs {module}, from an extra that is not installed: {install_line(extra)}") from error
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    try:
+        address = next(url for url in metadata.metadata("clip-indonesian").get_all("Project-URL") or ())
+        return f'pip install "clip-indonesian[{extra}] @ git+{address.split(", ")[1]}"'
+    except (metadata.PackageNotFoundError, StopIteration):  # used from a clone without an installation
+        return f'pip install -e ".[{extra}]" in the clone'
 
 
 def usable_threads() -> int:

@@ -1,12 +1,25 @@
-"""Where the project keeps its files: `DATA` (cards, small files), `CACHE` (git-ignored) and `CHECKPOINTS`."""
+"""Where the project's files are.
+
+`DATA` has the small files and `CHECKPOINTS` the shipped models: in a clone the folder data/, in an installed package the
+folder `shipped` beside this file. `CACHE` has large files that can be made again: data/cache in a clone, or
+~/.cache/clip-indonesian. The environment variable CLIPID_DATA moves it, for example to a larger disk.
+"""
 
 import os
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-# CLIPID_DATA moves what is large and can be made again, e.g. to a disk with more room; what git keeps stays in data/.
-CACHE = Path(os.environ.get("CLIPID_DATA") or DATA) / "cache"
+_PACKAGE = Path(__file__).resolve().parent
+IN_CLONE = (_PACKAGE.parent / "data" / "templates.json").is_file()
+DATA = _PACKAGE.parent / "data" if IN_CLONE else _PACKAGE / "shipped"
 CHECKPOINTS = DATA / "checkpoints"
 
-if not (DATA / "templates.json").is_file():
-    raise ImportError(f"{DATA / 'templates.json'} not found: clipid_utils runs from a clone, `pip install -e .` in it")
+
+def _cache() -> Path:
+    if moved := os.environ.get("CLIPID_DATA"):
+        return Path(moved).expanduser() / "cache"
+    if IN_CLONE:
+        return DATA / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip-indonesian"
+
+
+CACHE = _cache()
