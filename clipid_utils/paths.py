@@ -1,8 +1,8 @@
 """Where the project's files are.
 
-`DATA` has the small files and `CHECKPOINTS` the shipped models: in a clone the folder data/, in an installed package the
-folder `shipped` beside this file. `CACHE` has large files that can be made again: data/cache in a clone, or
-~/.cache/clip-indonesian. The environment variable CLIPID_DATA moves it, for example to a larger disk.
+`DATA` has the small files and `CHECKPOINTS` the shipped models: in a clone in the folder data/, in an installed package
+in the folder `shipped` beside this file. `CACHE` has large files that can be made again: it is data/cache in a clone,
+else ~/.cache/clip-indonesian. The environment variable CLIPID_DATA moves it, for example to a larger disk.
 """
 
 import os

@@ -22,8 +22,8 @@ PLATFORMS = "x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-da
 MACOS = "14.0"  # the oldest for which FAISS has a wheel
 FIXED = "torch==2.13.0"  # for benchmarks and references alone; its CUDA packages need no constraints
 HEADER = """\
-# The exact set that the course is tested with, for Python 3.11 to 3.13, Linux (x86-64, arm64) and macOS 14 (arm64). make,
-# CI and Binder use it. Colab keeps its own packages: constraints-colab.txt. `make constraints` writes this file again.
+# The exact set that the course is tested with, for Python 3.11 to 3.13, Linux (x86-64, arm64) and macOS 14 (arm64).
+# make, CI and Binder use it; Colab keeps its own packages (constraints-colab.txt). `make constraints` writes it again.
 """
 
 

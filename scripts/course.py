@@ -1,10 +1,10 @@
-"""Run the course: every notebook in order, each in a fresh kernel, written executed and as HTML, then one table.
+"""Runs the course: every notebook in order, each in a new kernel; writes executed notebooks, HTML pages and one table.
 
     python scripts/course.py                     # notebooks/*.ipynb to build/course/
     python scripts/course.py notebooks/04*.ipynb # some of them
-    python scripts/course.py --in-place          # and write the outputs into notebooks/ too, as they are committed
+    python scripts/course.py --in-place          # also write the outputs into notebooks/, as they are committed
 
-A notebook names its key figure by tagging a code cell `key-figure`: the last line of text which that cell prints.
+The key figure of a notebook is the last line of text that its code cell with the tag `key-figure` prints.
 """
 
 from __future__ import annotations
@@ -23,22 +23,20 @@ from pathlib import Path
 
 import nbformat
 import psutil
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# The course needs no hub; without these a library asks one anyway, and waits for it in a room without network.
+# The course needs no hub. Without these settings a library asks for one and waits, in a room without a network.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass
 class Result:
-    """What one notebook took and showed; `error` is the report of the cell that failed, empty where none did."""
+    """Time, memory and key figure of one notebook; `error` reports the cell that failed, and is empty if none did."""
 
     name: str
     title: str
@@ -53,17 +51,8 @@ class Result:
         return self.name, f"{self.seconds / 60:.1f}", f"{self.peak_bytes / 1e6:.0f} MB", figure
 
 
-class ThisPython(AsyncKernelManager):
-    """Starts kernels with the very interpreter that runs this script, whatever kernels the user has installed."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name="Python 3", language="python")
-
-
 class MemoryWatch:
-    """Samples, while entered, the resident memory of all this process's descendants together; `peak` in bytes."""
+    """Samples the resident memory of all child processes together while it is entered; `peak` is in bytes."""
 
     def __init__(self, interval: float = 0.2):
         self.interval, self.peak = interval, 0
@@ -85,23 +74,23 @@ class MemoryWatch:
             total = 0
             for child in me.children(recursive=True):
                 try:
-                    if child.cmdline() != own:  # not this program's own memory, before a new child becomes another
+                    if child.cmdline() != own:  # a child that has just been forked still has this program's memory
                         total += child.memory_info().rss
-                except psutil.Error:  # it ended between the listing and the question
+                except psutil.Error:  # the process has ended in the meantime
                     pass
             self.peak = max(self.peak, total)
             self._stop.wait(self.interval)
 
 
 def output_text(cell) -> str:
-    """The text that a code cell shows: what it printed, then the plain form of its result."""
+    """The text that a code cell shows: its printed lines, then the plain form of its result."""
     printed = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"]
     results = [o.data.get("text/plain", "") for o in cell.outputs if o.output_type == "execute_result"]
     return "\n".join(printed + results)
 
 
 def key_figure(notebook) -> str:
-    """The last line of text from the last cell tagged `key-figure`; empty where there is none."""
+    """The last line of text from the last cell tagged `key-figure`; empty if there is none."""
     for cell in reversed(notebook.cells):
         if cell.cell_type == "code" and "key-figure" in cell.metadata.get("tags", ()):
             lines = output_text(cell).strip().splitlines()
@@ -119,24 +108,24 @@ def title(notebook) -> str:
 
 
 def failure(name: str, notebook, index: int, error: Exception) -> str:
-    """What a person needs to find the mistake: notebook, cell (counted from 1), its first lines, the error."""
+    """A report of an error: notebook, cell (counted from 1), the first lines of the cell, and the error."""
     cell = notebook.cells[index]
     lines = cell.source.splitlines()
     source = "\n".join("    " + line for line in lines[:6] + (["…"] if len(lines) > 6 else []))
     if isinstance(error, CellExecutionError):
         reason = f"{error.ename}: {error.evalue}"
     elif isinstance(error, DeadKernelError):
-        reason = f"the kernel died, most often for want of memory: lower the knobs; its last words are in {name}.log"
+        reason = f"the kernel died, most often because the memory is full: lower the settings; see {name}.log"
     else:
         reason = str(error).strip().splitlines()[0]
     return f"{name}, cell {index + 1} of {len(notebook.cells)}:\n{source}\n{reason}"
 
 
 def run_notebook(path: Path, out: Path, timeout: float, on_cell=lambda index, count: None) -> tuple[object, Result]:
-    """Execute one notebook in a kernel of its own and return it with its `Result`; an error in a cell ends it there.
+    """Executes one notebook in a new kernel, up to the first error, and returns it with its `Result`.
 
-    `timeout` is a cell's, in seconds; `on_cell(index, count)` is called before each cell. What the kernel itself says
-    beside the notebook goes to a log in the folder `out`.
+    `timeout` is the limit for one cell in seconds. `on_cell(index, count)` is called before each cell. Messages of the
+    kernel itself go to a log in the folder `out`.
     """
     notebook = nbformat.read(path, as_version=4)
     at = 0
@@ -148,14 +137,14 @@ def run_notebook(path: Path, out: Path, timeout: float, on_cell=lambda index, co
 
     client = NotebookClient(
         notebook,
-        kernel_manager_class=ThisPython,
+        kernel_name="python3",  # in an environment, Jupyter prefers the kernel of that environment
         timeout=timeout,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=start,
     )
-    # MPLBACKEND, where the shell has one, would keep figures out of the notebook.
+    # A MPLBACKEND from the shell would keep figures out of the notebook.
     environment = {**OFFLINE, **{k: v for k, v in os.environ.items() if k != "MPLBACKEND"}}
     error, began = "", time.monotonic()
     with MemoryWatch() as memory, open(out / f"{path.name}.log", "w") as log:
@@ -168,7 +157,7 @@ def run_notebook(path: Path, out: Path, timeout: float, on_cell=lambda index, co
 
 
 def drop_widgets(notebook) -> None:
-    """Take out widgets, which show nothing without a kernel and make a page ask the network for their code."""
+    """Removes widgets: without a kernel they show nothing, and a page with them asks the network for code."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -176,7 +165,7 @@ def drop_widgets(notebook) -> None:
 
 
 def shrink_pictures(notebook) -> None:
-    """Reduce figures to 256 colours where that makes them smaller: to a third, with no difference to the eye."""
+    """Reduces figures to 256 colours if that makes them smaller: a third of the size, with no visible difference."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", ()):
@@ -188,13 +177,13 @@ def shrink_pictures(notebook) -> None:
 
 
 def clean_metadata(notebook) -> None:
-    """Leave nothing in the notebook's metadata that differs from machine to machine or run to run."""
+    """Removes metadata that differs between machines or runs."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
 def table(results: list[Result]) -> str:
-    """The results as lines of text in aligned columns, the last line the sum of the minutes and the greatest peak."""
+    """The results as aligned columns of text; the last line has the sum of the minutes and the highest peak."""
     total = Result("all", "", sum(r.seconds for r in results), max(r.peak_bytes for r in results), "")
     rows = [("notebook", "minutes", "peak memory", "key figure")] + [r.cells() for r in [*results, total]]
     name, minutes, memory = (max(len(row[i]) for row in rows) for i in range(3))
@@ -204,7 +193,7 @@ def table(results: list[Result]) -> str:
 
 
 def index_page(results: list[Result]) -> str:
-    """An HTML page with one row a notebook, linked to its page."""
+    """An HTML page with one row for each notebook, linked to its page."""
     rows = []
     for r in results:
         name, minutes, memory, figure = map(html.escape, r.cells())
@@ -225,7 +214,7 @@ th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem; border-bo
 
 
 def run_course(notebooks: list[Path], out: Path, timeout: float, in_place: bool = False) -> list[Result]:
-    """Execute the notebooks in order into `out`, telling a line each; the first that fails is the last that runs."""
+    """Executes the notebooks in order into `out` and prints a line for each; a failure ends the course."""
     out.mkdir(parents=True, exist_ok=True)
     to_html, results = HTMLExporter(embed_images=True), []
     for number, path in enumerate(notebooks, 1):
@@ -252,12 +241,12 @@ def run_course(notebooks: list[Path], out: Path, timeout: float, in_place: bool 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 1 where a notebook failed and 2 where there is none."""
+    """The command line; returns the exit status: 1 if a notebook failed, 2 if there is no notebook."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: notebooks/*.ipynb in order")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "course", help="default: build/course")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one cell may take; default: 1800")
-    parser.add_argument("--in-place", action="store_true", help="write the outputs back into the notebooks too")
+    parser.add_argument("--timeout", type=float, default=1800, help="limit for one cell in seconds; default: 1800")
+    parser.add_argument("--in-place", action="store_true", help="also write the outputs into the notebooks")
     options = parser.parse_args(arguments)
     notebooks = options.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not notebooks:
@@ -266,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results = run_course(notebooks, options.out, options.timeout, options.in_place)
     except KeyboardInterrupt:
-        print("\nstopped by hand", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     print("\n" + table(results))
     print(f"\nTo read: {options.out / 'index.html'}")

@@ -3,8 +3,8 @@
     python scripts/mutants.py                # all
     python scripts/mutants.py metrics loss   # those in files whose path contains one of these words
 
-An entry is {"file", "old", "new", "tests"}: the text `old`, which occurs once in the file, becomes `new`, and the tests run
-until the first failure. The change is made in a copy of the clone under build/mutants, one copy for each worker.
+An entry is {"file", "old", "new", "tests"}: the text `old`, which occurs once in the file, becomes `new`, and the tests
+run until the first failure. The change is made in a copy of the clone under build/mutants, one copy for each worker.
 """
 
 import argparse

@@ -1,11 +1,10 @@
-"""scripts/course.py on small notebooks made here, and the lists of packages against each other."""
+"""scripts/course.py on small notebooks that are made here."""
 
 import ast
 import base64
 import io
 import re
 import sys
-import tomllib
 
 import course
 import nbformat
@@ -118,35 +117,3 @@ def test_figures_are_made_small_and_widgets_left_out(tmp_path):
     assert Image.open(io.BytesIO(picture)).size == (64, 64)
     assert not kept.cells[2].outputs and "widgets" not in kept.metadata
     assert "widget-view" not in (tmp_path / "build" / "00_a.html").read_text()
-
-
-def requirements(lines):
-    """Names, as packages normalise them, to what follows the name."""
-    found = {}
-    for line in lines:
-        line = line.split("#")[0].strip()
-        if line:
-            name, rest = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
-            found[re.sub(r"[-_.]+", "-", name).lower()] = rest.strip()
-    return found
-
-
-def test_lists_of_packages_agree():
-    def read(name):
-        return (course.ROOT / name).read_text(encoding="utf-8")
-
-    wanted, pinned = (requirements(read(name).splitlines()) for name in ("requirements.txt", "constraints.txt"))
-    project = tomllib.loads(read("pyproject.toml"))["project"]
-    library = requirements(project["dependencies"])
-    assert library == {name: wanted.get(name) for name in library}, "pyproject.toml and requirements.txt differ"
-    assert requirements(project["optional-dependencies"]["bench"])["torch"] == pinned["torch"]
-    assert "ray" in pinned
-    assert set(wanted) <= set(pinned), "constraints.txt lacks a direct dependency: make constraints"
-    assert all(re.fullmatch(r"==[\w.+!]+", version) for version in pinned.values())
-
-    colab = requirements(read("constraints-colab.txt").splitlines())
-    kept = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
-    assert kept < set(colab)
-    assert {name: colab[name] for name in colab if name not in kept} == {
-        name: pinned[name] for name in colab if name not in kept
-    }

@@ -52,7 +52,26 @@ def test_every_extra_that_an_error_names_exists():
     assert named and named <= set(EXTRAS)
 
 
+def pins(file: str) -> dict[str, list[str]]:
+    """The versions of each package; several where the Python or the platform decides."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            package, version = re.fullmatch(r"([\w.-]+)==([\w.+!]+)( ; .+)?", line).groups()[:2]
+            found.setdefault(name(package), []).append(version)
+    return found
+
+
 def test_constraints_have_every_direct_dependency():
-    pinned = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = pins("constraints.txt")
     lines = [*REQUIREMENTS, *EXTRAS["scale"], *EXTRAS["bench"]]
-    assert {name(line) for line in lines if line} - pinned <= {"clip-indonesian"}
+    assert {name(line) for line in lines if line} - set(pinned) <= {"clip-indonesian"}, "make constraints"
+    assert f"torch=={pinned['torch'][0]}" in EXTRAS["bench"]
+
+
+def test_colab_keeps_its_own_packages_and_gets_the_others_as_tested():
+    colab, pinned = pins("constraints-colab.txt"), pins("constraints.txt")
+    own = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert own < set(colab)
+    assert {package: colab[package] for package in set(colab) - own} == {
+        package: pinned[package] for package in set(colab) - own}
