@@ -54,13 +54,13 @@ def download(options: argparse.Namespace) -> None:
 
 
 def translate(options: argparse.Namespace) -> None:
-    from clipid_utils.data.translation.translate import OURS, Translator, translate_rows
+    from clipid_utils.data.translation.translate import SHIPPED, Translator, translate_rows
 
     if options.model is None:
         print("by the small model of data/translator, which is there to try this out: for captions to train on name "
               "another, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
     try:
-        translator = Translator(options.model or OURS, beam=options.beam, device=options.device)
+        translator = Translator(options.model or SHIPPED, beam=options.beam, device=options.device)
         report = translate_rows(options.file, options.folder, translator, column=options.column)
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on where it stopped") from None

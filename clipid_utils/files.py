@@ -158,6 +158,19 @@ def file_identity(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
+def model_identity(folder: str | os.PathLike) -> str:
+    """16 hexadecimal digits that change when a file of a model's folder changes, wherever the folder is.
+
+    metrics.json and README.md, which describe the model, do not count, nor do hidden files.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name not in ("metrics.json", "README.md"):
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def need(module: str, extra: str) -> ModuleType:
     """The module of an optional dependency. Raises ImportError, with the command that installs it, if it is absent."""
     try:
@@ -175,9 +188,14 @@ def install_line(extra: str) -> str:
         return f'pip install -e ".[{extra}]" in the clone'
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_threads() -> int:
     """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, usable_cores())
 
 
 # Pictures

@@ -31,7 +31,7 @@ from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.data.dictionary.openclipart import load_openclipart, split_openclipart
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation.machine_captions import (
-    caption_gates,
+    caption_checks,
     in_indonesian,
     named,
     with_good_captions,
@@ -67,7 +67,7 @@ def drawings(dictionary: DatasetDict) -> tuple[dict[str, Dataset], dict]:
     split, parted = split_openclipart(whole, dictionary)
     rows = in_indonesian(named(split["train"]), Translator())
     captions, pictures = Report(), Report()
-    kept = with_good_pictures(with_good_captions(rows, caption_gates(rows), captions), pictures)
+    kept = with_good_pictures(with_good_captions(rows, caption_checks(rows), captions), pictures)
     steps = {"package": read, "split": parted, "captions": captions, "pictures": pictures}
     counts = {step: {"kept": report.kept, "dropped": dict(report.dropped)} for step, report in steps.items()}
     unseen = {name.casefold() for name in dictionary["unseen_concept"]["name_id"]}

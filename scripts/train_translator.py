@@ -1,7 +1,7 @@
 """Trains the small English to Indonesian model of data/translator, converts it, and measures it.
 
     .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour of one core
-    .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip gate
+    .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip check
     .venv-bench/bin/python scripts/train_translator.py --without 0  # and 1: without half of the names
 
 A Marian model in Hugging Face's form: the same code that serves opus-mt converts and runs it. It learns from the human

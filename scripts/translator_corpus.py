@@ -297,8 +297,11 @@ class Maker:
         return pair
 
     def copied(self) -> Pair:
-        """A caption, a name or a template's sentence in which a word that nobody knows stands for a noun, the same on
-        both sides: what the model does not know it is to leave as it is (Currey et al. 2017), where a gate finds it."""
+        """A caption, a name or a template's sentence with an invented word in place of a noun, the same on both sides.
+
+        From it the model learns to leave a word as it is that it does not know, so that a check finds it (Currey et al.
+        2017).
+        """
         word = self.stranger()
         if self.rng.random() < 0.3:
             english, indonesian = self.pick(TEMPLATES)

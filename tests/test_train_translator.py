@@ -17,7 +17,7 @@ from tiny_marian import ENGLISH, INDONESIAN
 from translator_corpus import Corpus, read_corpus
 
 from clipid_utils.data.translation.marian import convert
-from clipid_utils.data.translation.translate import OURS, Translator
+from clipid_utils.data.translation.translate import SHIPPED, Translator
 from clipid_utils.paths import DATA
 
 pytest.importorskip("torch", reason="torch is not installed: make parity runs this")
@@ -35,7 +35,7 @@ def run(out: Path, options: str) -> dict:
     """The script as its command runs it, beside `out`; returns the card. The shipped folders stay as they are."""
 
     def shipped():
-        return {path: path.read_bytes() for folder in (OURS, BACK) for path in folder.iterdir()}
+        return {path: path.read_bytes() for folder in (SHIPPED, BACK) for path in folder.iterdir()}
 
     before = shipped()
     with pytest.MonkeyPatch.context() as patch:

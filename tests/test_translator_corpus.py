@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from translator_corpus import ADJECTIVES, Corpus, Maker, bare, ibm1, mutual, plural, read_corpus, swapped, word_by_word
 
-from clipid_utils.data.translation.checks import GATES, words
+from clipid_utils.data.translation.checks import CHECKS, words
 
 
 def concept(concept, name_en, name_id, group="animals", keywords_en=(), keywords_id=()):
@@ -82,7 +82,7 @@ def test_templates_keep_every_noun_colour_and_number(maker):
         found = [back[word] for word in words(indonesian) if word in back]
         assert found and sorted(found) == sorted(
             word for word in re.sub(r"(?<=[a-z])s\b", "", english.lower()).split() if word in back.values()), english
-        assert not GATES["numbers"]([(english, indonesian)])[0] and not GATES["colours"]([(english, indonesian)])[0]
+        assert not CHECKS["numbers"]([(english, indonesian)])[0] and not CHECKS["colours"]([(english, indonesian)])[0]
 
 
 def test_swaps_change_both_sides_alike(maker):
@@ -90,7 +90,7 @@ def test_swaps_change_both_sides_alike(maker):
     for _ in range(300):
         english, indonesian = maker.swap()
         changed += (english, indonesian) not in maker.captions
-        assert not GATES["numbers"]([(english, indonesian)])[0], (english, indonesian)
+        assert not CHECKS["numbers"]([(english, indonesian)])[0], (english, indonesian)
         assert not re.search(r"\b(a (?=[aeio][a-z]+ )(?!one|uni|eu)|an (?=[bcdfgjklmnpqrstvwxyz]))", english), english
     assert changed > 200
 

@@ -1,147 +1,156 @@
-"""Rows as Arrow tables, and Parquet shards of them written one after the other, `part-00000.parquet` …
+"""Rows of any source, and Parquet shards of them: part-00000.parquet, part-00001.parquet, …
 
-A shard has its name only when it is whole and on the disk, so that a run killed at any moment goes on after the last.
+A shard gets its name only when it is whole and on the disk, so a run that was killed at any moment resumes after the
+last shard. Each shard notes, in its metadata, the settings that it was made with.
 """
 
+import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-METADATA = b"clipid_utils"  # of a shard: the settings it was made with, in JSON
+from clipid_utils.files import PARTIAL, input_files, read_json_lines, whole_file
+
+METADATA = b"clipid_utils"  # the key of the settings in a shard's metadata; "rows" among them is a hash of its rows
 Source = str | os.PathLike | Iterable[dict]
 
 
-def is_path(source: Source) -> bool:
-    """Whether a source is a file, and not the records themselves."""
-    return isinstance(source, str | os.PathLike)
+def source_files(source: Source) -> list[Path]:
+    """The files of a source: one file, the part files of a folder, or those of a glob; none if it is records."""
+    paths = isinstance(source, str | os.PathLike)
+    return input_files(source, (".jsonl", ".jsonl.gz", ".parquet")) if paths else []
 
 
 def count_rows(source: Source) -> int | None:
-    """How many rows a source has, None for records of which nobody knows; of JSON lines the blank ones count too."""
-    if not is_path(source):
-        return len(source) if hasattr(source, "__len__") else None
-    if Path(source).suffix == ".parquet":
-        return pq.read_metadata(source).num_rows
-    with open(source, "rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+    """How many rows a source has; blank lines count too. None for records whose number is unknown."""
+    total, files = 0, source_files(source)
+    for file in files:
+        if file.suffix == ".parquet":
+            total += pq.read_metadata(file).num_rows
+        else:
+            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
+                total += sum(1 for _ in lines)
+    return total if files or not hasattr(source, "__len__") else len(source)
 
 
-def read_tables(source: Source, rows: int, skip: int = 0, schema: pa.Schema | None = None) -> Iterator[pa.Table]:
-    """The rows of a .parquet or .jsonl file, or of records, after the first `skip`, in tables of `rows` at most.
+def read_rows(source: Source, out: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a source, each after its place ("file:line"). A relative `image_path` of a file then starts at `out`.
 
-    JSON lines and records get `schema`, by default that of the first table. Raises ValueError for a line or a row that
-    does not fit, by its number.
+    `source` is a .jsonl or .parquet file, a folder or a glob of such files, or the records themselves. Raises
+    ValueError, with the place, for a line that is not JSON.
     """
-    if is_path(source) and Path(source).suffix == ".parquet":
-        with pq.ParquetFile(source) as file:
-            for batch in file.iter_batches(rows):
-                if skip < batch.num_rows:
-                    yield pa.Table.from_batches([batch.slice(skip)])
-                skip = max(0, skip - batch.num_rows)
-        return
-    name = Path(source).name if is_path(source) else "records"
-    records = islice(_lines(source) if is_path(source) else enumerate(source, 1), skip, None)
-    while chunk := list(islice(records, rows)):
-        values = [record for _, record in chunk]
-        try:
-            schema = schema or _schema(values)
-            stray = sorted(set().union(*values) - set(schema.names))
-            if stray:
-                raise pa.ArrowInvalid(f"the key {stray[0]!r}, which the rows before have not")
-            for key in (field.name for field in schema if pa.types.is_list(field.type)):
-                if any(isinstance(record.get(key), str) for record in values):  # Arrow would take its letters
-                    raise pa.ArrowInvalid(f"{key} is a string, and a list in the rows before")
-            table = pa.Table.from_pylist(values, schema=schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(f"{name}: in rows {chunk[0][0]} to {chunk[-1][0]}: {error}. All rows need the same keys "
-                             "with the same types") from error
-        yield table
+    for file in source_files(source) or [None]:
+        if file is None:
+            numbered, way = enumerate(source, 1), ""
+        else:
+            numbered = _parquet_rows(file) if file.suffix == ".parquet" else read_json_lines(file)
+            # Resolved, since ".." after a link leads to the parent of the link's target
+            way = os.path.relpath(file.parent.resolve(), out.resolve())
+        for number, row in numbered:
+            if file and isinstance(row.get("image_path"), str):
+                row = {**row, "image_path": os.path.normpath(os.path.join(way, row["image_path"]))}
+            yield f"{file.name if file else 'records'}:{number}", row
 
 
-def _lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{Path(path).name}:{number}: no JSON ({error}): correct the line") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{Path(path).name}:{number}: {line[:40]!r} is no record: write {{\"…\": …}}")
-                yield number, record
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    with pq.ParquetFile(file) as parquet:
+        yield from enumerate((row for batch in parquet.iter_batches(1000) for row in batch.to_pylist()), 1)
 
 
-def _schema(records: list[dict]) -> pa.Schema:
-    """The types of the keys; of one that is null so far it is taken to be a string."""
-    keys = dict.fromkeys(key for record in records for key in record)
-    columns = {key: pa.array([record.get(key) for record in records]).type for key in keys}
-    return pa.schema([(key, pa.string() if kind == pa.null() else kind) for key, kind in columns.items()])
+def parquet_schema(source: Source) -> pa.Schema | None:
+    """The types of the first file of a source, if it is a Parquet file."""
+    files = source_files(source)
+    return pq.read_schema(files[0]) if files and files[0].suffix == ".parquet" else None
+
+
+def as_table(rows: list[tuple[str, dict]], schema: pa.Schema | None = None) -> pa.Table:
+    """The rows as a table, by default with the types that they have; a key that is null in all becomes a string.
+
+    Raises ValueError for a row that does not fit the others, and for a string in place of a list.
+    """
+    values = [row for _, row in rows]
+    try:
+        if schema is None:
+            columns = {key: pa.array([row.get(key) for row in values]).type for key in dict.fromkeys(chain(*values))}
+            schema = pa.schema([(key, pa.string() if kind == pa.null() else kind) for key, kind in columns.items()])
+        lists = {field.name for field in schema if pa.types.is_list(field.type)} | {"captions"}
+        for place, row in rows:
+            if strange := sorted(row.keys() - set(schema.names)):
+                raise ValueError(f"{place}: {strange[0]!r} is not a key of the first rows: all rows need the same keys")
+            if strange := [key for key in lists if isinstance(row.get(key), str)]:  # Arrow would take its letters
+                raise ValueError(f"{place}: {strange[0]} is {row[strange[0]]!r}: give a list with at least one text")
+        return pa.Table.from_pylist(values, schema=schema)
+    except (pa.ArrowException, UnicodeError, OverflowError) as error:
+        raise ValueError(f"{rows[0][0]} to {rows[-1][0]}: {error}: all rows need the same keys with the same types"
+                         ) from error
+
+
+def rows_hash(rows: list[tuple[str, dict]]) -> str:
+    """16 hexadecimal digits that change when a key or a value of the rows changes."""
+    def plain(value: object) -> str:
+        return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+    lines = json.dumps([{key: value for key, value in row.items() if value is not None} for _, row in rows],
+                       default=plain, sort_keys=True)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing there; raises RuntimeError where one does already."""
+    """Makes the folder and keeps other processes from writing to it. Raises OSError if one does already."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise RuntimeError(f"another process is writing to {out}: wait for it, or name another folder") from error
+        raise OSError(f"another process is writing to {out}: wait for it, or name a different folder") from error
 
 
-def finished_shards(out: Path, settings: dict) -> list[Path]:
-    """The shards of an earlier run, all whole, in their order; half-written ones are deleted.
+def write_table(table: pa.Table, path: Path, settings: dict) -> None:
+    """Writes a shard with the settings that it was made with, whole or not at all."""
+    noted = {**(table.schema.metadata or {}), METADATA: json.dumps(settings).encode()}
+    with whole_file(path) as file:
+        pq.write_table(table.replace_schema_metadata(noted), file)
 
-    Raises ValueError where one is missing or damaged, or was made with other settings.
+
+def finished_shards(out: Path, settings: dict) -> dict[Path, dict]:
+    """The shards of an earlier run, in their order, each with its settings; unfinished files are deleted.
+
+    Raises ValueError if a shard is missing or damaged, or was made with different settings.
     """
-    for partial in out.glob("part-*.partial"):
+    for partial in out.glob(f"part-*{PARTIAL}"):
         partial.unlink()
     shards = sorted(out.glob("part-*.parquet"))
     for number, shard in enumerate(shards):
         if shard.name != f"part-{number:05}.parquet":
-            raise ValueError(f"{out} has {shard.name} and no part-{number:05}.parquet: delete the later ones, which "
-                             "are then made again, or name another folder")
-        noted = noted_settings(shard)
-        for key in noted | settings:
-            then, now = noted.get(key), settings.get(key)
-            if then != now:
-                raise ValueError(f"{shard} was made with {key} {then!r}, and now it is {now!r}: name another folder, "
-                                 "or delete this one")
-    return shards
+            raise ValueError(f"{out} has {shard.name} and no part-{number:05}.parquet: delete the later shards, which "
+                             "are then made again, or name a different folder")
+    return {shard: check_settings(shard, settings) for shard in shards}
 
 
-def noted_settings(shard: Path) -> dict:
-    """The settings that a shard was made with; raises ValueError for what is none."""
+def with_content(name: object, content: str) -> str:
+    """A setting that is a file or a model: it is the same if its content is the same, whatever its name."""
+    return f"{name} (content {content})"
+
+
+def check_settings(shard: Path, settings: dict) -> dict:
+    """The settings that a shard was made with. Raises ValueError if they are different, or the shard is damaged."""
     try:
-        return json.loads(pq.read_schema(shard).metadata[METADATA])
+        noted = json.loads(pq.read_schema(shard).metadata[METADATA])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{shard} is damaged, or another program wrote it: delete it and those after it, which are "
-                         "then made again, or name another folder") from error
-
-
-def write_table(table: pa.Table, path: Path, settings: dict) -> None:
-    """Writes a shard, whole or not at all; of two processes that write the same one, the last stays."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    noted = {**(table.schema.metadata or {}), METADATA: json.dumps(settings).encode()}
-    with open(partial, "wb") as file:
-        pq.write_table(table.replace_schema_metadata(noted), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def move_paths(table: pa.Table, source: Path, out: Path) -> pa.Table:
-    """The relative picture paths of a file in the folder `source`, made to start at the folder `out`."""
-    if "image_path" not in table.column_names:
-        return table
-    way = os.path.relpath(source.resolve(), out.resolve())  # what ".." after a link leads to is not above the link
-    paths = [path if path is None or os.path.isabs(path) else os.path.normpath(os.path.join(way, path))
-             for path in table["image_path"].to_pylist()]
-    return table.set_column(table.column_names.index("image_path"), "image_path", pa.array(paths, pa.string()))
+        raise ValueError(f"{shard} is damaged, or a different program wrote it: delete it and the shards after it, "
+                         "which are then made again, or name a different folder") from error
+    for key in sorted((noted.keys() | settings) - {"rows"}):
+        then, now = noted.get(key), settings.get(key)
+        if str(then).rpartition(" (content ")[2] != str(now).rpartition(" (content ")[2]:
+            raise ValueError(f"{shard} was made with {key} {then!r}, and now it is {now!r}: restore the former, delete "
+                             "the shards, or name a different folder")
+    return noted

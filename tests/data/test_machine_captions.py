@@ -1,4 +1,4 @@
-"""Machine captions: what is translated stands where it belongs, and what the gates let through is the name of a row."""
+"""Machine captions: each translation is in its column, and a row's name is a text that passed the checks."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from PIL import Image as Pillow
 
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation.machine_captions import (
-    MOST_OF_A_TITLE,
-    caption_gates,
+    MAX_OF_A_TITLE,
+    caption_checks,
     in_indonesian,
     named,
     with_good_captions,
@@ -70,27 +70,27 @@ def test_a_row_without_a_good_name_takes_its_description_or_goes():
     drawings = rows("two red cats", "the red car", "R2", description="a cat on the table")
     found = in_indonesian(named(drawings), Dictionary(**{"two red cats": "kucing merah"}))  # a number lost
     report = Report()
-    kept = with_good_captions(found, caption_gates(found), report)
+    kept = with_good_captions(found, caption_checks(found), report)
     assert kept["name_id"][:] == ["sebuah kucing di atas itu meja", "itu merah mobil", "sebuah kucing di atas itu meja"]
     assert report.dropped == {"numbers": 1, "English: its length": 1} and report.kept == 4
     lone = in_indonesian(named(rows("two red cats")), Dictionary(**{"two red cats": "kucing merah"}))
-    assert len(with_good_captions(lone, caption_gates(lone), Report())) == 0
+    assert len(with_good_captions(lone, caption_checks(lone), Report())) == 0
 
 
-def test_what_the_translator_gave_up_passes_no_gate():
+def test_a_text_that_the_translator_marked_does_not_pass():
     def gives_up(texts):
         return [Translation(text, "loops") if text == "Froggy" else Translation("kodok") for text in texts]
 
     found = in_indonesian(named(rows("Froggy", "frog")), gives_up)
     assert found["name_mark"][:] == ["loops", ""]
     report = Report()
-    assert with_good_captions(found, caption_gates(found), report)["name_id"][:] == ["kodok"]
+    assert with_good_captions(found, caption_checks(found), report)["name_id"][:] == ["kodok"]
     assert report.dropped == {"not translated: loops": 1} and report.read == 2
 
 
 def test_keywords_that_stayed_english_go():
     found = in_indonesian(named(rows("red car", keywords=("pet", "froggy", "Pet"))), Dictionary(Pet="peliharaan"))
-    assert with_good_captions(found, caption_gates(found), Report())["keywords_id"][:] == [["peliharaan"]]
+    assert with_good_captions(found, caption_checks(found), Report())["keywords_id"][:] == [["peliharaan"]]
 
 
 @pytest.mark.parametrize("title, reason", [
@@ -98,11 +98,11 @@ def test_keywords_that_stayed_english_go():
     ("red car", "English: the title of a series"),
     ("a sleeping zebra crossing", "copy"),
 ])
-def test_each_kind_of_bad_caption_has_its_gate(title, reason):
-    count = MOST_OF_A_TITLE + 1 if "series" in reason else 1
+def test_each_kind_of_bad_caption_has_its_check(title, reason):
+    count = MAX_OF_A_TITLE + 1 if "series" in reason else 1
     found = in_indonesian(named(rows(*[title] * count)), Dictionary(**{"a sleeping zebra crossing": "zebra crossing"}))
     report = Report()
-    assert len(with_good_captions(found, caption_gates(found), report)) == 0 and set(report.dropped) == {reason}
+    assert len(with_good_captions(found, caption_checks(found), report)) == 0 and set(report.dropped) == {reason}
 
 
 def test_pictures_that_repeat_or_show_nothing_go_under_their_names():

@@ -27,7 +27,7 @@ from clipid_utils.data.download.addresses import PublicNetwork
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.flickr import read_xflickrco
 from clipid_utils.data.sources.xm3600 import read_xm3600
-from clipid_utils.data.translation.translate import OURS
+from clipid_utils.data.translation.translate import SHIPPED
 from clipid_utils.paths import DATA
 
 # By the number of its picture, whose content it decides
@@ -59,7 +59,7 @@ def dies_after(times, function):
     return called
 
 translate.ROWS_A_CORE, translate.usable_cores = 2, lambda: 2
-translate.write_table = dies_after(1, translate.write_table)
+translate.shards.write_table = dies_after(1, translate.shards.write_table)
 download.Manifest.add = dies_after(3, download.Manifest.add)
 download.PublicNetwork = lambda: addresses.PublicNetwork(picture_server.resolve, picture_server.Near())
 main()
@@ -73,7 +73,7 @@ def steps() -> list[tuple[str, str]]:
     """
     card = (DATA / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## [^\n]*a recipe\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
-    for text, here in (("Helsinki-NLP/opus-mt-en-id", str(OURS)), ("validation_share=0.02", "validation_share=0.4")):
+    for text, here in (("Helsinki-NLP/opus-mt-en-id", str(SHIPPED)), ("validation_share=0.02", "validation_share=0.4")):
         assert text in section
         section = section.replace(text, here)
     return re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
@@ -157,9 +157,9 @@ def test_the_recipe_loses_and_doubles_no_row_though_it_is_killed(tmp_path, monke
     rows = shard_rows()
     assert [found["captions_en"] for found in rows] == [[text] for text in CC12M.values()]
     assert 0 < len(left["translate"]) < len(rows) and left["translate"] == rows[: len(left["translate"])]
-    gated, filtered, kept = names["gated"], names["filtered"], json_rows("cc12m.jsonl")
-    assert gated.read == sum(found["captions_mark"] == [""] for found in rows) and len(kept) > 5
-    assert filtered.read == gated.kept + 2 + len(WIT) + 1
+    checked, filtered, kept = names["checked"], names["filtered"], json_rows("cc12m.jsonl")
+    assert checked.read == sum(found["captions_mark"] == [""] for found in rows) and len(kept) > 5
+    assert filtered.read == checked.kept + 2 + len(WIT) + 1
     assert {found["url"]: found["captions"] for found in kept}.items() <= {
         found["url"]: found["captions"] for found in rows}.items()
     assert [found["url"] for found in json_rows("as-they-are.jsonl")] == ["http://a.id/40.jpg"]  # the other is a word

@@ -1,6 +1,7 @@
-"""Shards through a Ray cluster on this machine: with workers that die, and with runs that are begun anew."""
+"""Shards through a Ray cluster on this machine, with workers that die and runs that resume."""
 
 import io
+import json
 import os
 import signal
 from pathlib import Path
@@ -14,7 +15,14 @@ from tiny import tiny_clip
 from tiny_marian import ENGLISH, tiny_marian
 
 from clipid_utils.data.translation import marian
-from clipid_utils.data.translation.on_ray import TranslateTable, _most_workers, map_shards
+from clipid_utils.data.translation.on_ray import (
+    TranslateTable,
+    _most_workers,
+    _settings,
+    _Worker,
+    map_shards,
+    translate_on_ray,
+)
 from clipid_utils.data.translation.translate import Translator, translate_rows
 from clipid_utils.inference.embed_shards import EmbedPictures
 from clipid_utils.model.embed import embed_images
@@ -106,17 +114,46 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model, tmp_path)
         assert os.path.normpath(tmp_path / "out" / here.pop("image_path")) == os.path.normpath(
             tmp_path / "alone" / "part-00000" / there.pop("image_path"))
         assert here == there
-    # A second run, on whom two shards are left, makes just these
+    # A second run makes only the two shards that are left
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     for name in ("part-00002.parquet", "part-00005.parquet"):
-        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.123.partial")  # as if they had died in writing
+        (tmp_path / "out" / name).rename(tmp_path / "out" / f"{name}.123.partial")  # its worker died
     assert map_shards(shards, tmp_path / "out", TranslatesAndDies, options, workers=1, progress=False) == 80
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert {name for name in after if after[name] != before[name]} == {"part-00002.parquet", "part-00005.parquet"}
     assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(80))
     assert not list((tmp_path / "out").glob("*.partial"))
-    with pytest.raises(ValueError, match="part-00000.parquet was made with .*name another folder"):
+    with pytest.raises(ValueError, match="part-00000.parquet was made with make .*TranslatesAndDies.*: restore"):
         map_shards(shards, tmp_path / "out", TranslateTable, {"model": str(model)})
+
+
+@needs_ray
+def test_captions_are_translated_as_on_one_machine(cluster, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for part in range(2):
+        rows = [{"id": 2 * part + i, "captions": [ENGLISH[2 * part + i]]} for i in range(2)]
+        (tmp_path / "in" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # the second run finds all shards made
+        report = translate_on_ray(tmp_path / "in", tmp_path / "out", model=model, progress=False)
+        assert report == translate_rows(tmp_path / "in", tmp_path / "alone", Translator(model), progress=False)
+    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "alone")
+
+
+def test_a_file_or_a_model_that_changed_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(marian, "CACHE", tmp_path / "cache")
+    files, options = write_shards(tmp_path / "in", 2), {"model": str(tiny_marian(tmp_path / "hf"))}
+    worker = _Worker(TranslateTable, options, _settings(TranslateTable, options))
+    (tmp_path / "out").mkdir()
+    for file in files:
+        worker({"file": str(file), "shard": str(tmp_path / "out" / file.name)})
+    assert map_shards(files, tmp_path / "out", TranslateTable, options) == 20  # nothing is left for Ray
+    tiny_marian(tmp_path / "hf", seed=1)
+    with pytest.raises(ValueError, match="part-00000.parquet was made with model '.*hf .content .*: restore"):
+        map_shards(files, tmp_path / "out", TranslateTable, options)
+    tiny_marian(tmp_path / "hf")
+    pq.write_table(pq.read_table(files[1]).slice(1), files[1])
+    with pytest.raises(ValueError, match="part-00001.parquet was made with source '.*in/part-00001.parquet .content"):
+        map_shards(files, tmp_path / "out", TranslateTable, options)
 
 
 @needs_ray
@@ -171,8 +208,8 @@ def test_a_function_that_loses_a_row_is_caught(cluster, tmp_path):
 
 def test_without_ray_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install .\[scale\]"):
-        map_shards([], tmp_path, TranslateTable, {})
+    with pytest.raises(ImportError, match=r"this needs ray: pip install 'clip-indonesian\[scale\]'"):
+        map_shards(["a.parquet"], tmp_path, TranslateTable, {})
 
 
 @pytest.mark.parametrize("shards, cluster, cores, gpus, workers", [
@@ -185,9 +222,8 @@ def test_no_more_workers_than_there_are_shards_cores_and_gpus_for(shards, cluste
     assert _most_workers(shards, cluster, cores, gpus) == workers
 
 
-@needs_ray
-def test_two_shards_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="two shards have the same name"):
+def test_two_files_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two files have the same name"):
         map_shards([tmp_path / "a" / "0.parquet", tmp_path / "b" / "0.parquet"], tmp_path / "out", TranslateTable, {})
 
 

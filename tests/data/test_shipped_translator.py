@@ -1,16 +1,16 @@
-"""The small models of data/translator and data/translator-back: what the repository may say of them."""
+"""The small models of data/translator and data/translator-back are as their cards say."""
 
 import json
 
 import pytest
 
-from clipid_utils.data.translation.translate import OURS, Translator
+from clipid_utils.data.translation.translate import SHIPPED, Translator
 from clipid_utils.paths import DATA
 
 BACK = DATA / "translator-back"
 
 
-@pytest.mark.parametrize("folder", [OURS, BACK], ids=["there", "back"])
+@pytest.mark.parametrize("folder", [SHIPPED, BACK], ids=["there", "back"])
 def test_it_is_small_and_its_figures_stand_beside_a_baselines(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -20,7 +20,7 @@ def test_it_is_small_and_its_figures_stand_beside_a_baselines(folder):
 
 
 def test_it_says_what_its_figures_were_computed_from():
-    metrics = json.loads((OURS / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((SHIPPED / "metrics.json").read_text(encoding="utf-8"))
     translate = Translator()
     for example in metrics["examples"]["captions"]["good"]:
         assert translate([example["source"]])[0].text == example["found"]

@@ -1,4 +1,4 @@
-"""Translation on CTranslate2: the conversion beside Marian's formulas, the batching's laws, runs killed and resumed."""
+"""Translation on CTranslate2: the conversion against Marian's formulas, batching, and runs that resume."""
 
 import json
 import os
@@ -22,18 +22,13 @@ from safetensors.numpy import load_file, save_file
 from test_weights import ordered, stored, tensor, write_zip
 from tiny_marian import CONFIG, ENGLISH, tiny_marian
 
+from clipid_utils.data import shards
 from clipid_utils.data.captions import read_captions
-from clipid_utils.data.shards import move_paths, read_tables
-from clipid_utils.data.translation import marian
+from clipid_utils.data.translation import marian, translate
+from clipid_utils.data.translation.checks import loops
 from clipid_utils.data.translation.marian import WEIGHTS, convert, converted_folder
-from clipid_utils.data.translation.translate import (
-    Translation,
-    Translator,
-    batches_by_length,
-    loops,
-    translate_rows,
-    usable_cores,
-)
+from clipid_utils.data.translation.translate import Translation, Translator, batches_by_length, translate_rows
+from clipid_utils.files import usable_cores
 
 WORDS = sorted({word for text in ENGLISH for word in text.split()})
 
@@ -60,7 +55,7 @@ def translator(folder, cache):
 
 @pytest.fixture
 def alone(folder, cache):
-    """A sentence a batch: what comes out cannot depend, through the last bit of a sum, on what else is in a batch."""
+    """One sentence a batch: a translation cannot depend, through the last bit of a sum, on the rest of its batch."""
     return Translator(folder, threads=1, batch_tokens=1)
 
 
@@ -159,14 +154,14 @@ def test_a_model_is_converted_once_until_it_changes(tmp_path):
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_what_is_no_marian_model_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_a_marian_model_is_refused_by_name(tmp_path, monkeypatch):
     def refused(error, words, **changes):
         with pytest.raises(error, match=words):
             Translator(tiny_marian(tmp_path / "hf", **changes))
 
     refused(ValueError, "model_type is 'bert'", model_type="bert")
-    refused(ValueError, "embeddings of their own", share_encoder_decoder_embeddings=False)
-    refused(ValueError, "activation_function 'elu' is none of", activation_function="elu")
+    refused(ValueError, "share_encoder_decoder_embeddings is False", share_encoder_decoder_embeddings=False)
+    refused(ValueError, "activation_function is 'elu', not one of .*swish", activation_function="elu")
     weights = load_file(tiny_marian(tmp_path / "hf") / "model.safetensors")
     save_file({key: value for key, value in weights.items() if "0.fc1.bias" not in key},
               tmp_path / "hf" / "model.safetensors")
@@ -180,17 +175,23 @@ def test_what_is_no_marian_model_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "hf" / "target.spm").unlink()
     with pytest.raises(FileNotFoundError, match="has no target.spm"):
         Translator(tmp_path / "hf")
-    with pytest.raises(FileNotFoundError, match="neither a folder nor an id"):
-        Translator(str(tmp_path / "elsewhere" / "hf"))
-    with pytest.raises(FileNotFoundError, match="could not be fetched from the hub .*give a folder"):
-        Translator("nobody/opus-mt-en-id")  # the tests are offline
+    for name in (str(tmp_path / "elsewhere" / "hf"), "nobody/opus-mt-en-id"):  # the tests are offline
+        with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder, and could not be fetched from the hub"):
+            Translator(name)
     with pytest.raises(ValueError, match="0 GPUs"):
         monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: 0)
         Translator(tmp_path / "hf", device="cuda")
 
 
+def test_a_damaged_converted_model_is_refused_by_name(folder, tmp_path):
+    shutil.copytree(converted_folder(folder, "int8"), tmp_path / "ct2")
+    (tmp_path / "ct2" / "model.bin").write_bytes((tmp_path / "ct2" / "model.bin").read_bytes()[:100])
+    with pytest.raises(ValueError, match="ct2: CTranslate2 cannot open the model"):
+        Translator(tmp_path / "ct2")
+
+
 def write_bin(folder: Path, weights: dict[str, np.ndarray]) -> None:
-    """The weights as `torch.save` writes them."""
+    """Writes the weights as `torch.save` does."""
     state = {name: tensor(stored(key=str(key), numel=value.size), 0, value.shape,
                           tuple(stride // 4 for stride in value.strides))
              for key, (name, value) in enumerate(weights.items())}
@@ -214,7 +215,7 @@ def test_a_model_comes_from_the_hub_by_its_id(folder, tmp_path, monkeypatch, for
 
     monkeypatch.setattr(marian.huggingface_hub, "snapshot_download", snapshot_download)
     assert Translator("Helsinki-NLP/opus-mt-en-id")(ENGLISH) == Translator(folder)(ENGLISH)
-    assert not any(map(set(WEIGHTS).issubset, asked)) and form in asked[-1]  # the other only where there is not the one
+    assert not any(map(set(WEIGHTS).issubset, asked)) and form in asked[-1]  # the second only without the first
 
 
 # --- Texts ------------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_the_order_is_restored_and_each_text_is_translated_once(translator, alon
     first = translator(texts)
     assert translator(texts[::-1] + ["a cat"]) == first[::-1] + translator(["a cat"])
     assert max(Counter(submitted).values()) == 1
-    assert len({translation.text for translation in first}) > 20  # what comes out depends on what goes in
+    assert len({translation.text for translation in first}) > 20  # translations depend on their texts
     assert sum(map(Translation.__eq__, first, alone(texts))) >= 190  # another machine may round some otherwise
 
 
@@ -242,7 +243,7 @@ def test_as_many_batches_are_translated_at_once_as_there_are_cores_to_use(folder
 
 
 def test_the_memory_of_texts_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr("clipid_utils.data.translation.translate.REMEMBERED", 10)
+    monkeypatch.setattr(translate, "REMEMBERED", 10)
     translator = Translator(folder)
     assert len(translator(sentences(50))) == 50 and len(translator._known) == 10
 
@@ -256,7 +257,7 @@ def test_batches_hold_every_sentence_once_within_the_budget(lengths, tokens):
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens or lengths[batch[0]] == 0
 
 
-def test_what_cannot_be_translated_stays_english_and_says_why(translator):
+def test_a_text_that_cannot_be_translated_stays_english_and_says_why(translator):
     long = "cat " * 300
     found = translator(["  ", long, ""])
     assert found == [Translation("  ", "empty"), Translation(long, "too long"), Translation("", "empty")]
@@ -264,6 +265,36 @@ def test_what_cannot_be_translated_stays_english_and_says_why(translator):
     assert set(marks) == {"", "loops"}  # random weights do both
     for text, (translated, mark) in zip(sentences(300), translator(sentences(300)), strict=True):
         assert (translated == text) if mark else translated and not loops(translated, text)
+
+
+class Says:
+    """An engine that says the same pieces to every sentence."""
+
+    def __init__(self, pieces):
+        self.hypotheses = [pieces]
+
+    def translate_batch(self, batch, **options):
+        self.options = options
+        return [self] * len(batch)
+
+    def result(self):
+        return self
+
+
+def test_a_translation_that_does_not_end_is_a_loop(folder, translator):
+    count = len(translator._source.encode("a cat", out_type=str))
+    limit, pieces = 2 * count + 16, [translator._target.id_to_piece(number) for number in range(3, 50)]
+    for length, mark in ((limit, "loops"), (limit - 1, "")):
+        translator = Translator(folder, threads=1)
+        translator.engine = Says(pieces[:length])
+        assert translator(["a cat"])[0].mark == mark and translator.engine.options["max_decoding_length"] == limit
+    assert translate._limit(["cat"] * 150) == translate.MAX_TARGET
+
+
+def test_a_text_that_repeats_a_word_may_be_translated_so(folder, translator):
+    translator.engine = Says(translator._target.encode("anjing anjing anjing", out_type=str))
+    assert translator(["a dog", "dog dog dog"]) == [
+        Translation("a dog", "loops"), Translation("anjing anjing anjing")]
 
 
 class Failing:
@@ -280,24 +311,15 @@ class Failing:
         raise RuntimeError("out of memory")
 
 
-def test_a_sentence_on_which_the_engine_fails_takes_none_with_it(folder, alone):
+def test_a_sentence_on_which_the_engine_fails_fails_alone_and_is_tried_again(folder, alone):
     texts = [text for text in sentences(100) if "moon" not in text]
     translator = Translator(folder, batch_tokens=10_000)  # all in one batch, which fails: each is then asked alone
     (piece,) = {words[-1] for words in translator._source.encode(["moon"], out_type=str)}
     texts = [text for text in texts if piece not in translator._source.encode(text, out_type=str)]
-    expected = alone(texts)
-    translator.engine = Failing(translator.engine, piece)
-    assert translator([*texts, "the moon"]) == [*expected, Translation("the moon", "failed")]
-
-
-@pytest.mark.parametrize("text, source, expected", [
-    ("kupu-kupu di atas bunga", "", False), ("kucing kucing", "", False), ("merah merah merah", "", True),
-    ("sangat sangat sangat besar", "very very very big", False), ("seekor ikan, seekor ikan, seekor ikan", "", True),
-    ("kukukukuku", "", True), ("hahaha", "", False), ("satu dua tiga satu dua tiga satu dua tiga", "", True),
-    ("Merah merah MERAH", "", True), ("dan dan, danau", "", False), ("1000000", "", False),
-])
-def test_what_counts_as_a_loop(text, source, expected):
-    assert loops(text, source) is expected
+    engine, translator.engine = translator.engine, Failing(translator.engine, piece)
+    assert translator([*texts, "the moon"]) == [*alone(texts), Translation("the moon", "failed")]
+    translator.engine = engine
+    assert translator(["the moon"]) == alone(["the moon"]) != [Translation("the moon", "failed")]
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -313,24 +335,48 @@ def read_shards(out: Path) -> list[dict]:
     return [row for shard in sorted(out.glob("part-*.parquet")) for row in pq.read_table(shard).to_pylist()]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "records"])
-def test_every_kind_of_source_gives_the_same_rows(translator, tmp_path, kind):
-    source, out = rows(50), tmp_path / "somewhere" / "out"
+KINDS = ["jsonl", "windows", "parquet", "records", "folder", "glob"]
+
+
+def write_source(folder: Path, kind: str, source: list[dict]):
+    """The rows as a source of one kind."""
+    lines = [json.dumps(row) for row in source]
+    if kind == "records":
+        return source
     if kind == "jsonl":
-        (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, source)))
+        (folder / "a.jsonl").write_text("\n\n".join(lines))
+    elif kind == "windows":  # a byte-order mark and its line ends
+        (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(source), tmp_path / "a.parquet", row_group_size=7)
-    report = translate_rows(source if kind == "records" else tmp_path / f"a.{kind}", out, translator, shard_rows=20)
+        pq.write_table(pa.Table.from_pylist(source), folder / "a.parquet", row_group_size=7)
+        return folder / "a.parquet"
+    else:
+        (folder / "parts").mkdir()
+        for part, name in enumerate(("1.jsonl", "2.jsonl", "3.parquet")):
+            rows = source[part * 15 : part * 15 + 15] if part < 2 else source[30:]
+            (folder / "parts" / name).write_text("\n".join(map(json.dumps, rows)))
+        pq.write_table(pa.Table.from_pylist(source[30:]), folder / "parts" / "3.parquet")
+        return folder / "parts" if kind == "folder" else str(folder / "parts" / "*")
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_rows(translator, tmp_path, kind):
+    rows_in, out = rows(50), tmp_path / "somewhere" / "out"
+    source = write_source(tmp_path, kind, rows_in)
+    report = translate_rows(source, out, translator, shard_rows=20)
     assert [pq.read_metadata(shard).num_rows for shard in sorted(out.glob("*.parquet"))] == [20, 20, 10]
-    for row, made in zip(source, read_shards(out), strict=True):
+    start = {"records": Path(), "folder": tmp_path / "parts", "glob": tmp_path / "parts"}.get(kind, tmp_path)
+    for row, made in zip(rows_in, read_shards(out), strict=True):
         assert made["captions_en"] == row["captions"] and made["id"] == row["id"] and made["source"] is None
         assert made["captions"] == [translation.text for translation in translator(row["captions"])]
         assert made["captions_mark"] == [translation.mark for translation in translator(row["captions"])]
-        start = "" if kind == "records" else os.path.relpath(tmp_path, out)
-        assert made["image_path"] == os.path.join(start, row["image_path"])
+        way = os.path.relpath(start, out) if kind != "records" else ""
+        assert made["image_path"] == os.path.join(way, row["image_path"])
     count = Counter(mark for row in read_shards(out) for mark in row["captions_mark"])
     assert report.kept == count[""] and report.dropped == {"loops": count["loops"]} and report.examples["loops"]
     assert len(read_captions(out / "part-00000.parquet", check_files=False)) == 20
+    assert translate_rows(source, out, translator, shard_rows=20) == report  # nothing is left to do
 
 
 def test_progress_shows_captions_a_second_and_the_time_left(translator, tmp_path, capsys, monkeypatch):
@@ -356,72 +402,76 @@ def test_a_column_of_plain_texts_and_a_null_in_it(translator, tmp_path):
     (first, null, _) = read_shards(tmp_path / "out")
     assert first["title_en"] == "a cat" and first["title"] == translator(["a cat"])[0].text and first["n"] == 1
     assert (null["title_en"], null["title"], null["title_mark"]) == (None, "", "empty")
-    with pytest.raises(ValueError, match=r"columns title, n and no 'captions': name the English's"):
+    with pytest.raises(ValueError, match=r"columns title, n and no 'captions': name the column of the English"):
         translate_rows(tmp_path / "a.parquet", tmp_path / "other", translator)
+    with pytest.raises(ValueError, match="columns title, title_en, title_mark, n and title_en already"):
+        translate_rows(tmp_path / "out", tmp_path / "other", translator, column="title")
+
+
+def test_nulls_in_lists_of_captions(translator, tmp_path):
+    given = [["a cat", None], None, [], ["a dog"]]
+    translate_rows([{"captions": captions} for captions in given], tmp_path, translator)
+    assert [row["captions_en"] for row in read_shards(tmp_path)] == given
+    cat, dog = (translation.text for translation in translator(["a cat", "a dog"]))
+    assert [row["captions"] for row in read_shards(tmp_path)] == [[cat, ""], [], [], [dog]]
 
 
 KILLED = """
 import os, sys
+from pathlib import Path
 import pyarrow.parquet as pq
 from clipid_utils.data.translation import marian
 from clipid_utils.data.translation.translate import Translator, translate_rows
 
-folder, source, out, cache, moment = sys.argv[1:]
-marian.CACHE = __import__("pathlib").Path(cache)
-write_table, replace = pq.write_table, os.replace
+folder, source, out, cache = sys.argv[1:]
+marian.CACHE, write_table = Path(cache), pq.write_table
 
 def dies_in_the_middle(table, file):
     write_table(table, file)
-    if file.name.endswith(".partial") and "part-00002" in file.name:
+    if "part-00002" in file.name:
         file.truncate(file.tell() // 2)
         os.kill(os.getpid(), 9)
 
-def dies_afterwards(partial, path):
-    replace(partial, path)
-    if str(path).endswith("part-00004.parquet"):
-        os.kill(os.getpid(), 9)
-
-if moment == "middle":
-    pq.write_table = dies_in_the_middle
-elif moment == "afterwards":
-    os.replace = dies_afterwards
-report = translate_rows(source, out, Translator(folder, threads=1, batch_tokens=1), shard_rows=10, progress=False)
-print(report.read, report.kept)
+pq.write_table = dies_in_the_middle
+translate_rows(source, out, Translator(folder, threads=1, batch_tokens=1), shard_rows=10, progress=False)
 """
 
 
-def test_a_killed_run_goes_on_and_loses_or_repeats_no_row(folder, alone, tmp_path):
-    source = tmp_path / "captions.jsonl"
+def test_a_killed_run_resumes_and_loses_or_repeats_no_row(folder, alone, tmp_path, monkeypatch):
+    source, out = tmp_path / "captions.jsonl", tmp_path / "out"
     source.write_text("\n".join(map(json.dumps, rows(75))))
-    expected = translate_rows(source, tmp_path / "unbroken", alone, shard_rows=10)
     (tmp_path / "killed.py").write_text(KILLED)
-
-    def run(moment):
-        return subprocess.run(
-            [sys.executable, tmp_path / "killed.py", folder, source, tmp_path / "out", marian.CACHE, moment],
-            capture_output=True, text=True, cwd=Path(__file__).parents[2],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])},
-        )
-
-    assert run("middle").returncode == -signal.SIGKILL
-    *shards, partial = sorted((tmp_path / "out").glob("part*"))
-    assert [shard.name for shard in shards] == ["part-00000.parquet", "part-00001.parquet"]
+    paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run([sys.executable, tmp_path / "killed.py", folder, source, out, marian.CACHE],
+                            env={**os.environ, "PYTHONPATH": paths}, cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    *done, partial = sorted(out.glob("part*"))
+    assert [shard.name for shard in done] == ["part-00000.parquet", "part-00001.parquet"]
     assert partial.name.startswith("part-00002.parquet.")
     with pytest.raises(pa.ArrowInvalid):
         pq.read_table(partial)  # half of it
-    assert run("afterwards").returncode == -signal.SIGKILL
-    assert len(list((tmp_path / "out").glob("part*.parquet"))) == 5
-    last = run("never")
-    assert last.returncode == 0, last.stderr
-    assert last.stdout.split() == [str(expected.read), str(expected.kept)]
-    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "unbroken")
-    assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(75))
-    before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out").glob("part*")}
-    again = translate_rows(source, tmp_path / "out", alone, shard_rows=10)
-    assert again == expected and before == {path: os.stat(path).st_mtime_ns for path in before}  # nothing left to do
+
+    replace = os.replace
+
+    def dies_afterwards(partial, path):
+        replace(partial, path)
+        if str(path).endswith("part-00004.parquet"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", dies_afterwards)
+        translate_rows(source, out, alone, shard_rows=10)
+    assert [path.name for path in sorted(out.glob("part*"))] == [f"part-0000{number}.parquet" for number in range(5)]
+    last = translate_rows(source, out, alone, shard_rows=10)
+    assert last == translate_rows(source, tmp_path / "unbroken", alone, shard_rows=10)
+    assert read_shards(out) == read_shards(tmp_path / "unbroken")
+    assert [row["id"] for row in read_shards(out)] == list(range(75))
+    before = {path: os.stat(path).st_mtime_ns for path in out.glob("part*")}
+    assert translate_rows(source, out, alone, shard_rows=10) == last
+    assert before == {path: os.stat(path).st_mtime_ns for path in before}  # nothing was left to do
 
 
-def test_it_goes_on_with_shards_of_another_size_and_with_types_that_only_the_first_rows_show(translator, tmp_path):
+def test_it_resumes_with_shards_of_a_different_size_and_with_types_that_only_the_first_rows_show(translator, tmp_path):
     source = rows(40)
     source[3]["source"] = "coco"  # null in all the others
     translate_rows(source[:10], tmp_path / "out", translator, shard_rows=10)
@@ -430,9 +480,56 @@ def test_it_goes_on_with_shards_of_another_size_and_with_types_that_only_the_fir
     assert len({pq.read_schema(shard).remove_metadata() for shard in (tmp_path / "out").glob("*.parquet")}) == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["a new first row", "a different caption", "a row less", "fewer rows than done"])
+def test_a_source_that_changed_in_the_rows_that_are_done_is_refused(folder, translator, tmp_path, kind, change):
+    source = write_source(tmp_path, kind, rows(50))
+    translate_rows(rows(40) if kind == "records" else source, tmp_path / "out", translator, shard_rows=10)
+    (tmp_path / "out" / "part-00004.parquet").unlink(missing_ok=True)  # as if it had been killed there
+    before = read_shards(tmp_path / "out")
+    changed = rows(50)
+    if change == "a new first row":
+        changed.insert(0, {**changed[0], "captions": ["a new cat"]})
+    elif change == "a different caption":
+        changed[35]["captions"] = [*changed[35]["captions"][:-1], "a different cat"]
+    elif change == "a row less":
+        del changed[12]
+    else:
+        del changed[30:]
+    shutil.rmtree(tmp_path / "parts", ignore_errors=True)
+    source = write_source(tmp_path, kind, changed)
+    name = "the records" if kind == "records" else re.escape(str(source))
+    shard = {"a different caption": 3, "a row less": 1, "fewer rows than done": 3}.get(change, 0)
+    with pytest.raises(ValueError, match=f"^{name}: .*part-0000{shard}.parquet was made from different rows than those "
+                                         f"after row {10 * shard}: restore them, delete this shard and the later ones"):
+        translate_rows(source, tmp_path / "out", translator, shard_rows=10)
+    assert read_shards(tmp_path / "out") == before
+    if change == "a different caption":  # the way out that the message names
+        (tmp_path / "out" / "part-00003.parquet").unlink()
+        translate_rows(source, tmp_path / "out", translator, shard_rows=10)
+        assert [row["captions_en"] for row in read_shards(tmp_path / "out")] == [row["captions"] for row in changed]
+
+
+def test_rows_that_were_added_at_the_end_are_translated(translator, tmp_path):
+    translate_rows(write_source(tmp_path, "jsonl", rows(20)), tmp_path / "out", translator, shard_rows=10)
+    translate_rows(write_source(tmp_path, "jsonl", rows(30)), tmp_path / "out", translator, shard_rows=10)
+    assert [row["id"] for row in read_shards(tmp_path / "out")] == list(range(30))
+
+
+def test_a_model_that_changed_under_its_name_is_refused_and_one_that_moved_is_not(tmp_path):
+    model, out = tiny_marian(tmp_path / "hf"), tmp_path / "out"
+    translate_rows(rows(10), out, Translator(model), shard_rows=5)
+    model.rename(tmp_path / "moved")
+    translate_rows(rows(20), out, Translator(tmp_path / "moved"), shard_rows=5)
+    tiny_marian(model, seed=1)
+    known = f"'{model} .content [0-9a-f]+.'"
+    with pytest.raises(ValueError, match=f"part-00000.parquet was made with model {known}, and now it is {known}: "):
+        translate_rows(rows(20), out, Translator(model))
+
+
 def test_a_folder_that_does_not_fit_is_refused(folder, translator, tmp_path):
     translate_rows(rows(30), tmp_path, translator, shard_rows=10)
-    with pytest.raises(ValueError, match="part-00000.parquet was made with beam 4, and now it is 2: name another"):
+    with pytest.raises(ValueError, match="part-00000.parquet was made with beam 4, and now it is 2: restore"):
         translate_rows(rows(30), tmp_path, Translator(folder, beam=2))
     (tmp_path / "part-00001.parquet").rename(tmp_path / "aside")
     with pytest.raises(ValueError, match="has part-00002.parquet and no part-00001.parquet: delete the later"):
@@ -443,9 +540,7 @@ def test_a_folder_that_does_not_fit_is_refused(folder, translator, tmp_path):
 
 
 def test_two_processes_do_not_write_to_one_folder(translator, tmp_path):
-    from clipid_utils.data.shards import only_writer
-
-    with only_writer(tmp_path), pytest.raises(RuntimeError, match="another process is writing to"):
+    with shards.only_writer(tmp_path), pytest.raises(OSError, match="another process is writing to"):
         translate_rows(rows(3), tmp_path, translator)
 
 
@@ -461,37 +556,41 @@ def test_a_stream_is_read_no_further_than_the_shard_that_is_made(translator, tmp
     assert max(ahead) < 10 and len(read_shards(tmp_path)) == 50
 
 
-def test_bad_rows_are_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"captions": ["a"]}\n{"captions": ["a"]\n')
-    with pytest.raises(ValueError, match="a.jsonl:2: no JSON"):
-        list(read_tables(path, 10))
-    path.write_text('{"captions": ["a"]}\n3\n')
-    with pytest.raises(ValueError, match="a.jsonl:2: '3.*is no record"):
-        list(read_tables(path, 10))
-    path.write_text('{"captions": ["a"]}\n{"captions": "a"}\n')
-    with pytest.raises(ValueError, match="a.jsonl: in rows 2 to 2: "):
-        list(read_tables(path, 1))
-    with pytest.raises(ValueError, match="records: in rows 2 to 2: the key 'x', which the rows before have not"):
-        list(read_tables([{"a": 1}, {"a": 1, "x": 2}], 1))
-    with pytest.raises(ValueError, match="records: in rows 1 to 2: .*All rows need the same keys"):
-        list(read_tables([{"a": 1}, {"a": "b"}], 2))
+@pytest.mark.parametrize("second, message", [
+    ('{"captions": ["a"]', "a.jsonl:2: not valid JSON"), ("3", "a.jsonl:2: '3' is not a record"),
+    ('{"captions": "a cat"}', "a.jsonl:2: captions is 'a cat': give a list with at least one text"),
+    ('{"captions": ["a"], "x": 2}', "a.jsonl:2: 'x' is not a key of the first rows"),
+    ('{"captions": [1]}', "a.jsonl:2 to a.jsonl:2: .*all rows need the same keys with the same types"),
+    ('{"captions": ["\\ud83d"]}', "a.jsonl:2 to a.jsonl:2: .*surrogates not allowed"),
+])
+def test_bad_rows_are_named(translator, tmp_path, second, message):
+    (tmp_path / "a.jsonl").write_text(f'{{"captions": ["a"]}}\n{second}\n')
+    with pytest.raises(ValueError, match=message):
+        translate_rows(tmp_path / "a.jsonl", tmp_path / "out", translator, shard_rows=1)
 
 
-def test_the_types_of_the_first_rows_are_looked_for_once_a_key(monkeypatch):
+@pytest.mark.parametrize("values, message", [
+    (["a", "b"], "records:1: captions is 'a': give a list"), ([["a"], 3], "records:1 to records:2: .*the same types"),
+])
+def test_bad_first_rows_are_named(translator, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        translate_rows([{"captions": value} for value in values], tmp_path, translator)
+
+
+def test_the_types_of_the_first_rows_are_looked_for_once_a_key(tmp_path, monkeypatch):
     """Once a row, a shard of a machine with many cores would take hours."""
     looked, array = [], pa.array
     monkeypatch.setattr("clipid_utils.data.shards.pa.array", lambda values: looked.append(1) or array(values))
-    (table,) = read_tables(rows(100), 100)
-    assert table.num_rows == 100 and len(looked) == 4
+    assert shards.as_table(list(shards.read_rows(rows(100), tmp_path))).num_rows == 100 and len(looked) == 4
 
 
 def test_pictures_are_found_from_a_folder_behind_a_link(tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "deep")
     (tmp_path / "a.jpg").touch()
-    table = move_paths(pa.table({"image_path": ["a.jpg"]}), tmp_path, tmp_path / "data")
-    assert (tmp_path / "data" / table["image_path"][0].as_py()).samefile(tmp_path / "a.jpg")
+    (tmp_path / "a.jsonl").write_text('{"image_path": "a.jpg"}')
+    ((_, row),) = shards.read_rows(tmp_path / "a.jsonl", tmp_path / "data")
+    assert (tmp_path / "data" / row["image_path"]).samefile(tmp_path / "a.jpg")
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
@@ -508,7 +607,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     assert f" {kept} kept, " in said and "stayed English" in said
     with pytest.raises(SystemExit, match="was made with beam 2, and now it is 4"):
         run(tmp_path / "a.jsonl", tmp_path / "out", "--model", folder)
-    with pytest.raises(SystemExit, match="no 'title': name the English's"):
+    with pytest.raises(SystemExit, match="no 'title': name the column of the English"):
         run(tmp_path / "a.jsonl", tmp_path / "other", "--model", folder, "--column", "title")
     monkeypatch.setattr(sys, "argv", ["clipid_utils", "translate", str(tmp_path / "a.jsonl"), str(tmp_path / "ours")])
     main()

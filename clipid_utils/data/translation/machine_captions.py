@@ -1,42 +1,33 @@
-"""Indonesian captions by machine for pictures that have English ones, and the gates that such captions go through.
+"""Machine-made Indonesian captions for pictures with English ones, and the checks that such captions go through.
 
-    rows = in_indonesian(named(drawings), Translator())          # Open Clip Art's, or the dictionary's own English
-    rows = with_good_captions(rows, caption_gates(rows), report)
-    rows = with_good_pictures(rows, another_report)
+    rows = in_indonesian(named(drawings), Translator())          # of Open Clip Art, or the dictionary's own English
+    rows = with_good_captions(rows, caption_checks(rows), report)
+    rows = with_good_pictures(rows, second_report)
 
-Notebook 02 goes through this step by step; scripts/added_pictures.py trains on what comes out.
+Notebook 02 does this step by step; scripts/added_pictures.py trains on the result.
 """
 
 from collections.abc import Callable, Iterator
 
 from datasets import Dataset
 
-from clipid_utils.data.cleaning.filters import (
-    common_captions,
-    filter_pictures,
-    flat,
-    language,
-    length,
-    near_pictures,
-    placeholders,
-    proper_nouns,
-    repeated_pictures,
-    size,
-)
+from clipid_utils.data.cleaning import filters
 from clipid_utils.data.cleaning.proper_nouns import load_tagger
 from clipid_utils.data.dictionary.openclipart import tidy_title
 from clipid_utils.data.report import Report
-from clipid_utils.data.translation.checks import GATES, Gate, each, pass_gates
+from clipid_utils.data.translation.checks import CHECKS, PairCheck, filter_pairs
 from clipid_utils.data.translation.translate import Translation
 
 # Folders of Open Clip Art whose drawings read wrong in a mirror: letters, flags, maps, keys
 HAVE_TEXT = frozenset({"signs_and_symbols", "logos", "buttons", "geography", "computer", "education"})
-MOST_OF_A_TITLE = 20  # drawings of one title: above, it is a series', such as "AIGA Symbol Signs"
+MAX_OF_A_TITLE = 20  # drawings with one title; a title of more is that of a series, such as "AIGA Symbol Signs"
 
 
 def named(openclipart: Dataset) -> Dataset:
-    """Rows of `load_openclipart` with the columns `name_en`, the tidied title, and `has_text`, as the dictionary has
-    them; titles of which nothing is left are left out."""
+    """Rows of `load_openclipart` with `name_en`, the tidied title, and `has_text`, two columns of the dictionary.
+
+    Rows are left out if nothing of their title is left.
+    """
     names = [tidy_title(title) for title in openclipart["title_en"]]
     rows = openclipart.add_column("name_en", names)
     rows = rows.add_column("has_text", [group in HAVE_TEXT for group in openclipart["group"]])
@@ -44,57 +35,53 @@ def named(openclipart: Dataset) -> Dataset:
 
 
 def in_indonesian(rows: Dataset, translate: Callable[[list[str]], list[Translation]]) -> Dataset:
-    """Rows with `name_id`, `keywords_id`, `group_id` and, where they have a `description_en`, `description_id`.
+    """Rows with `name_id`, `keywords_id`, `group_id` and, if they have a `description_en`, `description_id`.
 
-    Each is the translation of the column of that name in English, and replaces the column where there is one. What
-    could not be translated stays English, and `name_mark` and `description_mark` say why; "" stays "".
+    Each is the translation of the English column, and replaces an older column of its name. A text that could not be
+    translated stays English, and `name_mark` and `description_mark` say why; "" stays "".
     """
-    columns = {"name_id": rows["name_en"][:], "group_id": [group.replace("_", " ") for group in rows["group"]]}
+    columns = {"name": rows["name_en"][:], "group": [group.replace("_", " ") for group in rows["group"]]}
     if "description_en" in rows.column_names:
-        columns["description_id"] = rows["description_en"][:]
+        columns["description"] = rows["description_en"][:]
     keywords = rows["keywords_en"][:]
     texts = sorted({text for column in (*columns.values(), *keywords) for text in column})
     found = dict(zip(texts, translate(texts), strict=True))
-    marks = {name.replace("_id", "_mark"): [found[text].mark for text in column]
-             for name, column in columns.items() if name != "group_id"}
-    columns = {name: [found[text].text for text in column] for name, column in columns.items()} | marks
-    columns["keywords_id"] = [[found[word].text for word in words] for words in keywords]
+    made = {f"{name}_id": [found[text].text for text in column] for name, column in columns.items()}
+    made |= {f"{name}_mark": [found[text].mark for text in columns[name]] for name in columns if name != "group"}
+    return _with_columns(rows, made | {"keywords_id": [[found[word].text for word in words] for words in keywords]})
+
+
+def _with_columns(rows: Dataset, columns: dict[str, list]) -> Dataset:
+    rows = rows.remove_columns([name for name in columns if name in rows.column_names])
     for name, column in columns.items():
-        rows = rows.remove_columns(name) if name in rows.column_names else rows
         rows = rows.add_column(name, column)
     return rows
 
 
-def caption_gates(rows: Dataset) -> dict[str, Gate]:
-    """What a name or a description of `rows` goes through, in this order: checks of the English, `GATES`, checks of the
-    Indonesian. Each looks at pairs of the two."""
+def caption_checks(rows: Dataset) -> dict[str, PairCheck]:
+    """The checks of a name or a description of `rows`: those of the English, `CHECKS`, and those of the Indonesian."""
     titles = [{"captions": [name]} for name in rows["name_en"]]
     return {
-        "English: its length": of_english(length((1, 30), (3, 200))),
-        "English: another language": of_english(language("en", least=0.02)),
-        "English: the title of a series": of_english(common_captions(titles, MOST_OF_A_TITLE)),
-        **GATES,
-        "Indonesian: its length": of_indonesian(length((1, 30), (3, 200))),
-        "Indonesian: proper nouns": of_indonesian(proper_nouns(load_tagger())),
+        "English: its length": _on_side(0, filters.length((1, 30), (3, 200))),
+        "English: another language": _on_side(0, filters.language("en", least=0.02)),
+        "English: the title of a series": _on_side(0, filters.common_captions(titles, MAX_OF_A_TITLE)),
+        **CHECKS,
+        "Indonesian: its length": _on_side(1, filters.length((1, 30), (3, 200))),
+        "Indonesian: proper nouns": _on_side(1, filters.proper_nouns(load_tagger())),
     }
 
 
-def of_english(check: Callable[[str], str | None]) -> Gate:
-    """A caption filter as a gate of pairs, which looks at the English."""
-    return each(lambda english, indonesian: check(english) or "")
+def _on_side(side: int, check: Callable[[str], str | None]) -> PairCheck:
+    """A caption filter as a check of pairs that looks at one side: 0 for the English, 1 for the Indonesian."""
+    return lambda pairs: [check(pair[side]) or "" for pair in pairs]
 
 
-def of_indonesian(check: Callable[[str], str | None]) -> Gate:
-    """A caption filter as a gate of pairs, which looks at the Indonesian."""
-    return each(lambda english, indonesian: check(indonesian) or "")
+def with_good_captions(rows: Dataset, checks: dict[str, PairCheck], report: Report) -> Dataset:
+    """The rows with a caption that passes the checks: the name, or else the description, which then is `name_id`.
 
-
-def with_good_captions(rows: Dataset, gates: dict[str, Gate], report: Report) -> Dataset:
-    """The rows of which a caption passes the gates: the name, or else the description, which then is `name_id`.
-
-    The report counts captions, names and descriptions together; what the translator marked passes no gate. Keywords
-    that do not pass `GATES` go uncounted, and with them those that are still as they were: a keyword more is not worth
-    an English word.
+    The report counts names and descriptions together; a text that the translator marked does not pass. Keywords that
+    do not pass `CHECKS`, or are still English, are left out and not counted: one more keyword is not worth an English
+    word.
     """
     captions, names = [], {}
     for kind in ("name", "description"):
@@ -103,26 +90,24 @@ def with_good_captions(rows: Dataset, gates: dict[str, Gate], report: Report) ->
             if mark and english:
                 report.drop(f"not translated: {mark}", english)
             elif english:
-                captions.append((row, english, indonesian))
-    for place, _, indonesian in pass_gates(((english, ind) for _, english, ind in captions), gates, report):
+                captions.append((row, (english, indonesian)))
+    for place, _, indonesian in filter_pairs((pair for _, pair in captions), checks, report):
         names.setdefault(captions[place][0], indonesian)
-    kept, words = sorted(names), []
-    rows = rows.select(kept)
-    if not kept:  # to which `datasets` can add no column
+    rows, words = rows.select(sorted(names)), []
+    if not names:  # `datasets` cannot add a column to no rows
         return rows
     for english, indonesian in zip(rows["keywords_en"], rows["keywords_id"], strict=True):
-        pairs = [(word, text) for word, text in zip(english, indonesian, strict=True) if word.lower() != text.lower()]
-        words.append(list(dict.fromkeys(text for _, _, text in pass_gates(pairs, GATES, Report()))))
-    rows = rows.remove_columns(["name_id", "keywords_id"])
-    return rows.add_column("name_id", [names[row] for row in kept]).add_column("keywords_id", words)
+        pairs = [pair for pair in zip(english, indonesian, strict=True) if pair[0].lower() != pair[1].lower()]
+        words.append(list(dict.fromkeys(text for _, _, text in filter_pairs(pairs, CHECKS, Report()))))
+    return _with_columns(rows, {"name_id": [names[row] for row in sorted(names)], "keywords_id": words})
 
 
 def with_good_pictures(rows: Dataset, report: Report) -> Dataset:
     """The rows whose picture passes the filters; the report names the others by their `name_id`."""
-
     def records() -> Iterator[dict]:
         for number, (image, name) in enumerate(zip(rows["image"], rows["name_id"], strict=True)):
             yield {"image": image, "captions": [name], "row": number}
 
-    checks = (size(), flat(), repeated_pictures(), placeholders(records()), near_pictures())
-    return rows.select([record["row"] for record in filter_pictures(records(), report, *checks)])
+    checks = (filters.size(), filters.flat(), filters.repeated_pictures(), filters.placeholders(records()),
+              filters.near_pictures())
+    return rows.select([record["row"] for record in filters.filter_pictures(records(), report, *checks)])

@@ -1,13 +1,12 @@
-"""A Marian model in Hugging Face's form (opus-mt, what `transformers` trains) as CTranslate2 wants it, without torch.
+"""A Marian model of Hugging Face's form (opus-mt, or one that `transformers` trained) for CTranslate2, without torch.
 
-CTranslate2's own converter builds the model in torch to read its weights. Here they come out of their file as numpy
-arrays (model/pretrained/weights.py). A model that `transformers` trained may start from another embedding than zero,
-which that converter drops, and with it the first word; this one keeps it. The decoder gets the embeddings of the target
-language's pieces alone: the vocabulary has those of both languages, and the other half would cost time for nothing.
+CTranslate2's own converter builds the model in torch to read its weights. Here the weights come out of their file as
+NumPy arrays. Two things differ. A model that `transformers` trained may start from an embedding other than zero; that
+converter drops it, and the first word with it, and this one keeps it. The decoder gets only the embeddings of the
+target language's pieces: the vocabulary has the pieces of both languages, and the other half would cost time.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,123 +14,112 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import sentencepiece
-from ctranslate2.specs import TransformerSpec
-from ctranslate2.specs.common_spec import Activation, LayerNormSpec, LinearSpec
 from filelock import FileLock
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from clipid_utils.files import file_identity, need, read_json, whole_folder
 from clipid_utils.model.pretrained.weights import read_weights
 from clipid_utils.paths import CACHE
 
-PIECES = ("source.spm", "target.spm")  # the two languages' SentencePiece models
-FILES = ("config.json", "vocab.json", *PIECES)
-CONVERTER = 2  # counts up where another folder comes out of the same model
+ctranslate2, sentencepiece = (need(name, "translate") for name in ("ctranslate2", "sentencepiece"))
+
+SENTENCE_PIECES = ("source.spm", "target.spm")  # the SentencePiece models of the two languages
+FILES = ("config.json", "vocab.json", *SENTENCE_PIECES)
+CONVERTER = 2  # to be increased when the same model converts to a different folder
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_ACTIVATIONS = {"relu": Activation.RELU, "swish": Activation.SWISH, "silu": Activation.SWISH, "gelu": Activation.GELU}
+_ACTIVATIONS = {"relu": "RELU", "swish": "SWISH", "silu": "SWISH", "gelu": "GELU"}
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
-def converted_folder(path_or_id: str | os.PathLike, quantization: str, cache: Path | None = None) -> Path:
-    """A folder that CTranslate2 opens, with `source.spm` and `target.spm` beside: converted on the first use.
+def model_folder(path_or_id: str | os.PathLike) -> Path:
+    """The folder of a model; one on the Hugging Face hub is fetched, or found in the hub's cache.
 
-    `path_or_id` is a folder of CTranslate2's (returned as it is, with what quantization it has), one that
-    `save_pretrained` wrote, or a repository on the Hugging Face hub. What is converted is kept in `cache`,
-    data/cache/translators by default. Raises FileNotFoundError and ValueError that say what is missing or does not fit.
+    Raises FileNotFoundError if there is no such folder or repository, or a file of it is missing.
     """
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
         folder = _fetched(os.fspath(path_or_id))
-    if (folder / "model.bin").is_file():
-        for name in PIECES:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: copy it there from the folder that was converted")
-        return folder
-    for name in FILES:
+    for name in SENTENCE_PIECES if (folder / "model.bin").is_file() else FILES:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no translation model, it has no {name}: name a folder that "
-                                    "MarianMTModel's and MarianTokenizer's save_pretrained wrote, or one converted")
+            raise FileNotFoundError(f"{folder} has no {name}: name a folder that save_pretrained of MarianMTModel and "
+                                    f"MarianTokenizer wrote, or a converted one with {' and '.join(SENTENCE_PIECES)}")
+    return folder
+
+
+def converted_folder(path_or_id: str | os.PathLike, quantization: str, cache: Path | None = None) -> Path:
+    """A folder that CTranslate2 opens, with source.spm and target.spm; the model is converted at its first use.
+
+    `path_or_id` is a folder of CTranslate2's (returned as it is, with the quantization that it has), a folder that
+    `save_pretrained` wrote, or a repository on the Hugging Face hub. Conversions are kept in `cache`, by default
+    data/cache/translators. Raises FileNotFoundError or ValueError if something is missing or does not fit.
+    """
+    folder = model_folder(path_or_id)
+    if (folder / "model.bin").is_file():
+        return folder
+    files = [file_identity(folder / name) for name in (*FILES, *WEIGHTS) if (folder / name).is_file()]
     cache = Path(cache or CACHE / "translators")
-    out = cache / f"{folder.resolve().name[:40]}-{_fingerprint(folder)}-{quantization}"
+    fingerprint = hashlib.sha256(repr((CONVERTER, files)).encode()).hexdigest()[:12]
+    out = cache / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
     if not out.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{out}.lock"):  # a second process waits and finds it done
+        with FileLock(f"{out}.lock"):  # a second process waits, and then finds the folder
             if not out.is_dir():
                 convert(folder, out, quantization)
     return out
 
 
 def convert(folder: Path, out: Path, quantization: str) -> None:
-    """Converts a folder of Hugging Face's form into `out`, which appears only when it is whole; raises ValueError for
-    a model that is no Marian model or lacks a weight."""
-    spec = _spec(folder)
+    """Converts a folder of Hugging Face's form into `out`, whole or not at all.
+
+    Raises ValueError if it is not a Marian model or lacks a weight.
+    """
+    try:
+        spec = _spec(folder)
+    except KeyError as error:
+        raise ValueError(f"{folder}: its weights or its config.json lack {error}: put the {' or '.join(WEIGHTS)} and "
+                         "the config.json of one Marian model there, and no file of a different library") from error
     spec.validate()
     spec.optimize(quantization=quantization)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    spec.save(str(partial))
-    for name in PIECES:
-        shutil.copyfile(folder / name, partial / name)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with whole_folder(out) as partial:
+        spec.save(str(partial))
+        for name in SENTENCE_PIECES:
+            shutil.copyfile(folder / name, partial / name)
 
 
 def _fetched(name: str) -> Path:
-    """The hub's repository in its cache: what a conversion needs of it, of the weights one form."""
+    """The folder of a repository in the hub's cache: the files that a conversion needs, with one form of weights."""
+    ready = [*FILES, "model.bin", "*_vocabulary.json", WEIGHTS[0]]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "model.bin", "*_vocabulary.json",
-                                                                              WEIGHTS[0]]))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=ready))
         if not any((folder / file).is_file() for file in ("model.bin", WEIGHTS[0])):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, WEIGHTS[1]]))
         return folder
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor an id on the hub, 'owner/name': correct it"
-                                ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (OSError, ValueError) as error:  # no such repository, no network, not an id
         said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise FileNotFoundError(f"{name!r} is no folder and could not be fetched from the hub ({said}): correct the "
-                                "name, call again once the hub is there, or give a folder") from error
+        raise FileNotFoundError(f"{name!r} is not a folder, and could not be fetched from the hub as 'owner/name' "
+                                f"({said}): correct the name, try again with a network, or name a folder") from error
 
 
-def _fingerprint(folder: Path) -> str:
-    """Changes with the folder's place and with any of its files."""
-    digest = hashlib.sha256(f"{CONVERTER} {folder.resolve()}".encode())
-    for name in (*FILES, *WEIGHTS):
-        if (folder / name).is_file():
-            stat = os.stat(folder / name)
-            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:12]
-
-
-def _spec(folder: Path) -> TransformerSpec:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "marian":
-        raise ValueError(f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, not 'marian': name a "
-                         "Marian model, or convert it with ct2-transformers-converter and name what that wrote")
-    if not config.get("share_encoder_decoder_embeddings", True):
-        raise ValueError(f"{folder / 'config.json'}: the two languages have embeddings of their own; convert it with "
-                         "ct2-transformers-converter and name what that wrote")
-    activation = config["activation_function"]
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{folder / 'config.json'}: activation_function {activation!r} is none of "
-                         f"{', '.join(_ACTIVATIONS)}")
-    weights, tokens = _named_weights(folder), _tokens(folder)
-    spec = TransformerSpec.from_config(
+def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
+    """The model as CTranslate2 describes it, with its weights."""
+    config = _checked_config(folder)
+    stored, tokens = read_weights(folder), _tokens(folder)
+    weights = {key: np.array(stored[key], np.float32) for key in stored if stored[key].dtype.kind in "fV"}
+    spec = ctranslate2.specs.TransformerSpec.from_config(
         (config["encoder_layers"], config["decoder_layers"]), config["encoder_attention_heads"], pre_norm=False,
-        activation=_ACTIVATIONS[activation],
+        activation=ctranslate2.specs.common_spec.Activation[_ACTIVATIONS[config["activation_function"]]],
     )
     embedding, bias = weights["model.shared.weight"], weights.get("final_logits_bias")
     if len(embedding) != len(tokens):
-        raise ValueError(f"{folder / 'vocab.json'} has {len(tokens)} tokens and the model {len(embedding)} embeddings")
+        raise ValueError(f"{folder / 'vocab.json'} has {len(tokens)} tokens and the model {len(embedding)} embeddings: "
+                         "take both from one model")
     bias = np.zeros(len(tokens), np.float32) if bias is None else bias.reshape(-1)
     # <pad>, the last token, only starts the decoder. Marian starts from a zero embedding, and so do opus-mt's models;
-    # in one that was trained by `transformers` its row has learnt with the others.
+    # in a model that `transformers` trained, its row has learnt with the others.
     from_zero = not np.any(embedding[-1])
     if from_zero:
         embedding, bias, tokens = embedding[:-1], bias[:-1], tokens[:-1]
     else:
-        bias = np.append(bias[:-1], np.float32(-1e9))  # never said
+        bias = np.append(bias[:-1], np.float32(-1e9))  # so that it is never said
     spec.encoder.embeddings[0].weight = embedding
     scale = float(np.sqrt(config["d_model"])) if config.get("scale_embedding") else 1.0
     for part, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
@@ -146,39 +134,35 @@ def _spec(folder: Path) -> TransformerSpec:
         spec.decoder.projection.bias = bias[said]
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary([tokens[i] for i in said])
-    start = "</s>" if from_zero else "<pad>"
-    for key, token in {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "decoder_start": start}.items():
-        setattr(spec.config, f"{key}_token", token)
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
+    spec.config.decoder_start_token = "</s>" if from_zero else "<pad>"
     return spec
 
 
-def _named_weights(folder: Path) -> Mapping[str, np.ndarray]:
-    stored = read_weights(folder)
-    if "model.shared.weight" not in stored:
-        raise ValueError(f"{folder}: its weights have no 'model.shared.weight' but {', '.join(list(stored)[:3])} …: "
-                         f"put {' or '.join(WEIGHTS)} there, and no other library's file beside")
-
-    class Weights(dict):
-        def __missing__(self, key: str):
-            raise ValueError(f"{folder}: its weights lack {key!r}, which its config.json asks for")
-
-    return Weights({key: np.array(stored[key], np.float32) for key in stored if stored[key].dtype.kind in "fV"})
+def _checked_config(folder: Path) -> dict:
+    config = {"share_encoder_decoder_embeddings": True, **read_json(folder / "config.json")}
+    for key, values in (("model_type", ["marian"]), ("share_encoder_decoder_embeddings", [True]),
+                        ("activation_function", list(_ACTIVATIONS))):
+        if config[key] not in values:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {config[key]!r}, not one of {values}: name a "
+                             "different model, or the folder that ct2-transformers-converter makes of this one")
+    return config
 
 
 def _tokens(folder: Path) -> list[str]:
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = read_json(folder / "vocab.json")
     tokens = sorted(vocabulary, key=vocabulary.get)
     if tokens[-1] != "<pad>" or sorted(vocabulary.values()) != list(range(len(tokens))):
-        raise ValueError(f"{folder / 'vocab.json'}: the tokens must be numbered from 0 on, with '<pad>' the last")
+        raise ValueError(f"{folder / 'vocab.json'}: the tokens must have the numbers from 0 on, and '<pad>' the last")
     return tokens
 
 
 def _target_tokens(folder: Path, tokens: list[str]) -> list[int]:
-    """The numbers of the target language's pieces and of what is no piece of a text."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / PIECES[1]))
+    """The numbers of the target language's pieces, and of the special tokens."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))
     known, special = {pieces.id_to_piece(number) for number in range(len(pieces))}, {"</s>", "<unk>", "<pad>"}
     if not (known - special) & set(tokens):
-        raise ValueError(f"{folder / PIECES[1]}: none of its pieces is in vocab.json: take both from one model")
+        raise ValueError(f"{folder / 'target.spm'}: none of its pieces is in vocab.json: take both from one model")
     return [number for number, token in enumerate(tokens) if token in known | special]
 
 
@@ -201,10 +185,10 @@ def _fill_layer(layer, weights: Mapping[str, np.ndarray], name: str) -> None:
     _fill_norm(layer.ffn.layer_norm, weights, f"{name}final_layer_norm")
 
 
-def _fill_linear(linear: LinearSpec, weights: Mapping[str, np.ndarray], *names: str) -> None:
+def _fill_linear(linear, weights: Mapping[str, np.ndarray], *names: str) -> None:
     linear.weight = np.concatenate([weights[f"{name}.weight"] for name in names])
     linear.bias = np.concatenate([weights[f"{name}.bias"] for name in names])
 
 
-def _fill_norm(norm: LayerNormSpec, weights: Mapping[str, np.ndarray], name: str) -> None:
+def _fill_norm(norm, weights: Mapping[str, np.ndarray], name: str) -> None:
     norm.gamma, norm.beta = weights[f"{name}.weight"], weights[f"{name}.bias"]

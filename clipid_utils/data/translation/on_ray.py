@@ -1,10 +1,11 @@
-"""Many Parquet shards through one function on a Ray cluster: translation, the embedding of pictures, or another.
+"""Many Parquet shards through one function on a Ray cluster: translation, the embedding of pictures, or your own.
 
-    map_shards(sorted(Path("english").glob("*.parquet")), "indonesian", TranslateTable, {"model": OURS})
+    translate_on_ray("english/*.parquet", "indonesian")
+    map_shards(input_files("pictures"), "/…/embedded", EmbedPictures, {"checkpoint": "mini", "root": "/…/embedded"})
 
-The unit is a shard, not a row: a worker reads one, works on it and writes one of the same name, which appears only when
-it is whole. So a worker that dies costs its shard's work, which Ray gives to another, a run that was killed goes on
-where it stopped, and pictures do not travel through Ray's memory. `pip install .[scale]`.
+The unit is a shard, not a row: a worker reads a shard, works on it, and writes a shard of the same name, which appears
+only when it is whole. So a worker that dies costs the work of its shard, which Ray gives to a different worker; a run
+that was killed resumes where it stopped; and pictures do not travel through Ray's memory.
 """
 
 import os
@@ -15,17 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from clipid_utils.data.shards import move_paths, noted_settings, write_table
-from clipid_utils.data.translation.translate import OURS, Translator, translate_table
+from clipid_utils.data import shards
+from clipid_utils.data.report import Report
+from clipid_utils.data.translation.translate import SHIPPED, Translator, count_texts, translate_table
+from clipid_utils.files import PARTIAL, file_identity, model_identity, need
 
 
 class TranslateTable:
-    """`translate_table` with a Translator of its own: what each worker of `map_shards` makes once and then calls.
+    """`translate_table` with a Translator: each worker of `map_shards` makes one and then calls it.
 
-    `threads` are the cores of one worker; `map_shards` is told of them by `cores`.
+    `threads` is the number of cores of one worker, and must be the `cores` of `map_shards`.
     """
 
-    def __init__(self, model: str | os.PathLike = OURS, column: str = "captions", beam: int = 4, threads: int = 1):
+    def __init__(self, model: str | os.PathLike = SHIPPED, column: str = "captions", beam: int = 4, threads: int = 1):
         self.column, self.translator = column, Translator(model, beam=beam, threads=threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -33,61 +36,84 @@ class TranslateTable:
 
 
 class _Worker:
-    """What runs in Ray's processes: one shard in, one shard out."""
+    """Runs in Ray's processes: it reads one file and writes one shard."""
 
-    def __init__(self, make: Callable[..., Callable[[pa.Table], pa.Table]], options: dict, out: str):
-        self.function, self.settings = make(**options), _settings(make, options)
-        self.out = Path(out)
+    def __init__(self, make: Callable[..., Callable[[pa.Table], pa.Table]], options: dict, settings: dict):
+        self.function, self.settings = make(**options), settings
 
     def __call__(self, row: dict) -> dict:
-        source = Path(row["shard"])
-        table = pq.read_table(source)
-        made = self.function(move_paths(table, source.parent, self.out))
-        if made.num_rows != table.num_rows:
-            raise ValueError(f"{source}: {table.num_rows} rows went in and {made.num_rows} came out")
-        write_table(made, self.out / source.name, self.settings)
-        return {"shard": source.name, "rows": made.num_rows}
+        file, shard = Path(row["file"]), Path(row["shard"])
+        settings = {**self.settings, "source": shards.with_content(file, file_identity(file))}
+        rows = list(shards.read_rows(file, shard.parent))
+        made = self.function(shards.as_table(rows, shards.parquet_schema(file)))
+        if made.num_rows != len(rows):
+            raise ValueError(f"{file}: {len(rows)} rows went in and {made.num_rows} came out")
+        shards.write_table(made, shard, settings)
+        return {"rows": len(rows)}
+
+
+def translate_on_ray(
+    source: str | os.PathLike, out: str | os.PathLike, *, model: str | os.PathLike = SHIPPED, column: str = "captions",
+    beam: int = 4, cores: int = 1, **cluster,
+) -> Report:
+    """`translate_rows` on a Ray cluster: each file of `source` becomes a shard of the same name in `out`.
+
+    `source` is a folder or a glob of .jsonl or .parquet files: split a large file into many first. `cores` and
+    `cluster` are arguments of `map_shards`, such as `address`. The Report counts texts as `translate_rows` does.
+    """
+    files, report = shards.source_files(source), Report()
+    options = {"model": os.fspath(model), "column": column, "beam": beam, "threads": cores}
+    map_shards(files, out, TranslateTable, options, cores=cores, **cluster)
+    for file in files:
+        shard = Path(out).expanduser() / _shard_name(file)
+        count_texts(report, pq.read_table(shard, columns=[f"{column}_en", f"{column}_mark"]), column)
+    return report
 
 
 def map_shards(
-    shards: Iterable[str | os.PathLike], out: str | os.PathLike, make: Callable[..., Callable[[pa.Table], pa.Table]],
-    options: dict, *, workers: int | None = None, cores: int = 1, gpus: float = 0, progress: bool = True,
+    files: Iterable[str | os.PathLike], out: str | os.PathLike, make: Callable[..., Callable[[pa.Table], pa.Table]],
+    options: dict, *, address: str | None = None, workers: int | None = None, cores: int = 1, gpus: float = 0,
+    progress: bool = True,
 ) -> int:
-    """Writes `make(**options)(table)` of each Parquet shard to `out`, under the same name; returns the rows there.
+    """Writes `make(**options)(table)` of each file to `out`, under its name with .parquet; returns the rows there.
 
-    `make` and `options` are sent to the workers, each of which calls it once: by default as many as the cluster has
-    room for, with `cores` cores and `gpus` GPUs each. `out`, the shards and a model's folder lie where all nodes see
-    them. A relative `image_path` starts at `out`, for the function too. Ray is started here where it is not yet. Shards
-    that are there already are left as they are, so that one call at a time may write to `out`. Raises ValueError where
-    one was made by another `make` or with other options, or where two have the same name, and ModuleNotFoundError
-    without Ray.
+    The files are Parquet or JSON lines. `make` and `options` are sent to the workers, each of which calls `make` once.
+    A worker has `cores` cores and `gpus` GPUs; by default there are as many workers as the cluster has room for. `out`,
+    the files and a model's folder must be on a disk that all nodes see. A relative `image_path` starts at `out`, for
+    the function too. `address` is that of a running cluster; without it Ray starts on this machine, unless it runs
+    already. Only one call at a time may write to `out`.
+
+    A shard that is there already is not made again. Raises ValueError if it was made from a file or a model that has
+    changed since, by a different `make`, or with different options, and if two files would become one shard. Raises
+    ImportError without Ray.
     """
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("map_shards needs Ray: pip install .[scale] in the repository's root") from error
-
-    shards, out = [Path(shard).absolute() for shard in shards], Path(out).absolute()
-    if len({shard.name for shard in shards}) != len(shards):
-        raise ValueError("two shards have the same name, and would become one: rename them, or map folder by folder")
+    files, out = [Path(file).absolute() for file in files], Path(out).expanduser().absolute()
+    if len({_shard_name(file) for file in files}) != len(files):
+        raise ValueError("two files have the same name, and would become one shard: rename them, or use a folder each")
     out.mkdir(parents=True, exist_ok=True)
-    for partial in out.glob("*.partial"):  # of workers that died while they wrote
+    for partial in out.glob(f"*{PARTIAL}"):  # of workers that died while they wrote
         partial.unlink()
-    settings = _settings(make, options)
-    left = [shard for shard in shards if not _is_made(out / shard.name, settings)]
-    rows = sum(pq.read_metadata(out / shard.name).num_rows for shard in shards if shard not in left)
+    settings, rows, left = _settings(make, options), 0, []
+    for file in files:
+        shard = out / _shard_name(file)
+        if shard.exists():
+            shards.check_settings(shard, {**settings, "source": shards.with_content(file, file_identity(file))})
+            rows += pq.read_metadata(shard).num_rows
+        else:
+            left.append({"file": str(file), "shard": str(shard)})
     if not left:
         return rows
+    ray = need("ray", "scale")
+    need("ray.data", "scale")
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(address=address, log_to_driver=False)
     workers = workers or _most_workers(len(left), ray.cluster_resources(), cores, gpus)
-    # A block for each shard, or one worker's death would cost several; no limit on how often one may die
-    mapped = ray.data.from_items([{"shard": str(shard)} for shard in left], override_num_blocks=len(left)).map(
-        _Worker, fn_constructor_args=(make, options, str(out)), num_cpus=cores, num_gpus=gpus or None,
+    # A block for each shard, or the death of one worker would cost several; no limit on how often one may die
+    mapped = ray.data.from_items(left, override_num_blocks=len(left)).map(
+        _Worker, fn_constructor_args=(make, options, settings), num_cpus=cores, num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=workers), max_restarts=-1, max_task_retries=-1,
     )
-    with tqdm(total=len(shards), initial=len(shards) - len(left), unit=" shards", disable=not progress) as bar:
+    with tqdm(total=len(files), initial=len(files) - len(left), unit=" shards", disable=not progress) as bar:
         for row in mapped.iter_rows():
             rows += row["rows"]
             bar.update()
@@ -95,20 +121,20 @@ def map_shards(
 
 
 def _most_workers(shards: int, cluster: dict, cores: int, gpus: float | int) -> int:
-    """As many as there are shards and room for; one also where there is no room, for which Ray then waits."""
-    room = [int(cluster.get(name, 0) / each + 1e-6) for name, each in (("CPU", cores), ("GPU", gpus)) if each]
-    return max(1, min([shards, *room]))  # 1e-6: ten tenths of a GPU are a whole one, in floats too
+    """As many as there are shards and room for; but one if there is no room, for which Ray then waits."""
+    room = [int(cluster.get(name, 0) / size + 1e-6) for name, size in (("CPU", cores), ("GPU", gpus)) if size]
+    return max(1, min([shards, *room]))  # 1e-6: ten tenths of a GPU are a whole one, also as floats
+
+
+def _shard_name(file: Path) -> str:
+    return file.name.split(".jsonl")[0].removesuffix(".parquet") + ".parquet"
 
 
 def _settings(make: Callable, options: dict) -> dict:
-    return {"make": f"{make.__module__}.{make.__qualname__}", **{key: str(value) for key, value in options.items()}}
-
-
-def _is_made(shard: Path, settings: dict) -> bool:
-    """Whether a shard is there; raises ValueError where it was made otherwise."""
-    if not shard.exists():
-        return False
-    noted = noted_settings(shard)
-    if noted != settings:
-        raise ValueError(f"{shard} was made with {noted}, and now it is {settings}: name another folder, or delete it")
-    return True
+    """`make` and its options as a shard notes them; a model's folder is known by its content."""
+    settings = {"make": f"{make.__module__}.{make.__qualname__}"}
+    for key, value in options.items():
+        folder = Path(str(value)).expanduser()
+        is_model = (folder / "config.json").is_file()
+        settings[key] = shards.with_content(value, model_identity(folder)) if is_model else str(value)
+    return settings
