@@ -1,12 +1,12 @@
 """Trains the small English to Indonesian model of data/translator, converts it, and measures it.
 
-    .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour of one core
-    .venv-bench/bin/python scripts/train_translator.py --reverse  # the other way round, for the round trip check
-    .venv-bench/bin/python scripts/train_translator.py --without 0  # and 1: without half of the names
+    .venv-bench/bin/python scripts/train_translator.py            # with torch; about half an hour on one core
+    .venv-bench/bin/python scripts/train_translator.py --reverse  # the other direction, for the round trip check
+    .venv-bench/bin/python scripts/train_translator.py --without 0  # without one half of the names; 1 for the other
 
-A Marian model in Hugging Face's form: the same code that serves opus-mt converts and runs it. It learns from the human
-pairs of translator_corpus.py and from sentences made of them. The float weights go to build/translator, the int8 ones,
-the card's figures (metrics.json) and the pieces to data/translator.
+It is a Marian model of Hugging Face's form, so the code that runs opus-mt converts and runs it. It learns from the
+human pairs of translator_corpus.py and from sentences made of them. The float weights are written to build/translator; the
+int8 weights, the card's figures (metrics.json) and the pieces to data/translator.
 """
 
 import argparse
@@ -33,12 +33,15 @@ from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
 BUILD, HALVES = Path("build/translator"), Path("build/halves")
-# How often a sentence is drawn by which way of the Maker
+# How often each way of the Maker is drawn
 SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.2, "swap": 0.28, "copied": 0.12}
 
 
 def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
-    """One SentencePiece model for both languages, so that a name is the same pieces in both; returns the vocabulary."""
+    """Writes one SentencePiece model for both languages, so that a name has the same pieces in both.
+
+    Returns the vocabulary.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "source"), vocab_size=size, hard_vocab_limit=False,
@@ -55,7 +58,7 @@ def write_pieces(folder: Path, texts: list[str], size: int) -> dict[str, int]:
 
 
 class Batches:
-    """Batches of (source, labels) [B, L], drawn without end; sentences of a length together."""
+    """An endless stream of batches (source, labels) [B, L] of sentences with similar lengths."""
 
     def __init__(self, corpus: Corpus, folder: Path, vocabulary: dict[str, int], start: int, options):
         self.rng = np.random.default_rng([options.seed, start])
@@ -101,7 +104,7 @@ def new_model(vocabulary: dict[str, int], options) -> MarianMTModel:
         dropout=options.dropout, attention_dropout=0.0, activation_dropout=0.0, init_std=0.02, pad_token_id=pad,
         eos_token_id=0, forced_eos_token_id=0, decoder_start_token_id=pad,
     ))
-    model.generation_config.update(num_beams=4, max_length=256)  # transformers 5 takes them here alone
+    model.generation_config.update(num_beams=4, max_length=256)  # transformers 5 accepts them only here
     return model
 
 
@@ -125,7 +128,7 @@ class Optimizers(list):
 
 
 def train(corpus: Corpus, folder: Path, steps: int, options) -> Path:
-    """Trains a model for so many steps and writes its averaged weights as a folder of Hugging Face's form."""
+    """Trains a model for `steps` steps and writes its averaged weights as a folder of Hugging Face's form."""
     pairs = [*corpus.names["train"], *corpus.captions["train"], *corpus.keywords]
     texts = [text for pair in pairs for side in pair for text in ([side] if isinstance(side, str) else side)]
     vocabulary = write_pieces(folder, texts, options.vocabulary)
@@ -133,7 +136,7 @@ def train(corpus: Corpus, folder: Path, steps: int, options) -> Path:
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizers = Optimizers(model, options)
     kept, start = folder / f"state-{steps}.pt", 0
-    if kept.is_file():  # an interrupted run goes on, with other sentences than it would have had
+    if kept.is_file():  # an interrupted run resumes, with different sentences
         state = torch.load(kept)
         start = state["step"]
         model.load_state_dict(state["model"])
@@ -173,7 +176,7 @@ def train(corpus: Corpus, folder: Path, steps: int, options) -> Path:
 
 
 def scores(found: list[str], expected: list[str]) -> dict:
-    """chrF and BLEU of the corpus with their signatures, and chrF's 95% interval over sentences drawn anew."""
+    """chrF and BLEU of the corpus with their signatures, and chrF's 95% interval (bootstrap over the sentences)."""
     chrf, bleu = CHRF(), BLEU()
     low, high = bootstrap_interval(
         np.arange(len(found)), samples=300,
@@ -189,14 +192,14 @@ def translated(translate, pairs: list[Pair]) -> list[str]:
 
 
 def measured(folder: Path, sets: dict[str, list[Pair]]) -> dict:
-    """The scores on each set after conversion to int8, with beam 4: as the model is used."""
+    """The scores on each set after conversion to int8 and with beam 4, as the model is used."""
     convert(folder, folder / "int8", "int8")
     translate = Translator(folder / "int8")
     return {name: scores(translated(translate, pairs), [target for _, target in pairs]) for name, pairs in sets.items()}
 
 
 def examples(translate, baseline, pairs: list[Pair]) -> dict:
-    """Sentences of four words and more with what became of them: the five of best, of middling and of worst chrF."""
+    """Five translations each of the best, middling and worst chrF, among the sentences of at least four words."""
     pairs = [pair for pair in pairs if pair[0].count(" ") > 2]
     found, chrf = translated(translate, pairs), CHRF()
     rows = [{"source": source, "expected": target, "found": text, "word_by_word": baseline(source),
@@ -208,7 +211,7 @@ def examples(translate, baseline, pairs: list[Pair]) -> dict:
 
 
 def report(folder: Path, corpus: Corpus, sets: dict[str, list[Pair]], options) -> dict:
-    """The figures on the test pairs beside the baseline's, with examples."""
+    """The figures on the test pairs, those of the baseline, and examples."""
     model, found = measured(folder, sets), {}
     if options.reverse:
         corpus = reversed_corpus(corpus)

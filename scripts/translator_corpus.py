@@ -1,7 +1,8 @@
-"""The human pairs that the small translator learns from, and the ways to make more sentences of them.
+"""The human pairs that the small translator learns from, and more sentences made of them.
 
-Pairs are (English, Indonesian). Held out are the names of the dictionary's `unseen_concept` split and the test lines of
-data/parallel/captions.tsv; for choices while training serve its validation lines and a twentieth of the other names.
+Pairs are (English, Indonesian). The names of the dictionary's `unseen_concept` split and the test lines of
+data/parallel/captions.tsv are held out. Its validation lines and a twentieth of the other names are for choices during
+training.
 """
 
 import csv
@@ -24,7 +25,7 @@ Pair = tuple[str, str]
 
 @dataclass
 class Corpus:
-    """Pairs by split: names, captions, and of the training names their group and keywords."""
+    """Pairs by split, names and captions; and the group and the keywords of each training name."""
 
     names: dict[str, list[Pair]] = field(default_factory=lambda: defaultdict(list))
     captions: dict[str, list[Pair]] = field(default_factory=lambda: defaultdict(list))
@@ -33,19 +34,22 @@ class Corpus:
 
 
 def bare(text: str) -> str:
-    """A text without its article, case and final punctuation: what decides whether two are one."""
+    """A text without its article, case and final punctuation. Two texts with the same bare text count as one."""
     return re.sub(r"^(?:a|an|the|sebuah|seekor|seorang) ", "", text.lower().strip(" .!?"))
 
 
 def half_of(name: str) -> int:
-    """0 or 1, by a hash of a name: the halves of the dictionary that models translate which did not learn from them."""
+    """0 or 1, by a hash of a name: its half of the dictionary.
+
+    A half is translated by the model that has not learnt from it.
+    """
     return int(share(f"half {bare(name)}") < 0.5)
 
 
 def read_corpus(dictionary: DatasetDict, without: int | None = None) -> Corpus:
-    """All pairs, split; whatever is in training and says a held-out text, in either language, is left out.
+    """All pairs, split. A training pair is left out if it says a held-out text in either language.
 
-    `without` holds out one half of the dictionary's names more, by `half_of` the English one.
+    With `without`, one half of the dictionary's names is held out too, by `half_of` of the English name.
     """
     corpus, rows = Corpus(), {}
     for split, part in dictionary.items():
@@ -80,12 +84,14 @@ def read_corpus(dictionary: DatasetDict, without: int | None = None) -> Corpus:
     return corpus
 
 
-# --- What stands for what ---------------------------------------------------------------------------------------------
+# --- Which words are translations of each other ----------------------------------------------------------------------
 
 
 def ibm1(pairs: Iterable[tuple[list[str], list[str]]], rounds: int = 8) -> dict[str, dict[str, float]]:
-    """The probability of each target unit, given a source unit or None, from pairs of bags of units (IBM model 1, Brown
-    et al. 1993)."""
+    """The probability of each target unit, given a source unit or None, from pairs of bags of units.
+
+    IBM model 1 (Brown et al. 1993).
+    """
     pairs = [([None, *source], target) for source, target in pairs]
     table: dict = {}
     for _ in range(rounds):
@@ -101,8 +107,10 @@ def ibm1(pairs: Iterable[tuple[list[str], list[str]]], rounds: int = 8) -> dict[
 
 
 def mutual(pairs: list[tuple[list[str], list[str]]], least: float) -> dict[str, str]:
-    """The units that are each other's most probable ones, in pairs of at least two and with both probabilities at least
-    `least`."""
+    """The units that are each other's most probable partners.
+
+    They must be so in at least two pairs, with both probabilities at least `least`.
+    """
     forward, backward = ibm1(pairs), ibm1([(target, source) for source, target in pairs])
     together = Counter((s, t) for source, target in pairs for s in set(source) for t in set(target))
     found = {}
@@ -115,14 +123,19 @@ def mutual(pairs: list[tuple[list[str], list[str]]], least: float) -> dict[str, 
 
 
 def keyword_lexicon(corpus: Corpus) -> list[Pair]:
-    """Keywords that stand for each other: CLDR's two lists of a concept are not aligned, those of many together are."""
+    """Keywords that are translations of each other.
+
+    CLDR's two lists of one concept are not aligned, but the lists of many concepts together are.
+    """
     pairs = [([word.lower() for word in en], [word.lower() for word in ind]) for en, ind in corpus.keywords]
     return sorted(mutual(pairs, 0.3).items())
 
 
 def word_by_word(corpus: Corpus) -> Callable[[str], str]:
-    """The baseline, from left to right: the longest name or keyword of the training pairs, else a word's most probable
-    translation, else the word itself."""
+    """The baseline, from left to right: the longest name or keyword of the training pairs that fits.
+
+    If none fits, it takes the most probable translation of the word, or else the word itself.
+    """
     training = [*corpus.names["train"], *corpus.captions["train"]]
     table = ibm1([(words(english), words(indonesian)) for english, indonesian in training])
     single = {s: max(row, key=row.get) for s, row in table.items() if s is not None and row}
@@ -213,13 +226,13 @@ def plural(noun: str) -> str:
 
 
 def phrases(text: str) -> Counter:
-    """All runs of one to four words, with how often they stand there."""
+    """All runs of one to four words, and how often each occurs."""
     found = re.findall(r"[\w'’-]+", text.lower())
     return Counter(" ".join(found[i:j]) for i in range(len(found)) for j in range(i + 1, min(i + 4, len(found)) + 1))
 
 
 class Maker:
-    """Makes pairs of the training pairs; each method is one way, and takes what randomness it needs."""
+    """Makes new pairs of the training pairs, in several ways: one method for each way."""
 
     def __init__(self, corpus: Corpus, rng: np.random.Generator):
         self.rng, self.names, self.captions = rng, corpus.names["train"], corpus.captions["train"]
@@ -258,8 +271,10 @@ class Maker:
         return self.pick(self.lexicon)
 
     def noun(self) -> tuple[str, str, str, str]:
-        """A noun with its article and without, then in Indonesian with its classifier and without; some with an
-        adjective."""
+        """A noun with its article and without, then in Indonesian with its classifier and without.
+
+        Some nouns get an adjective.
+        """
         english, indonesian = pair = self.pick(self.nouns)
         group = self.group_of[pair].split(" ")[0]
         if self.rng.random() < 0.4:
@@ -269,7 +284,7 @@ class Maker:
         return with_article(english), english, counted(indonesian, group), indonesian
 
     def template(self) -> Pair:
-        """A noun in a template, or two, or a number of one."""
+        """One noun in a template, or two nouns, or a number of one noun."""
         way = self.rng.random()
         if way < 0.5:
             a, n, c, bare_c = self.noun()
@@ -284,13 +299,13 @@ class Maker:
         return f"{number[0]} {plural(n)}", f"{number[1]}{ekor} {bare_c}"
 
     def find_slots(self, pair: Pair) -> list[tuple[str, Pair, bool]]:
-        """The class members that stand once in each side of a pair, with whether the English is in the plural."""
+        """The members of a class that occur once on each side of a pair, and whether the English is plural."""
         english, indonesian = (phrases(side) for side in pair)
         return [(kind, member, many) for phrase, count in english.items() if count == 1
                 for kind, member, many in self.forms.get(phrase, ()) if indonesian[member[1]] == 1]
 
     def swap(self) -> Pair:
-        """A caption or a name in which one word of a class stands for another, or two of two classes."""
+        """A caption or a name with a different word of the same class in one place, or in two places of two classes."""
         pair, slots = self.pick(self.slots)
         for index in self.rng.permutation(len(slots))[: int(self.rng.integers(1, 3))]:
             pair = put(pair, slots[index], self.pick(self.classes[slots[index][0]]))
@@ -311,7 +326,7 @@ class Maker:
         return put(pair, self.pick(slots), (word, word)) if slots else self.copied()
 
     def stranger(self) -> str:
-        """A word that does not exist: the beginning of one English word and the end of another."""
+        """A word that does not exist: the beginning of one English word and the end of a different one."""
         while True:
             (first, second), share = (self.pick(self.words) for _ in range(2)), self.rng.uniform(0.3, 0.7)
             word = first[: round(share * len(first))] + second[round(share * len(second)) :]
@@ -319,7 +334,7 @@ class Maker:
                 return word
 
     def cased(self, pair: Pair) -> Pair:
-        """The pair as others would write it: with another first letter or full stop, in capitals, as a title."""
+        """The pair as others would write it: with a different first letter or full stop, in capitals, as a title."""
         (english, indonesian), way = pair, self.rng.random()
         if way < 0.3:
             return english[:1].swapcase() + english[1:], indonesian[:1].swapcase() + indonesian[1:]
@@ -331,7 +346,7 @@ class Maker:
 
 
 def put(pair: Pair, slot: tuple[str, Pair, bool], new: Pair) -> Pair:
-    """The pair with `new` for the two words of a slot, as `find_slots` has them, in their number, with its article."""
+    """The pair with `new` in place of the two words of a slot of `find_slots`, in their number and with the article."""
     (english, indonesian), (_, (en, ind), many) = pair, slot
     old, word = (plural(en), plural(new[0])) if many else (en, new[0])
     for article in ("an ", "a ", ""):  # the longer form first, as the shorter one is a part of it

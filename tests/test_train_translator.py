@@ -1,6 +1,6 @@
-"""The recipe of the shipped translator, run whole and small: from the pairs to a folder that translates, and its card.
+"""The recipe of the shipped translator, run whole and small: from the pairs to a model that translates, and its card.
 
-It needs torch, as the recipe does: `make parity` runs it, `make test` passes it over.
+It needs torch, as the recipe does: `make parity` runs it, `make test` skips it.
 """
 
 import json
@@ -28,11 +28,11 @@ from transformers import MarianMTModel, MarianTokenizer
 BACK = DATA / "translator-back"
 PAIRS = list(zip(ENGLISH, INDONESIAN, strict=True))
 OTHERS = ["a red dog", "Two birds and a fish.", "a house at night", "A CAT", "a woman with a cat in a hat", "bread"]
-STEPS, STOPPED = 300, 210  # every 200 a state is kept
+STEPS, STOPPED = 300, 210  # a state is kept every 200 steps
 
 
 def run(out: Path, options: str) -> dict:
-    """The script as its command runs it, beside `out`; returns the card. The shipped folders stay as they are."""
+    """Runs the script as its command does, and returns the card. The shipped folders stay as they are."""
 
     def shipped():
         return {path: path.read_bytes() for folder in (SHIPPED, BACK) for path in folder.iterdir()}
@@ -48,7 +48,7 @@ def run(out: Path, options: str) -> dict:
 
 @contextmanager
 def drawing(most: int):
-    """A list that grows with each batch that is drawn; after so many the run is interrupted."""
+    """A list that grows with each batch that is drawn; after `most` batches the run is interrupted."""
     drawn, iterate = [], recipe.Batches.__iter__
 
     def batches(self):
@@ -65,7 +65,7 @@ def drawing(most: int):
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """A dozen pairs learnt by heart, in a run that is interrupted and begun again."""
+    """A dozen pairs learnt by heart, in a run that is interrupted and resumed."""
     out = tmp_path_factory.mktemp("learnt") / "tiny"
     options = f"--steps {STEPS} --tokens 256 --width 64 --layers 1 --heads 2 --vocabulary 120 --dropout 0 --warmup 20"
     splits = dict.fromkeys(("train", "validation", "test"), PAIRS)
@@ -104,7 +104,7 @@ def test_the_folder_is_one_of_transformers(learnt):
 
 
 def test_ctranslate2_says_what_transformers_says(learnt, tmp_path):
-    """Greedily and in float32, also where it is unsure, for what it has not learnt."""
+    """Greedily and in float32, also for sentences that the model has not learnt."""
     convert(learnt.floats, tmp_path / "float32", "float32")
     engine = ctranslate2.Translator(str(tmp_path / "float32"), compute_type="float32", intra_threads=1)
     model, tokenizer = (of.from_pretrained(learnt.floats) for of in (MarianMTModel, MarianTokenizer))
@@ -121,7 +121,7 @@ def test_ctranslate2_says_what_transformers_says(learnt, tmp_path):
 
 @true_one
 def test_the_true_corpus_makes_a_card_of_the_shipped_ones_form(tmp_path, monkeypatch):
-    """A few steps on all of its training pairs, made to sentences in every way; a dozen of each held-out set."""
+    """A few steps on all training pairs, in all ways, and a dozen pairs of each held-out set."""
     corpora = []
 
     def cut(dictionary, without) -> Corpus:
@@ -134,7 +134,7 @@ def test_the_true_corpus_makes_a_card_of_the_shipped_ones_form(tmp_path, monkeyp
     out = tmp_path / "back"
     card = run(out, "--reverse --without 0 --steps 5 --tokens 256 --width 16 --layers 1 --heads 2 --vocabulary 500")
     recorded = json.loads((BACK / "metrics.json").read_text(encoding="utf-8"))
-    recorded["settings"].pop("way_steps", None)  # an option that is gone
+    recorded["settings"].pop("way_steps", None)  # an old option
     assert form(card) == form(recorded)
     assert {path.name for path in out.iterdir()} == {path.name for path in BACK.iterdir()}
     assert card["settings"]["reverse"] is True and card["settings"]["without"] == 0 and card["settings"]["steps"] == 5

@@ -1,4 +1,4 @@
-"""What the small translator learns from: nothing held out is in it, and what is made of the pairs stays a pair."""
+"""The sentences that the small translator learns from: none is held out, and each made pair is a translation."""
 
 import re
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def test_words_that_stand_for_each_other_are_found_in_bags():
     assert mutual(bags, 0.3) == ANIMALS
     table = ibm1(bags)
     assert all(sum(row.values()) == pytest.approx(1, abs=0.01) for row in table.values())
-    assert mutual(bags[:1], 0.3) == {}  # seen once: anything
+    assert mutual(bags[:1], 0.3) == {}  # seen once: not enough
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The smallest whole Marian model, in Hugging Face's form, random weights and all, written without torch."""
+"""The smallest complete Marian model of Hugging Face's form, with random weights, written without torch."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ CONFIG = {"model_type": "marian", "d_model": 16, "encoder_layers": 2, "decoder_l
 
 
 def random_weights(config: dict, tokens: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A weight of each of MarianMTModel's names; large ones, so that what comes out depends on what goes in."""
+    """A weight for each of MarianMTModel's names. They are large, so that translations depend on their texts."""
     rng, width = np.random.default_rng(seed), config["d_model"]
     weights = {"model.shared.weight": rng.normal(0, 0.5, (tokens, width)),
                "final_logits_bias": rng.normal(0, 0.1, (1, tokens))}
-    weights["final_logits_bias"][0, 0] += 3  # </s>: translations of a few pieces, most of which end
+    weights["final_logits_bias"][0, 0] += 3  # </s>: most translations end after a few pieces
 
     def linear(name: str, out: int, into: int) -> None:
         weights[f"{name}.weight"] = rng.normal(0, 0.5, (out, into))
@@ -44,8 +44,10 @@ def random_weights(config: dict, tokens: int, seed: int = 0) -> dict[str, np.nda
 
 
 def tiny_marian(folder: Path, seed: int = 0, trained_start: bool = False, **changes) -> Path:
-    """Writes the model's folder; `changes` are entries of the config. The decoder starts from the embedding of <pad>,
-    zero as opus-mt's is, or with `trained_start` like any other."""
+    """Writes the model's folder; `changes` are entries of the config.
+
+    The decoder starts from the embedding of <pad>, which is zero as in opus-mt, or random with `trained_start`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pieces = {}
     for side, texts in (("source", ENGLISH), ("target", INDONESIAN)):

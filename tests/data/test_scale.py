@@ -39,9 +39,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two workers' room. Their processes find the modules that these tests find."""
-    here = Path(__file__).parents[1]
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(here), str(here.parent)])
+    """A cluster with room for two workers, whose processes find the modules of these tests."""
+    here = Path(__file__).absolute()
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *map(str, here.parents[:3])])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

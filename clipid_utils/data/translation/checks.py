@@ -207,7 +207,7 @@ def round_trip_check(back: Callable[[list[str]], list[str]], least: float = 30.0
     compared in small form (chrF: Popović 2015). A translation that passes may still be wrong, since both models can
     make the same mistake.
     """
-    chrf = need("sacrebleu.metrics", "data").CHRF()
+    chrf = need("sacrebleu.metrics", "translate").CHRF()
 
     def check(pairs: list[Pair]) -> list[str]:
         problems = []
@@ -220,8 +220,7 @@ def round_trip_check(back: Callable[[list[str]], list[str]], least: float = 30.0
     return check
 
 
-CHECKS: dict[str, PairCheck] = {
-    "length": pair_by_pair(check_length), "copy": pair_by_pair(check_copy),
-    "repetition": pair_by_pair(check_repetition), "numbers": pair_by_pair(check_numbers),
-    "colours": pair_by_pair(check_colours), "language": language_check(),
-}
+CHECKS: dict[str, PairCheck] = {name: pair_by_pair(check) for name, check in (
+    ("length", check_length), ("copy", check_copy), ("repetition", check_repetition), ("numbers", check_numbers),
+    ("colours", check_colours),
+)} | {"language": language_check()}

@@ -1,10 +1,10 @@
-"""Many Parquet shards through one function on a Ray cluster: translation, the embedding of pictures, or your own.
+"""Many files through one function on a Ray cluster: translation, the embedding of pictures, or your own function.
 
     translate_on_ray("english/*.parquet", "indonesian")
     map_shards(input_files("pictures"), "/…/embedded", EmbedPictures, {"checkpoint": "mini", "root": "/…/embedded"})
 
-The unit is a shard, not a row: a worker reads a shard, works on it, and writes a shard of the same name, which appears
-only when it is whole. So a worker that dies costs the work of its shard, which Ray gives to a different worker; a run
+The unit is a file, not a row: a worker reads a file, works on it, and writes a shard of the same name, which appears
+only when it is whole. So a worker that dies costs the work of its file, which Ray gives to a different worker; a run
 that was killed resumes where it stopped; and pictures do not travel through Ray's memory.
 """
 
@@ -61,8 +61,9 @@ def translate_on_ray(
     `source` is a folder or a glob of .jsonl or .parquet files: split a large file into many first. `cores` and
     `cluster` are arguments of `map_shards`, such as `address`. The Report counts texts as `translate_rows` does.
     """
-    files, report = shards.source_files(source), Report()
-    options = {"model": os.fspath(model), "column": column, "beam": beam, "threads": cores}
+    files, report, folder = shards.source_files(source), Report(), Path(model).expanduser()
+    model = str(folder.absolute()) if folder.is_dir() else model  # workers may run in a different folder
+    options = {"model": model, "column": column, "beam": beam, "threads": cores}
     map_shards(files, out, TranslateTable, options, cores=cores, **cluster)
     for file in files:
         shard = Path(out).expanduser() / _shard_name(file)
@@ -113,11 +114,9 @@ def map_shards(
         _Worker, fn_constructor_args=(make, options, settings), num_cpus=cores, num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=workers), max_restarts=-1, max_task_retries=-1,
     )
-    with tqdm(total=len(files), initial=len(files) - len(left), unit=" shards", disable=not progress) as bar:
-        for row in mapped.iter_rows():
-            rows += row["rows"]
-            bar.update()
-    return rows
+    done = tqdm(mapped.iter_rows(), unit=" shards", total=len(files), initial=len(files) - len(left),
+                disable=not progress)
+    return rows + sum(row["rows"] for row in done)
 
 
 def _most_workers(shards: int, cluster: dict, cores: int, gpus: float | int) -> int:

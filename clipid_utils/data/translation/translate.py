@@ -7,7 +7,6 @@
 """
 
 import functools
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from clipid_utils.data import shards
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation.checks import loops
 from clipid_utils.data.translation.marian import SENTENCE_PIECES, converted_folder, model_folder
-from clipid_utils.files import model_identity, need, usable_cores
+from clipid_utils.files import model_identity, need, read_json, usable_cores
 from clipid_utils.paths import DATA
 
 ctranslate2, sentencepiece = (need(name, "translate") for name in ("ctranslate2", "sentencepiece"))
@@ -67,7 +66,7 @@ class Translator:
         self._source, self._target = (
             sentencepiece.SentencePieceProcessor(model_file=str(folder / name)) for name in SENTENCE_PIECES
         )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         self._end = [] if config.get("add_source_eos") else [config.get("eos_token", "</s>")]
         try:
             self.engine = ctranslate2.Translator(
