@@ -5,7 +5,7 @@
     .venv-bench/bin/python scripts/train_translator.py --without 0  # without one half of the names; 1 for the other
 
 It is a Marian model of Hugging Face's form, so the code that runs opus-mt converts and runs it. It learns from the
-human pairs of translator_corpus.py and from sentences made of them. The float weights are written to build/translator; the
+human pairs of translator_corpus.py and from sentences made of them. The float weights go to build/translator; the
 int8 weights, the card's figures (metrics.json) and the pieces to data/translator.
 """
 
