@@ -208,7 +208,7 @@ def test_a_function_that_loses_a_row_is_caught(cluster, tmp_path):
 
 def test_without_ray_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ImportError, match=r"this needs ray: pip install 'clip-indonesian\[scale\]'"):
+    with pytest.raises(ImportError, match=r"this needs ray, .*\[scale\]"):
         map_shards(["a.parquet"], tmp_path, TranslateTable, {})
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from filelock import FileLock
 
 from clipid_utils.files import file_identity, need, read_json, whole_folder
-from clipid_utils.model.pretrained.weights import read_weights
 from clipid_utils.paths import CACHE
 
 ctranslate2, sentencepiece = (need(name, "translate") for name in ("ctranslate2", "sentencepiece"))
@@ -101,6 +100,8 @@ def _fetched(name: str) -> Path:
 
 def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
     """The model as CTranslate2 describes it, with its weights."""
+    from clipid_utils.model.pretrained.weights import read_weights  # here, since only a conversion needs it and JAX
+
     config = _checked_config(folder)
     stored, tokens = read_weights(folder), _tokens(folder)
     weights = {key: np.array(stored[key], np.float32) for key in stored if stored[key].dtype.kind in "fV"}
