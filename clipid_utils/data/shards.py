@@ -49,20 +49,18 @@ def read_rows(source: Source, out: Path) -> Iterator[tuple[str, dict]]:
     """
     for file in source_files(source) or [None]:
         if file is None:
-            numbered, way = enumerate(source, 1), ""
+            numbered = enumerate(source, 1)
+        elif file.suffix == ".parquet":
+            batches = pq.ParquetFile(file).iter_batches(1000)
+            numbered = enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
         else:
-            numbered = _parquet_rows(file) if file.suffix == ".parquet" else read_json_lines(file)
-            # Resolved, since ".." after a link leads to the parent of the link's target
-            way = os.path.relpath(file.parent.resolve(), out.resolve())
+            numbered = read_json_lines(file)
+        # Resolved, since ".." after a link leads to the parent of the link's target
+        way = os.path.relpath(file.parent.resolve(), out.resolve()) if file else ""
         for number, row in numbered:
             if file and isinstance(row.get("image_path"), str):
                 row = {**row, "image_path": os.path.normpath(os.path.join(way, row["image_path"]))}
             yield f"{file.name if file else 'records'}:{number}", row
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    with pq.ParquetFile(file) as parquet:
-        yield from enumerate((row for batch in parquet.iter_batches(1000) for row in batch.to_pylist()), 1)
 
 
 def parquet_schema(source: Source) -> pa.Schema | None:
