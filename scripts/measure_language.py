@@ -2,24 +2,22 @@
 
     python scripts/measure_language.py id_gsd-ud-dev.conllu id_gsd-ud-test.conllu
 
-The files are UD_Indonesian-GSD's: their sentences, and the English translations beside them, are cut to their first 4,
-8 or 12 words. Added are Tux Paint's captions in three languages, where its package is in data/cache. It prints which
-share of the captions in each language passes filters.language("id"), and which is nearer to Malay than to Indonesian.
+The files are from UD_Indonesian-GSD: their sentences, and the English translations beside them, are cut to their first
+4, 8 or 12 words. If Tux Paint's package is in data/cache, its captions in three languages are measured too. For each
+language it prints the share of captions that pass filters.language("id"), and the share nearer to Malay.
 """
 
 import argparse
 from pathlib import Path
 
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-from clipid_utils.data.cleaning.filters import LANGUAGES
+from clipid_utils.data.cleaning.filters import language_identifier
 from clipid_utils.paths import CACHE
 
 THRESHOLDS = (0.1, 0.3, 0.5)
 
 
 def read_texts(paths: list[Path], key: str, words: int) -> list[str]:
-    """The first words of each text after "# key = " that has so many."""
+    """The first `words` words of each text after "# key = " that has as many."""
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     texts = [line.split(" = ", 1)[1].split() for line in lines if line.startswith(f"# {key} = ")]
     return [" ".join(text[:words]) for text in texts if len(text) >= words]
@@ -44,8 +42,7 @@ def main() -> None:
     sets |= {("8 words, small letters", name): [text.lower() for text in sets["8 words", name]]
              for name in ("id", "en")}
     sets |= {("Tux Paint, 4 words and more", name): read_stamps(name) for name in ("id", "ms", "en")}
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(LANGUAGES)
+    identifier = language_identifier()
     print(f"{'captions':29} in  count", *(f" pass at {least}" for least in THRESHOLDS), "   nearer ms")
     for (kind, name), texts in sets.items():
         ranks = [dict(identifier.rank(text)) for text in texts]

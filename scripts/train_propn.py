@@ -2,36 +2,40 @@
 
     python scripts/train_propn.py id_gsd-ud-dev.conllu id_gsd-ud-test.conllu
 
-Both files are UD_Indonesian-GSD's (Universal Dependencies, CC BY-SA 4.0), whose column 4 is the part of speech. The
-sets of features are compared by cross-validation on the first file; the second is only measured on. Few things are
-named in these texts, and in captions little else: the emoji's Indonesian names and keywords in CLDR (Unicode License
-3.0), fetched as the picture dictionary's are, stand among the training sentences as words that are no proper nouns, but
-for a tenth of the emoji, by which it is measured how many captions of things would be dropped. `--only NAME` measures
-one of TRIED and leaves the others' figures as they are.
+Both files are from UD_Indonesian-GSD (Universal Dependencies, CC BY-SA 4.0); column 4 is the part of speech. The sets
+of features are compared by cross-validation on the first file. The second file is only for the final figures. These
+texts name few things, but captions name little else. So the emoji's Indonesian names and keywords in CLDR (Unicode
+License 3.0) are added to the training sentences as words that are not proper nouns. A tenth of the emoji is held out,
+to measure how many names of things the filter would drop. `--only NAME` measures one of TRIED and keeps the figures of
+the others.
 """
 
 import argparse
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from clipid_utils.data.cleaning.proper_nouns import (
+    MODEL,
     PARTS,
+    SLOTS,
     WORDS,
+    Tagger,
     capitals,
-    forms,
-    save_tagger,
+    encode,
     shape,
     spelling,
     split_words,
-    train,
 )
 from clipid_utils.data.dictionary.artists import read_names
 from clipid_utils.data.dictionary.fetch import fetch_npm, read_sources
 from clipid_utils.data.dictionary.splits import UNSEEN_CONCEPTS, share
+from clipid_utils.files import read_json, whole_file, write_json
 from clipid_utils.paths import CACHE, DATA
 
 FORMS = ("as written", "small letters", "capital on every word")
@@ -41,7 +45,7 @@ LIMIT = 0.8  # share of proper nouns from which a caption is dropped
 
 
 def neighbours(words: Sequence[str], i: int) -> list[str]:
-    """Features of the words on both sides; tried, not used."""
+    """Features of the neighbouring words; tried, not used."""
     near = {j: words[i + j].lower() if 0 <= i + j < len(words) else "." for j in (-2, -1, 1, 2)}
     return [*(f"{j}={word}" for j, word in near.items()), *(f"{j}s={near[j][-3:]}" for j in (-1, 1)),
             f"{near[-1]}_{shape(words[i])}"]
@@ -57,8 +61,58 @@ TRIED = {
 USED = "capitals, spelling, names of things"
 
 
+def train(
+    sentences: Sequence[tuple[Sequence[str], Sequence[bool]]], *, seed: int, epochs: int = 6, parts: tuple = PARTS,
+    rare: int = 2, drop: float = 0.15,
+) -> Tagger:
+    """A tagger from sentences (words, and whether each is a proper noun). The same seed gives the same tagger.
+
+    Each sentence is also shown in lower case and with a capital on every word, as captions are often written: so the
+    tagger learns to decide without capitals. Features of fewer than `rare` sentences are left out, and at each step a
+    random share `drop` of the others: so the tagger depends less on single words.
+    """
+    rng = np.random.default_rng(seed)
+    encoded = [[(encode(form, parts), tags) for form in forms(words)] for words, tags in sentences]
+    known = common_slots(encoded, rare)
+    examples = [([([s for s in features if s in known], *after) for features, *after in words], tags)
+                for group in encoded for words, tags in group]
+    weights, sums, seen = [0.0] * SLOTS, [0.0] * SLOTS, 0
+    for _ in range(epochs):
+        for row in rng.permutation(len(examples)):
+            before = False
+            for (features, *after), gold in zip(*examples[row], strict=True):
+                used = features + after[before]
+                used = [s for s, drawn in zip(used, rng.random(len(used)), strict=True) if drawn >= drop]
+                before, seen = sum([weights[s] for s in used]) > 0, seen + 1
+                if before != gold:
+                    step = 1.0 if gold else -1.0
+                    for s in used:
+                        weights[s] += step
+                        sums[s] += step * seen
+    average = np.array(weights) - np.array(sums) / max(seen, 1)  # the mean of the weights over all steps
+    return Tagger(average.astype(np.float32), parts)
+
+
+def common_slots(encoded: list[list[tuple]], rare: int) -> set[int]:
+    """The slots of the features that at least `rare` sentences have."""
+    counts = Counter(s for group in encoded for s in {s for words, _ in group for word in words for s in word[0]})
+    return {s for s, count in counts.items() if count >= rare}
+
+
+def forms(words: Sequence[str]) -> list[list[str]]:
+    """A text as it is, in lower case, and with a capital on every word."""
+    return [list(words), [word.lower() for word in words], [word[:1].upper() + word[1:] for word in words]]
+
+
+def save_tagger(tagger: Tagger, path: os.PathLike = MODEL) -> None:
+    """Writes the weights that are not 0, in half precision. The file does not store `parts`: they must be PARTS."""
+    slots = np.flatnonzero(tagger.weights.astype(np.float16))
+    with whole_file(path) as file:
+        np.savez_compressed(file, slots=slots.astype(np.uint16), weights=tagger.weights[slots].astype(np.float16))
+
+
 def read_sentences(path: Path) -> list[tuple[list[str], list[bool]]]:
-    """The sentences of a CoNLL-U file: words and which are proper nouns, without punctuation, as captions are split."""
+    """The sentences of a CoNLL-U file as (words, whether each is a proper noun), split like captions."""
     sentences = []
     for block in path.read_text(encoding="utf-8").strip().split("\n\n"):
         columns = [line.split("\t") for line in block.splitlines() if line[:1].isdigit()]
@@ -69,7 +123,7 @@ def read_sentences(path: Path) -> list[tuple[list[str], list[bool]]]:
 
 
 def read_things() -> tuple[list[list[str]], list[list[str]]]:
-    """The emoji's Indonesian names and keywords without a capital, as words; and the names of those held out."""
+    """The words of the emoji's Indonesian names and keywords without a capital, and of the names held out."""
     sources = read_sources(DATA / "sources.json")
     packages = {name: fetch_npm(name, pin, CACHE) for name, pin in sources["npm"].items() if "cldr" in name}
     learned, held = set(), set()
@@ -81,7 +135,7 @@ def read_things() -> tuple[list[list[str]], list[list[str]]]:
 
 
 def measure_things(tag: Callable, things: list) -> dict[str, dict]:
-    """The share of names of things that would be dropped for proper nouns, by their number of words, in each form."""
+    """The share of names of things that the filter would drop, by number of words, in each form."""
     return {f"{count} words": {"names": len(part)} | {
         form: round(float(np.mean([np.mean(tag(forms(words)[number])) >= LIMIT for words in part])), 3)
         for number, form in enumerate(FORMS) if number}
@@ -99,7 +153,7 @@ def capital_inside(words: Sequence[str]) -> list[bool]:
 
 
 def agreement(found: Iterable[bool], gold: Iterable[bool]) -> dict[str, float]:
-    """Precision, recall and F1, with the number of true ones."""
+    """Precision, recall and F1, with the number of true cases."""
     found, gold = np.array(list(found), bool), np.array(list(gold), bool)
     both = int((found & gold).sum())
     precision, recall = both / max(int(found.sum()), 1), both / max(int(gold.sum()), 1)
@@ -119,8 +173,8 @@ def measure(tag: Callable, sentences: list) -> dict[str, dict]:
 def measure_decision(tag: Callable, sentences: list) -> dict[str, dict]:
     """How well "at least LIMIT proper nouns" is decided for captions cut from the sentences, in each form.
 
-    A caption is 4, 6 or 8 words of a sentence in a row, cut at every fourth word; a caption's true decision is that of
-    the true tags. Cuts overlap, so that the counts are no independent samples.
+    A caption is 4, 6 or 8 consecutive words of a sentence, starting at every fourth word. Its true decision follows
+    from the true tags. The captions overlap, so they are not independent samples.
     """
     cuts = [(words[i : i + n], tags[i : i + n]) for words, tags in sentences for n in CUTS
             for i in range(0, len(words) - n + 1, 4)]
@@ -132,7 +186,7 @@ def measure_decision(tag: Callable, sentences: list) -> dict[str, dict]:
 
 
 def cross_validate(sentences: list, more: list, options: dict, seed: int, folds: int) -> dict[str, float]:
-    """The mean F1 over parts of the sentences, each measured by a tagger trained on the other parts and `more`."""
+    """The mean F1 over parts of the sentences, each tagged by a tagger trained on the other parts and `more`."""
     scores = []
     for fold in range(folds):
         rest = [sentence for i, sentence in enumerate(sentences) if i % folds != fold]
@@ -153,7 +207,7 @@ def main() -> None:
     learned, tested = read_sentences(options.train), read_sentences(options.test)
     things, held = read_things()
     files, recorded = (options.train, options.test), options.out / "propn.json"
-    report = json.loads(recorded.read_text(encoding="utf-8")) if options.only else {"taggers": {}}
+    report = read_json(recorded) if options.only else {"taggers": {}}
     report |= {"command": "python scripts/train_propn.py " + " ".join(path.name for path in files),
                "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
                "words": {name: sum(len(words) for words, _ in part)
@@ -175,7 +229,7 @@ def main() -> None:
             report["taggers"][name]["cross-validated F1"] = scores
         print(name, json.dumps(report["taggers"][name], indent=1), flush=True)
         report["used"] = USED
-        recorded.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(recorded, report, indent=1)
 
 
 if __name__ == "__main__":

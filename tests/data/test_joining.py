@@ -1,4 +1,4 @@
-"""Sets joined into training and validation: no picture nor near copy on both sides, whatever the order of the sets."""
+"""Sets joined into training and validation: no picture or near copy on both sides, in every order of the sets."""
 
 import hashlib
 import io
@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_copy_search import encoded, picture, random_keys
+from test_near_copies import all_with_all, encoded, picture, random_keys
 
+from clipid_utils import files as files_module
 from clipid_utils.data.captions import read_captions, write_captions
+from clipid_utils.data.cleaning import near_copies
 from clipid_utils.data.cleaning.joining import HELD_OUT, TRAIN, UNREADABLE, VALIDATION, join, sides
-from clipid_utils.data.cleaning.near_copies import Signatures, near_copies
+from clipid_utils.data.cleaning.near_copies import Signatures
 from clipid_utils.data.report import Report
 
 
@@ -36,11 +38,10 @@ def rows_of_pictures(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def copies(keys: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """Which rows are near copies [N, N], compared one by one, the mirror included; a row of the same bytes too."""
-    seen, near = Signatures(keys["hash"], thumbnails), np.zeros((len(keys), len(keys)), bool)
-    for left in (seen, Signatures(keys["mirrored"], thumbnails[:, :, ::-1])):
-        near[tuple(near_copies(left, seen).T)] = True
-    return near | (keys["sha256"][:, None] == keys["sha256"]).all(2)
+    """Which rows are near copies [N, N], compared one by one, also in the mirror; rows of the same bytes too."""
+    seen, mirrored = Signatures(keys["hash"], thumbnails), Signatures(keys["mirrored"], thumbnails[:, :, ::-1])
+    same = (keys["sha256"][:, None] == keys["sha256"]).all(2)
+    return all_with_all(seen, seen) | all_with_all(mirrored, seen) | same
 
 
 MANY = st.tuples(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
@@ -53,13 +54,16 @@ def test_sides_keep_their_laws(made, data):
     keys, thumbnails = rows_of_pictures(seed, count)
     held = rng.random(len(keys)) < data.draw(st.sampled_from([0.0, 0.1]))
     side, near = sides(keys, thumbnails.__getitem__, held, share), copies(keys, thumbnails)
+    same = (keys["sha256"][:, None] == keys["sha256"]).all(2)
     readable = keys["sha256"].any(1)
     assert ((side == UNREADABLE) == ~readable).all()
-    # held out: what is named, and every near copy of it, asked in the direction from what is named
+    # held out: the rows that are named, and every near copy of them
     assert ((side == HELD_OUT) == (readable & (held | near[held & readable].any(0)))).all()
-    # no picture and no near copy on both sides, and the same bytes on the same
+    # no picture and no near copy on both sides; validation is all that is drawn and has no near copy
     assert not near[np.ix_(side == VALIDATION, side == TRAIN)].any()
-    same = (keys["sha256"][:, None] == keys["sha256"]).all(2)
+    drawn = np.array([int.from_bytes(key[:8].tobytes(), "big") / 2**64 < share for key in keys["sha256"]])
+    alone = ~(near & ~same)[:, readable].any(1)
+    assert ((side == VALIDATION) == (readable & (side != HELD_OUT) & drawn & alone)).all()
     assert (same <= (side[:, None] == side)).all()
     # the order of the rows does not matter
     order = rng.permutation(len(keys))
@@ -128,10 +132,25 @@ def test_sets_are_split_by_picture_whatever_their_order(tmp_path, files):
     assert found["train"][0]["captions"] == [f"one {found['train'][0]['image_path'][4:]}", "lagi"]
 
 
-def test_what_is_found_of_pictures_is_kept_for_the_next_call(tmp_path, files, monkeypatch):
+def test_signatures_are_kept_for_the_next_call_until_the_set_changes(tmp_path, files, monkeypatch):
+    signed, sign = [], near_copies.sign
+    monkeypatch.setattr(near_copies, "sign", lambda picture: signed.append(picture) or sign(picture))
+    monkeypatch.setattr(files_module, "HEAD", 9)  # the change below is further on
     found, _, _ = joined(tmp_path, files)
-    monkeypatch.setattr("clipid_utils.data.cleaning.copy_search.sign", lambda picture: pytest.fail("decoded again"))
-    assert joined(tmp_path, files)[0] == found
+    assert len(signed) == 52
+    assert joined(tmp_path, files)[0] == found and len(signed) == 52
+    path = tmp_path / "one/one.jsonl"
+    first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([second, first, *rest]))  # of the same size: only the time tells
+    joined(tmp_path, files)
+    assert len(signed) == 52 + 24
+
+
+def test_a_picture_with_only_a_mirrored_copy_is_trained_on(tmp_path):
+    kinds = (picture(1), picture(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT), picture(2))
+    path = write_set(tmp_path / "one", "one", {f"{i}.png": encoded(image) for i, image in enumerate(kinds)})
+    found, _, _ = joined(tmp_path, [path], validation_share=1.0)
+    assert names(found["train"]) == ["one/0.png", "one/1.png"] and names(found["validation"]) == ["one/2.png"]
 
 
 def test_pictures_held_out_and_their_copies_are_in_neither(tmp_path, files):

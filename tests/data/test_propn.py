@@ -7,19 +7,10 @@ import pytest
 import train_propn
 from hypothesis import given
 from hypothesis import strategies as st
+from train_propn import forms, save_tagger, train
 
 from clipid_utils.data.cleaning import proper_nouns as propn
-from clipid_utils.data.cleaning.proper_nouns import (
-    MODEL,
-    Tagger,
-    forms,
-    load_tagger,
-    save_tagger,
-    shape,
-    split_words,
-    train,
-    writing,
-)
+from clipid_utils.data.cleaning.proper_nouns import MODEL, Tagger, load_tagger, shape, split_words, writing
 from clipid_utils.paths import DATA
 
 NAMES, PLACES = ("Joko", "Siti", "Budi", "Dewi", "Agus"), ("Bali", "Jakarta", "Bandung")
@@ -61,6 +52,7 @@ def test_it_learns_names_also_in_small_letters_and_gives_the_same_again():
 def test_the_average_is_of_the_weights_after_each_word(monkeypatch):
     """The lazy average against one that adds up all weights at each step."""
     monkeypatch.setattr(propn, "SLOTS", 512)
+    monkeypatch.setattr(train_propn, "SLOTS", 512)
     sentences, rng = SENTENCES[:4], np.random.default_rng(5)
     tagger = train(sentences, seed=5, epochs=2, rare=1, drop=0.0)
     examples = [(propn.encode(form, propn.PARTS), tags) for words, tags in sentences for form in forms(words)]

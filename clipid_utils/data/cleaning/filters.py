@@ -1,10 +1,10 @@
-"""Filters of captions and pictures, each a plain function that says why something is to be left out, or None.
+"""Filters of captions and pictures: plain functions that return the reason to leave something out, or None.
 
     rows = filter_captions(rows, report, length(), proper_nouns(load_tagger()), near_captions())
     rows = filter_pictures(rows, another_report, size(), flat(), near_pictures())
 
-Rows are captions records and are streamed. What remembers (`repeated_…`, `near_…`) remembers hashes, never pictures,
-and belongs last, so that it remembers only what has passed the others.
+Rows are captions records and are streamed. Filters that remember (`repeated_…`, `near_…`) remember hashes, never
+pictures. Name them last, so that they remember only what has passed the others.
 """
 
 import functools
@@ -16,28 +16,38 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-from rensa import RMinHash, RMinHashDeduplicator
 
-from clipid_utils.data.cleaning.near_copies import MAX_BITS, MAX_DIFFERENCE, Signatures, near_copies, signatures
+from clipid_utils.data.cleaning.near_copies import (
+    MAX_BITS,
+    MAX_DIFFERENCE,
+    THUMBNAIL,
+    NearIndex,
+    Signatures,
+    signatures,
+)
 from clipid_utils.data.cleaning.proper_nouns import Tagger, split_words
 from clipid_utils.data.report import Report
-from clipid_utils.files import to_rgb
+from clipid_utils.files import PictureError, need, open_picture
 
-# Among these a caption is recognised: with all 97 of the library's a short one is taken for the oddest of them.
+# The languages that a caption is recognised among. Among all 97 of the library a short caption is often recognised as
+# a rare language.
 LANGUAGES = ("id", "ms", "en", "nl", "de", "fr", "es", "it", "pt")
-SHOWN = 100  # characters of a caption that a report's example quotes
+SHOWN = 100  # characters of a caption in a report's example
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A row's picture, opened once for all its checks: RGB, upright; the SHA-256 is its file's, or else its pixels'."""
+    """The picture of a row, RGB and upright, opened once for all its checks."""
 
     image: Image.Image
-    sha256: bytes
+
+    @functools.cached_property
+    def sha256(self) -> bytes:
+        """The SHA-256 of its size and pixels."""
+        return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).digest()
 
     @functools.cached_property
     def signature(self) -> Signatures:
@@ -50,7 +60,7 @@ PictureCheck = Callable[[Picture], str | None]
 
 
 def filter_captions(rows: Iterable[dict], report: Report, *checks: CaptionCheck) -> Iterator[dict]:
-    """The rows with those of their `captions` that pass every check; a row without one left is not yielded.
+    """The rows with the captions that pass every check; a row without any such caption is left out.
 
     The report counts captions: each is kept, or dropped for the first reason found.
     """
@@ -67,14 +77,14 @@ def filter_captions(rows: Iterable[dict], report: Report, *checks: CaptionCheck)
 
 
 def filter_pictures(rows: Iterable[dict], report: Report, *checks: PictureCheck) -> Iterator[dict]:
-    """The rows whose picture opens and passes every check; the report counts rows.
+    """The rows whose picture opens and passes every check. The report counts rows.
 
-    The picture is `image_path`, or `image`: Pillow's, the bytes of a file, or {"bytes", "path"}.
+    The picture is in `image_path`, or in `image` in any form that `files.open_picture` takes.
     """
     for row in rows:
         try:
-            picture = open_picture(row)
-        except Exception as error:  # a broken file can raise anything
+            picture = row_picture(row)
+        except (PictureError, OSError) as error:
             report.drop("a broken picture", f"{_name(row)}: {error}")
             continue
         if reason := _first_reason(checks, picture):
@@ -84,19 +94,9 @@ def filter_pictures(rows: Iterable[dict], report: Report, *checks: PictureCheck)
             yield row
 
 
-def open_picture(row: dict) -> Picture:
-    """Opens a row's picture, whole; raises what Pillow raises for a broken one."""
-    content = row["image"] if row.get("image") is not None else row["image_path"]
-    if isinstance(content, dict):
-        content = content["bytes"] if content.get("bytes") is not None else content["path"]
-    if isinstance(content, Image.Image):
-        image = to_rgb(content)
-        return Picture(image, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest())
-    if not isinstance(content, bytes):
-        with open(content, "rb") as file:
-            content = file.read()
-    with Image.open(io.BytesIO(content)) as image:
-        return Picture(to_rgb(image), hashlib.sha256(content).digest())
+def row_picture(row: dict) -> Picture:
+    """The picture of a row. Raises PictureError if it cannot be read, FileNotFoundError if there is none."""
+    return Picture(open_picture(row["image"] if row.get("image") is not None else row["image_path"]))
 
 
 def _first_reason(checks: Iterable[Callable], subject) -> str | None:
@@ -104,7 +104,7 @@ def _first_reason(checks: Iterable[Callable], subject) -> str | None:
 
 
 def _name(row: dict) -> str:
-    """How a report names a row: by its file, else by its first caption."""
+    """The name of a row in a report: its file, else its first caption."""
     return str(row.get("image_path") or next(iter(row.get("captions") or ()), "a picture"))[:SHOWN]
 
 
@@ -112,7 +112,7 @@ def _name(row: dict) -> str:
 
 
 def length(words: tuple[int, int] = (2, 50), characters: tuple[int, int] = (5, 300)) -> CaptionCheck:
-    """Drops captions with fewer or more words, or characters, than the two numbers allow, both included."""
+    """Drops captions with fewer or more words, or characters, than the two numbers allow (both included)."""
 
     def check(caption: str) -> str | None:
         for unit, (least, most), count in (("words", words, len(split_words(caption))),
@@ -125,9 +125,9 @@ def length(words: tuple[int, int] = (2, 50), characters: tuple[int, int] = (5, 3
 
 
 def proper_nouns(tagger: Tagger, limit: float = 0.8) -> CaptionCheck:
-    """Drops captions of which at least `limit` of the words are proper nouns (clip-italian, arXiv 2108.08688).
+    """Drops captions if at least `limit` of their words are proper nouns (clip-italian, arXiv 2108.08688).
 
-    The shipped tagger is a cautious one: it finds a quarter of such captions and drops nearly no names of things
+    The shipped tagger is cautious: it finds a quarter of such captions and drops nearly no names of things
     (data/propn.json, "decision" and "things dropped").
     """
     reason = f"at least {limit:.0%} proper nouns"
@@ -135,14 +135,13 @@ def proper_nouns(tagger: Tagger, limit: float = 0.8) -> CaptionCheck:
 
 
 def language(wanted: str = "id", least: float = 0.3, among: tuple[str, ...] = LANGUAGES) -> CaptionCheck:
-    """Drops captions that are `wanted` with a probability below `least`, by py3langid among the languages `among`.
+    """Drops captions that are in `wanted` with a probability below `least`, by py3langid among the languages `among`.
 
-    Malay counts as Indonesian: short captions in the two are often the same. Of captions of 8 words the default drops
-    0.7% of the Indonesian and keeps 2% of the English ones, of 4 words 2.7% and 6.7% (scripts/measure_language.py on
-    UD_Indonesian-GSD). One or two words tell little; a caption without a letter is kept.
+    Malay counts as Indonesian: short captions are often the same in both. Of captions of 8 words the default drops
+    0.7% of the Indonesian and keeps 2% of the English ones; of 4 words 2.7% and 6.7% (scripts/measure_language.py on
+    UD_Indonesian-GSD). One or two words say little about the language. A caption without a letter is kept.
     """
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(among)
+    identifier = language_identifier(among)
     counted = {"id", "ms"} if wanted == "id" else {wanted}
 
     def check(caption: str) -> str | None:
@@ -155,13 +154,21 @@ def language(wanted: str = "id", least: float = 0.3, among: tuple[str, ...] = LA
     return check
 
 
+def language_identifier(among: tuple[str, ...] = LANGUAGES):
+    """py3langid's identifier of languages, among the given ones."""
+    langid = need("py3langid.langid", "data")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    identifier.set_languages(among)
+    return identifier
+
+
 def repeated_captions() -> CaptionCheck:
-    """Drops every caption after the first that is the same but for case, accents' form, punctuation and spaces."""
+    """Drops captions that are the same as an earlier one, except for case, Unicode forms, punctuation and spaces."""
     return _repeated(caption_hash, "a repeated caption")
 
 
 def common_captions(rows: Iterable[dict], most: int = 10) -> CaptionCheck:
-    """Drops the captions that stand in more than `most` of the rows, such as a series' title; reads all rows first."""
+    """Drops captions of more than `most` rows, such as the title of a series. Reads all rows first."""
     counts: dict[int, int] = {}
     for row in rows:
         for key in {caption_hash(caption) for caption in row["captions"]}:
@@ -173,15 +180,16 @@ def common_captions(rows: Iterable[dict], most: int = 10) -> CaptionCheck:
 def near_captions(threshold: float = 0.8, hashes: int = 64, letters: int = 4) -> CaptionCheck:
     """Drops a caption whose runs of `letters` letters agree with an earlier one's by a Jaccard index of `threshold`.
 
-    MinHash with locality-sensitive hashing (Broder 1997), so that it is an estimate: near the threshold some pairs are
-    missed and some taken. Short captions that differ in one word are far apart, as they should be.
+    This is an estimate by MinHash with locality-sensitive hashing (Broder 1997): near the threshold some pairs are
+    missed and some are dropped. Short captions that differ in one word are kept.
     """
-    seen, number = RMinHashDeduplicator(threshold=threshold, num_perm=hashes, use_lsh=True, seed=0), 0
+    rensa = need("rensa", "data")
+    seen, number = rensa.RMinHashDeduplicator(threshold=threshold, num_perm=hashes, use_lsh=True, seed=0), 0
 
     def check(caption: str) -> str | None:
         nonlocal number
         text = f" {normalise(caption) or caption.strip()} "
-        sketch = RMinHash(num_perm=hashes, seed=0)
+        sketch = rensa.RMinHash(num_perm=hashes, seed=0)
         sketch.update(sorted({text[i : i + letters] for i in range(max(1, len(text) - letters + 1))}))
         number += 1
         return None if seen.add(str(number), sketch) else "nearly a repeated caption"
@@ -190,12 +198,12 @@ def near_captions(threshold: float = 0.8, hashes: int = 64, letters: int = 4) ->
 
 
 def normalise(caption: str) -> str:
-    """A caption without what does not count: in NFKC and small letters, its words alone, with one space between."""
+    """A caption for comparison: its words in NFKC and lower case, with one space between, without punctuation."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold()))
 
 
 def caption_hash(caption: str) -> int:
-    """64 bits of the hash of a normalised caption; of one without words, of the caption itself."""
+    """64 bits of a hash of the normalised caption, or of the caption itself if it has no words."""
     text = normalise(caption) or caption.strip()
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
@@ -204,7 +212,7 @@ def caption_hash(caption: str) -> int:
 
 
 def size(shortest: int = 32, ratio: float = 8.0) -> PictureCheck:
-    """Drops pictures with a side below `shortest` pixels, or one side more than `ratio` times the other (banners)."""
+    """Drops pictures with a side below `shortest` pixels, or with one side more than `ratio` times the other."""
 
     def check(picture: Picture) -> str | None:
         least, most = sorted(picture.image.size)
@@ -216,7 +224,7 @@ def size(shortest: int = 32, ratio: float = 8.0) -> PictureCheck:
 
 
 def flat(deviation: float = 4.0) -> PictureCheck:
-    """Drops pictures of nearly one colour: the 32 x 32 thumbnail's largest standard deviation, of 255, is below."""
+    """Drops pictures of nearly one colour: each channel of the thumbnail has a standard deviation below `deviation`."""
 
     def check(picture: Picture) -> str | None:
         thumbnail = picture.signature.thumbnails[0].reshape(-1, 3)
@@ -226,81 +234,67 @@ def flat(deviation: float = 4.0) -> PictureCheck:
 
 
 def repeated_pictures() -> PictureCheck:
-    """Drops every picture after the first with the same SHA-256."""
+    """Drops pictures that have the same pixels as an earlier one."""
     return _repeated(lambda picture: picture.sha256[:16], "a repeated picture")
 
 
 def near_pictures(max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE) -> PictureCheck:
-    """Drops near copies, as `near_copies` has them, of a picture that came before; remembers what NearIndex does."""
-    index = NearIndex(max_bits, max_difference)
+    """Drops near copies (`near_copies`) of earlier pictures. Remembers 8 bytes a picture, and 3 KB on the disk."""
+    seen = SeenPictures(max_bits, max_difference)
 
     def check(picture: Picture) -> str | None:
-        if index.find(picture.signature) is not None:
+        if seen.first(picture) is not None:
             return "nearly a repeated picture"
-        index.add(picture.signature)
+        seen.remember(picture)
         return None
 
     return check
 
 
 def placeholders(rows: Iterable[dict], most: int = 5) -> PictureCheck:
-    """Drops a picture that stands under more than `most` different captions, as "image not available" does, and its
-    near copies; reads all rows first, and opens their pictures once more than the filter does."""
-    index, first = NearIndex(), []
-    others: dict[int, set[int]] = {}  # of the few that stand under a second caption; a set for each would be large
+    """Drops pictures that have more than `most` different captions, such as "image not available", and near copies.
+
+    Reads all rows first, and opens their pictures once more than the filter does.
+    """
+    seen, first = SeenPictures(), []
+    others: dict[int, set[int]] = {}  # only for pictures with a second caption: a set for each would be large
     for row in rows:
         try:
-            signature = open_picture(row).signature
-        except Exception:  # broken: filter_pictures reports it
+            picture = row_picture(row)
+        except (PictureError, OSError):  # filter_pictures reports it
             continue
-        caption, group = caption_hash(row["captions"][0]), index.find(signature)
+        caption, group = caption_hash(row["captions"][0]), seen.first(picture)
         if group is None:
-            index.add(signature)
+            seen.remember(picture)
             first.append(caption)
         elif caption != first[group] and len(found := others.setdefault(group, set())) < most:
             found.add(caption)
     common = {group for group, found in others.items() if len(found) >= most}
-    return lambda picture: (f"a picture of more than {most} captions"
-                            if index.find(picture.signature) in common else None)
+    return lambda picture: f"a picture of more than {most} captions" if seen.first(picture) in common else None
 
 
-class NearIndex:
-    """Signatures by number, found again by near copies of them without comparing all with all.
-
-    FAISS looks a perceptual hash up in four tables of 16 bits each: hashes that differ in at most 11 of 64 bits differ
-    in at most 2 of some 16, so that none is missed and few others are looked at. In memory are the hashes and numbers;
-    the thumbnails, 3 kB each, are in a temporary file.
-    """
-
-    RECORD = np.dtype([("hash", "<u8"), ("thumbnail", "u1", (32, 32, 3))])
+class SeenPictures:
+    """Earlier pictures by number, from 0. Their thumbnails are in a temporary file."""
 
     def __init__(self, max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE):
-        self.limits = max_bits, max_difference
-        self.index = faiss.IndexBinaryMultiHash(64, 4, 16)
-        self.index.nflip = max_bits // 4
-        self.stored = tempfile.TemporaryFile()
+        self.index, self.stored = NearIndex(self._thumbnails, max_bits, max_difference), tempfile.TemporaryFile()
 
-    def find(self, signature: Signatures) -> int | None:
-        """The number of the first near copy of the one signature, None where there is none."""
-        _, _, rows = self.index.range_search(self._code(signature), self.limits[0] + 1)
-        for row in sorted(rows.tolist()):
-            self.stored.seek(row * self.RECORD.itemsize)
-            found = np.frombuffer(self.stored.read(self.RECORD.itemsize), self.RECORD)
-            other = Signatures(found["hash"].astype(np.uint64), found["thumbnail"])
-            if len(near_copies(signature, other, *self.limits)):
-                return row
-        return None
+    def first(self, picture: Picture) -> int | None:
+        """The number of the first picture that this one is a near copy of, or None."""
+        return next((int(found[0]) for _, found in self.index.find(picture.signature)), None)
 
-    def add(self, signature: Signatures) -> None:
-        """Gives the one signature the next number, from 0."""
+    def remember(self, picture: Picture) -> None:
+        """Gives the picture the next number."""
         self.stored.seek(0, io.SEEK_END)
-        record = np.array([(signature.hashes[0], signature.thumbnails[0])], self.RECORD)
-        self.stored.write(record.tobytes())
-        self.index.add(self._code(signature))
+        self.stored.write(picture.signature.thumbnails.tobytes())
+        self.index.add(picture.signature.hashes)
 
-    @staticmethod
-    def _code(signature: Signatures) -> np.ndarray:
-        return signature.hashes.astype("<u8").view(np.uint8).reshape(1, 8)
+    def _thumbnails(self, numbers: np.ndarray) -> UInt8[np.ndarray, "N 32 32 3"]:
+        found = np.empty((len(numbers), *THUMBNAIL), np.uint8)
+        for row, number in enumerate(numbers.tolist()):
+            self.stored.seek(number * found[row].nbytes)
+            self.stored.readinto(found[row])
+        return found
 
 
 def _repeated(key: Callable, reason: str) -> Callable:

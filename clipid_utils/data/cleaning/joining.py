@@ -4,9 +4,9 @@
     rows = join(["cc3m.jsonl", "coco.jsonl", "wit.jsonl"], "train.jsonl", "validation.jsonl", report, work="work",
                 weights={"wit": 2, "cc3m": 0.5}, held_out=["xflickrco.jsonl", "xm3600.jsonl"])
 
-Which side a picture is on follows from its bytes (SHA-256) and from whether there is a near copy of it, so that it is
-the same whatever set the picture came in, whatever the order, and whatever the captions. One more set, to be trained on
-or held out, may bring a picture from validation to training, by bringing a near copy of it, but never the other way.
+The side of a picture depends only on its bytes (SHA-256) and on whether it has a near copy. So it is the same for every
+set that the picture comes in, for every order of the sets and for all captions. One more set, to train on or to hold
+out, can move a picture from validation to training, if it has a near copy of the picture. It never moves one back.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ from datasets import Dataset
 from jaxtyping import Bool, Int
 
 from clipid_utils.data.captions import read_captions, write_captions
-from clipid_utils.data.cleaning.copy_search import CopySearch, sign_all
+from clipid_utils.data.cleaning.near_copies import CHUNK, NearIndex, Signatures, sign_all
 from clipid_utils.data.report import Report
+from clipid_utils.files import file_identity
 
-UNREADABLE, HELD_OUT, TRAIN, VALIDATION = range(4)  # what becomes of a row
+UNREADABLE, HELD_OUT, TRAIN, VALIDATION = range(4)  # the side of a row
 REASONS = {UNREADABLE: "picture cannot be read", HELD_OUT: "copy of a picture that is held out"}
 
 
@@ -33,21 +34,21 @@ def join(
     work: str | os.PathLike, validation_share: float = 0.05, weights: dict[str, int | float] | None = None,
     held_out: Sequence[str | os.PathLike] = (), seed: int = 0, progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Counter]:
-    """Writes the records of the files to `train` and `validation` (.jsonl, or .parquet), and counts each by source.
+    """Writes the records of the files to `train` and `validation` (.jsonl or .parquet). Returns their counts by source.
 
-    Of the pictures about `validation_share` are drawn for validation, of which those with a near copy (near_copies.py),
-    also one in the mirror, go to training. Pictures in `held_out`, files of records too, and near copies of them are in
-    neither, nor are pictures that cannot be decoded. Each training row comes as often as the weight of its source says:
-    2 is twice, 0.5 every other picture, drawn by `seed`. The folder `work` keeps what was found of each picture (3 KB),
-    by which an interrupted call goes on and a later one with more sets is faster. Raises ValueError for bad records,
-    for a split other than train or validation, and for a weight of a source that there is not.
+    About `validation_share` of the pictures are drawn for validation; those with a near copy (near_copies.py), also in
+    the mirror, go to training. Pictures of the `held_out` files and their near copies are on neither side, nor are
+    pictures that cannot be read. A training row comes as often as the weight of its source says: 2 is twice, 0.5 is
+    every other picture, drawn by `seed`. The folder `work` keeps the signatures (3 KB a picture): an interrupted call
+    continues from there, and a later call with more sets is faster. Raises ValueError for bad records, for a split
+    other than train or validation, and for a weight of a source that does not exist.
     """
     sets = [_read(path) for path in files]
     named = "image" if "image" in sets[0].column_names else "image_path"
     for path, records in zip(files, sets, strict=True):
         if named not in records.column_names:
-            raise ValueError(f"{path}: no column {named!r}, which {files[0]} has: join those with pictures inside "
-                             "(into .parquet) and those with paths apart")
+            raise ValueError(f"{path}: no column {named!r}, which {files[0]} has: join files with pictures inside "
+                             "(into .parquet) apart from files with paths")
     others = [_read(path, held_out=True) for path in held_out]
     Path(work).mkdir(parents=True, exist_ok=True)
     signed = [_signed(path, records, Path(work), progress)
@@ -76,16 +77,14 @@ def _read(path: str | os.PathLike, held_out: bool = False) -> Dataset:
 
 
 def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """The keys and thumbnails of a set's pictures, under a name that changes with the file."""
+    """The keys and thumbnails of a set's pictures, in files whose name changes with the set's file."""
     def pictures(start: int) -> Iterator[str | bytes]:
         for row in _rows(records.select(range(start, len(records)))):
             picture = row.get("image") or row["image_path"]
             yield picture["bytes"] or picture["path"] if isinstance(picture, dict) else picture
 
-    stat = os.stat(path)
-    version = repr((str(Path(path).absolute()), stat.st_size, stat.st_mtime_ns))
-    name = f"{Path(path).stem}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
-    return sign_all(pictures, len(records), work / name, progress)
+    place = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
+    return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}", progress)
 
 
 def _rows(records: Dataset) -> Iterator[dict]:
@@ -94,7 +93,7 @@ def _rows(records: Dataset) -> Iterator[dict]:
 
 
 class _Rows:
-    """Any rows of arrays one after the other, which together may be larger than memory."""
+    """Any rows of several arrays, counted through; together the arrays may be larger than memory."""
 
     def __init__(self, arrays: list[np.ndarray]):
         self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
@@ -112,29 +111,39 @@ def sides(
     keys: np.ndarray, thumbnails: Callable[[np.ndarray], np.ndarray], held: Bool[np.ndarray, " N"],
     validation_share: float,
 ) -> Int[np.ndarray, " N"]:
-    """UNREADABLE, HELD_OUT, TRAIN or VALIDATION for each row of `keys` (KEYS); `held` rows are held out themselves."""
+    """UNREADABLE, HELD_OUT, TRAIN or VALIDATION for each row of `keys` (KEYS); the rows `held` are held out."""
     content = np.ascontiguousarray(keys["sha256"])
     _, first, picture = np.unique(content.view("V32")[:, 0], return_index=True, return_inverse=True)
-    keys, readable = keys[first], content[first].any(axis=1)
+    keys, readable = keys[first], content[first].any(axis=1)  # from here on a row is a picture
     drawn = content[first, :8].copy().view(">u8")[:, 0] / 2**64 < validation_share
 
-    search = CopySearch(keys, lambda rows: thumbnails(first[rows]), np.flatnonzero(readable))
-    out, copied = np.zeros(len(first), bool), np.zeros(len(first), bool)
-    out[picture[held]] = True
-    named = np.flatnonzero(out & readable)
-    for mirrored in (False, True):
-        for _, found in search.copies(named, mirrored):
-            out[found] = True
-    # Copies that are held out count here too: or else to hold more out would bring pictures back to validation
-    for mirrored in (False, True):
-        for row, _ in search.copies(np.flatnonzero(drawn & readable & ~out & ~copied), mirrored, one_is_enough=True):
-            copied[row] = True
-    side = np.select([~readable, out, drawn & ~copied], [UNREADABLE, HELD_OUT, VALIDATION], TRAIN)
+    among = np.flatnonzero(readable)
+    index = NearIndex(lambda numbers: thumbnails(first[among[numbers]]))
+    index.add(keys["hash"][among])
+
+    def copies(numbers: np.ndarray, one_is_enough: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(numbers), CHUNK):
+            own = numbers[start : start + CHUNK]
+            seen = thumbnails(first[among[own]])
+            for name, shown in (("hash", seen), ("mirrored", seen[:, :, ::-1])):
+                for row, found in index.find(Signatures(keys[name][among[own]], shown), own, one_is_enough):
+                    yield own[row], found
+
+    held_out, copied = np.zeros(len(first), bool), np.zeros(len(among), bool)
+    held_out[picture[held]] = True
+    out = held_out[among]
+    for _, found in copies(np.flatnonzero(out)):
+        out[found] = True
+    # Near copies that are held out count too: else to hold out more would move pictures back to validation
+    for number, _ in copies(np.flatnonzero(drawn[among] & ~out), one_is_enough=True):
+        copied[number] = True
+    side = np.full(len(first), UNREADABLE)
+    side[among] = np.select([out, drawn[among] & ~copied], [HELD_OUT, VALIDATION], TRAIN)
     return side[picture]
 
 
 def _times(sets: list[Dataset], keys: np.ndarray, weights: dict[str, int | float], seed: int) -> Int[np.ndarray, " N"]:
-    """How often each row of the sets comes in training: its weight, the fraction drawn by seed and picture."""
+    """How often each row of the sets comes in training: its source's weight, the fraction drawn by seed and picture."""
     times, known = np.ones(sum(map(len, sets)), np.int64), set()
     sources = (row["source"] for records in sets for row in _rows(records.select_columns("source")))
     for row, source in enumerate(sources):
@@ -168,7 +177,7 @@ def _count(
 def _chosen(
     sets: list[Dataset], side: np.ndarray, wanted: int, times: np.ndarray | None, split: str, count: Counter
 ) -> Iterator[dict]:
-    """The rows of one side, `times` each, named by their split, counted by source."""
+    """The rows of one side, each as often as `times` says, with their `split`; counts them by source."""
     row = 0
     for records in sets:
         for record in _rows(records):

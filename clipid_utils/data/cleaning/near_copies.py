@@ -1,20 +1,37 @@
-"""Finds pictures that are near copies of one another: a perceptual hash proposes, a difference of pixels decides."""
+"""Near copies: pictures that are almost the same, found among few pictures or millions.
 
-from collections.abc import Callable, Iterable, Sequence
+Two pictures are near copies if their perceptual hashes differ in at most MAX_BITS of 64 bits and their 32 x 32
+thumbnails by at most MAX_DIFFERENCE of 255. `NearIndex` compares all hashes (a millisecond for a million) and then the
+thumbnails of the few pairs that remain.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import imagehash
 import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 from PIL import Image, ImageOps
 
-MAX_BITS = 10  # of 64 bits of the perceptual hash that may differ
-MAX_DIFFERENCE = 6.0  # mean absolute difference of 32x32 RGB pixels, of 255
+from clipid_utils.files import PictureError, need, open_picture, usable_threads
+
+MAX_BITS = 10  # of 64 bits of the perceptual hash
+MAX_DIFFERENCE = 6.0  # mean absolute difference of 32 x 32 RGB pixels, of 255
+THUMBNAIL = (32, 32, 3)
+# What is stored of a picture, beside its thumbnail; all zeros if it cannot be read
+KEYS = np.dtype([("sha256", np.uint8, 32), ("hash", np.uint64), ("mirrored", np.uint64)])
+SHORT_SIDE = 128  # pixels of a large picture that are enough for its signature
+CHUNK = 512  # pictures or thumbnails in memory at once
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """What two pictures are compared by; row i belongs to picture i."""
+    """The hashes and thumbnails that pictures are compared by; row i belongs to picture i."""
 
     hashes: UInt64[np.ndarray, " N"]
     thumbnails: UInt8[np.ndarray, "N 32 32 3"]
@@ -27,31 +44,107 @@ class Signatures:
 def signatures(
     images: Sequence[Image.Image], mirrored: bool = False, progress: Callable[[Iterable], Iterable] = iter
 ) -> Signatures:
-    """The perceptual hash (DCT, 64 bits) and the 32x32 thumbnail of each picture, or of its mirror image."""
+    """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image."""
     hashes, thumbnails = [], []
     for image in progress(images):
         image = ImageOps.mirror(image) if mirrored else image
         hashes.append(np.packbits(imagehash.phash(image).hash.ravel()).view(np.uint64)[0])
-        thumbnails.append(np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX)))
-    return Signatures(np.array(hashes, np.uint64), np.array(thumbnails, np.uint8).reshape(-1, 32, 32, 3))
+        thumbnails.append(np.asarray(image.convert("RGB").resize(THUMBNAIL[:2], Image.Resampling.BOX)))
+    return Signatures(np.array(hashes, np.uint64), np.array(thumbnails, np.uint8).reshape(-1, *THUMBNAIL))
 
 
 def near_copies(
     left: Signatures, right: Signatures, max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE
 ) -> Int[np.ndarray, "pairs 2"]:
-    """The pairs (row of left, row of right) whose hashes differ in `max_bits` at most, and thumbnails little.
+    """The near copies as pairs (row of left, row of right), in order.
 
-    The hash alone takes simple shapes for one another (a red and a blue circle, two arrows), so that each pair it
-    proposes is also compared pixel by pixel at 32x32: mean absolute difference at most `max_difference` of 255.
+    The hash alone takes different simple shapes for copies (a red and a blue circle, two arrows). So each pair that it
+    proposes is also compared pixel by pixel.
     """
-    pairs = []
-    for row, value in enumerate(left.hashes):
-        close = np.flatnonzero(count_bits(right.hashes ^ value) <= max_bits)
-        difference = np.abs(right.thumbnails[close].astype(np.int16) - left.thumbnails[row]).mean((1, 2, 3))
-        pairs += [(row, other) for other in close[difference <= max_difference]]
-    return np.array(pairs, np.int64).reshape(-1, 2)
+    index = NearIndex(right.thumbnails.__getitem__, max_bits, max_difference)
+    index.add(right.hashes)
+    pairs = [np.stack([np.full_like(found, row), found], axis=1) for row, found in index.find(left)]
+    return np.concatenate([np.empty((0, 2), np.int64), *pairs])
 
 
-def count_bits(numbers: UInt64[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """The number of ones in the binary form of each number."""
-    return np.unpackbits(numbers[:, None].view(np.uint8), axis=1).sum(1, dtype=np.int64)
+class NearIndex:
+    """Hashes by number, from 0, to find the near copies of pictures among them: 8 bytes a picture in memory.
+
+    `thumbnails` gives the thumbnails of any numbers; they can be on the disk.
+    """
+
+    def __init__(
+        self, thumbnails: Callable[[np.ndarray], np.ndarray], max_bits: int = MAX_BITS,
+        max_difference: float = MAX_DIFFERENCE,
+    ):
+        self.thumbnails, self.max_bits, self.max_difference = thumbnails, max_bits, max_difference
+        self.hashes = need("faiss", "data").IndexBinaryFlat(64)
+
+    def add(self, hashes: UInt64[np.ndarray, " N"]) -> None:
+        """Gives the hashes the next numbers."""
+        self.hashes.add(_codes(hashes))
+
+    def find(
+        self, sought: Signatures, own: Int[np.ndarray, " N"] | None = None, one_is_enough: bool = False
+    ) -> Iterator[tuple[int, Int[np.ndarray, " found"]]]:
+        """(row of `sought`, numbers of near copies in order): none for a row without any, several for one with many.
+
+        `own` are the numbers that the sought pictures have here themselves; they are left out. With `one_is_enough`
+        a row may come with only some of its near copies, the lowest numbers first.
+        """
+        for start in range(0, len(sought.hashes), CHUNK):
+            rows = range(start, min(start + CHUNK, len(sought.hashes)))
+            ends, _, numbers = self.hashes.range_search(_codes(sought.hashes[rows.start : rows.stop]), self.max_bits + 1)
+            ends = ends.astype(np.int64)
+            for row, low, high in zip(rows, ends, ends[1:], strict=False):
+                near = np.sort(numbers[low:high])
+                near = near if own is None else near[near != own[row]]
+                for part in (near[first : first + CHUNK] for first in range(0, len(near), CHUNK)):
+                    difference = np.abs(self.thumbnails(part).astype(np.int16) - sought.thumbnails[row]).mean((1, 2, 3))
+                    if (found := part[difference <= self.max_difference]).size:
+                        yield row, found
+                        if one_is_enough:
+                            break
+
+
+def _codes(hashes: UInt64[np.ndarray, " N"]) -> UInt8[np.ndarray, "N 8"]:
+    return np.ascontiguousarray(hashes, "<u8").view(np.uint8).reshape(-1, 8)
+
+
+def sign(picture: str | bytes) -> tuple[np.ndarray, np.ndarray] | None:
+    """The keys and the thumbnail of a picture's file or bytes, or None if it cannot be read."""
+    content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    try:
+        image = open_picture(content, short_side=SHORT_SIDE)
+    except PictureError:
+        return None
+    seen, mirrored = signatures([image]), signatures([image], mirrored=True)
+    keys = np.zeros((), KEYS)
+    keys["sha256"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    keys["hash"], keys["mirrored"] = seen.hashes[0], mirrored.hashes[0]
+    return keys, seen.thumbnails[0]
+
+
+def sign_all(
+    pictures: Callable[[int], Iterable[str | bytes]], count: int, path: Path,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [N] and thumbnails [N, 32, 32, 3] of `count` pictures, memory-mapped from files beside `path`.
+
+    `pictures(start)` gives the pictures from number `start`: an interrupted call continues where it stopped. The keys
+    of a picture that cannot be read are zeros. The files take 3 KB a picture.
+    """
+    files = [path.with_name(path.name + ending) for ending in (".keys", ".thumbnails")]
+    sizes = (KEYS.itemsize, int(np.prod(THUMBNAIL)))
+    done = min(os.path.getsize(file) // size if file.exists() else 0 for file, size in zip(files, sizes, strict=True))
+    nothing = np.zeros((), KEYS), np.zeros(THUMBNAIL, np.uint8)
+    with open(files[0], "ab") as keys, open(files[1], "ab") as thumbnails, ThreadPoolExecutor(usable_threads()) as pool:
+        keys.truncate(done * sizes[0])
+        thumbnails.truncate(done * sizes[1])
+        waiting = iter(progress(pictures(done)))
+        while done < count and (chunk := list(itertools.islice(waiting, CHUNK))):
+            signed = [found or nothing for found in pool.map(sign, chunk)]
+            keys.write(np.stack([key for key, _ in signed]).tobytes())
+            thumbnails.write(np.stack([thumbnail for _, thumbnail in signed]).tobytes())
+            done += len(chunk)
+    return np.memmap(files[0], KEYS, "r"), np.memmap(files[1], np.uint8, "r").reshape(-1, *THUMBNAIL)
