@@ -6,46 +6,41 @@ import pytest
 
 from clipid_utils import wording
 
+EXAMPLES = {
+    "seekor": "kucing; kucing tidur; anak ayam; anjing laut; orang utan; orang utan tidur; cicak; komodo; kancil; "
+              "trenggiling; lele; raja udang; ratu lebah; Kucing Persia; kupu-kupu; kunang-kunang",
+    "seorang": "guru; anak laki-laki; pria: rambut merah; presiden; teman; istri; kakak; satpam; santri; raja; ratu",
+    "sebuah": "mobil; pistol air; jam tangan; bebek karet; kuda lumping; ibu kota; kuda catur; radio; kuda-kudaan",
+    "sebatang": "pohon palem; anak panah; tongkat", "sehelai": "daun maple; bendera; saputangan",
+    "selembar": "uang kertas dolar; surat kabar; foto; foto lama; prangko", "setangkai": "bunga matahari",
+    "sepasang": "kaus kaki", "sepucuk": "surat cinta", "sekeping": "koin; biskuit", "sebutir": "kacang tanah",
+    "sesiung": "bawang putih", "secangkir": "kopi", "seporsi": "rendang; gado-gado; ikan bakar",
+    "sepotong": "ayam goreng; piza; pizza",
+    "": "hujan; dua hati; wajah kucing; orang berlari; jam dua belas tepat; anak-anak; madu; gula; beras; pasir; "
+        "darah; sekelompok anak; sepasang gunting; seperempat kue; sebuah koin; kucing-kucing; kucing-kucingan; buah-buahan; "
+        "okapi; zzz; -",
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("name", "group", "expected"),
-    [
-        ("kucing", None, "seekor kucing"),
-        ("kucing tidur", "objects", "seekor kucing tidur"),
-        ("mobil", None, "sebuah mobil"),
-        ("guru", None, "seorang guru"),
-        ("anak laki-laki", None, "seorang anak laki-laki"),
-        ("anak ayam", None, "seekor anak ayam"),
-        ("anjing laut", None, "seekor anjing laut"),
-        ("daun maple", None, "sehelai daun maple"),
-        ("uang kertas dolar", None, "selembar uang kertas dolar"),
-        ("bunga matahari", None, "setangkai bunga matahari"),
-        ("pohon palem", None, "sebatang pohon palem"),
-        ("kaus kaki", None, "sepasang kaus kaki"),
-        ("surat cinta", None, "sepucuk surat cinta"),
-        ("pistol air", None, "sebuah pistol air"),
-        ("kopi", None, "secangkir kopi"),
-        ("Kucing Persia", None, "seekor Kucing Persia"),
-        ("pria: rambut merah", None, "seorang pria: rambut merah"),
-        ("sebuah koin", None, "sebuah koin"),
-        ("sepasang gunting", None, "sepasang gunting"),
-        ("hujan", None, "hujan"),
-        ("dua hati", None, "dua hati"),
-        ("wajah kucing", None, "wajah kucing"),
-        ("orang berlari", None, "orang berlari"),
-        ("jam tangan", None, "sebuah jam tangan"),
-        ("jam dua belas tepat", None, "jam dua belas tepat"),
-    ],
-)
-def test_classifiers(name, group, expected):
+
+@pytest.mark.parametrize("name, expected", [(name, classifier) for classifier, names in EXAMPLES.items()
+                                            for name in names.split("; ")])
+def test_classifiers(name, expected):
+    assert wording.counted(name) == f"{expected} {name}".strip()
+    assert wording.classifier_for(f"{name}, besar") == expected
+
+
+@pytest.mark.parametrize("name, group, expected", [
+    ("okapi", "animals", "seekor okapi"), ("okapi", "symbols", "okapi"), ("okapi", None, "okapi"),
+    ("okapi-okapi", "animals", "okapi-okapi"), ("kucing tidur", "objects", "seekor kucing tidur"),
+    ("bendera Jepang", "flags", "sehelai bendera Jepang")])
+def test_the_group_decides_for_words_that_are_not_in_the_table(name, group, expected):
     assert wording.counted(name, group) == expected
 
 
-def test_the_group_decides_where_the_table_is_silent():
-    table = {"heads": {}, "classifiers": {}, "groups": {"animals": "seekor", "symbols": ""}, "default": "sebuah"}
-    assert wording.counted("okapi", "animals", table) == "seekor okapi"
-    assert wording.counted("okapi", "symbols", table) == "okapi"
-    assert wording.counted("okapi", None, table) == "sebuah okapi"
+def test_templates_are_good_indonesian():
+    texts = str(wording.load_wording())
+    assert "selembar foto {name}" in texts and "{counted} berlatar putih" in texts
+    assert "sebuah foto" not in texts and "di atas latar" not in texts
 
 
 def test_templates_fill_both_forms():
@@ -54,16 +49,16 @@ def test_templates_fill_both_forms():
 
 
 def test_wording_errors_name_the_template_and_the_head(tmp_path):
-    good = {"naive": ["foto {name}"], "plain": ["ini {name}"], "templates": ["{counted}"], "default": "", "groups": {}}
+    good = {"naive": ["foto {name}"], "plain": ["ini {name}"], "templates": ["{counted}"], "groups": {}}
     path = tmp_path / "templates.json"
     path.write_text(json.dumps(good | {"classifiers": {}, "templates": ["sebuah gambar"]}))
     with pytest.raises(ValueError, match="templates.json: templates: 'sebuah gambar'"):
         wording.load_wording(path)
     path = tmp_path / "twice.json"
     path.write_text(json.dumps(good | {"classifiers": {"seekor": ["kucing"], "sebuah": ["kucing"]}}))
-    with pytest.raises(ValueError, match="'kucing' stands under"):
+    with pytest.raises(ValueError, match="'kucing' is under 'seekor' and 'sebuah'"):
         wording.load_wording(path)
 
 
-def test_a_group_as_one_would_say_it():
+def test_a_group_as_people_say_it():
     assert wording.group_phrase("langit, cuaca & antariksa") == "langit, cuaca dan antariksa"

@@ -1,77 +1,46 @@
-"""Drawings made in processes: the same as in this one, in order, and what happens where one fails."""
-
-import io
-import os
-import pickle
-import subprocess
-import sys
-import threading
+"""Pictures drawn by processes: the same as in this one, in order, kept in parts, and clear errors."""
 
 import pytest
 
-from clipid_utils.data.dictionary.drawing import Drawers
+from clipid_utils.data.dictionary import drawing
+from clipid_utils.data.dictionary.drawing import draw, draw_rows
 from clipid_utils.data.dictionary.rasterise import png_bytes, render_svg
 
 CIRCLE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><circle cx="5" cy="5" r="{}" fill="{}"/></svg>'
-SOURCES = [CIRCLE.format(radius, colour) for radius in (1, 2, 3, 4) for colour in ("red", "blue", "#123456")]
+DRAWINGS = [CIRCLE.format(radius, colour) for radius in (1, 2, 3, 4) for colour in ("red", "blue", "#123456")]
 
 
-def test_what_processes_draw_is_what_this_one_draws_in_the_same_order():
-    with Drawers(2) as drawers:
-        assert list(drawers.map("render_svg", SOURCES)) == [png_bytes(render_svg(source)) for source in SOURCES]
-        assert 1 <= len(drawers.processes) <= 2 and all(process.poll() is None for process in drawers.processes)
-    assert {process.returncode for process in drawers.processes} == {0}
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_processes_draw_the_same_pictures_in_the_same_order(monkeypatch, count):
+    monkeypatch.setattr(drawing, "usable_threads", lambda: max(count, 1))
+    assert draw("render_svg", DRAWINGS[: 4 * count]) == [png_bytes(render_svg(one)) for one in DRAWINGS[: 4 * count]]
 
 
-def test_what_cannot_be_drawn_comes_back_as_its_error_and_the_next_is_drawn(tmp_path):
-    empty, good = tmp_path / "empty.svg", tmp_path / "good.svg"
-    empty.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"/>')
-    good.write_text(SOURCES[0])
-    with Drawers(1) as drawers:
-        bad, drawn = drawers.map("render_stamp", [empty, good])
-        assert isinstance(bad, ValueError) and "empty.svg" in str(bad)
-        assert drawn.startswith(b"\x89PNG")
-        with pytest.raises(FileNotFoundError, match="missing.png"):
-            list(drawers.map("render_png", [tmp_path / "missing.png"]))
+def test_empty_and_broken_drawings_are_none_and_the_next_is_drawn(tmp_path):
+    paths = [tmp_path / name for name in ("empty.svg", "broken.svg", "good.svg")]
+    for path, text in zip(paths, (DRAWINGS[0].replace("circle", "none"), "<svg>", DRAWINGS[0]), strict=True):
+        path.write_text(text)
+    empty, broken, good = draw("render_stamp", paths)
+    assert empty is None and broken is None and good.startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe that nobody writes to")
-def test_a_process_that_dies_is_told_with_what_it_was_to_draw_and_another_takes_its_place(tmp_path):
-    pipe = tmp_path / "never.svg"
-    os.mkfifo(pipe)  # whoever opens it waits
-    with Drawers(1) as drawers:
-        list(drawers.map("render_svg", SOURCES[:1]))
-        threading.Timer(0.5, drawers.processes[0].kill).start()
-        with pytest.raises(RuntimeError, match="never.svg.*died"):
-            list(drawers.map("render_stamp", [pipe]))
-        assert list(drawers.map("render_svg", SOURCES[:1])) == [png_bytes(render_svg(SOURCES[0]))]
-        drawers.processes[-1].kill()
-        drawers.processes[-1].wait()
-        with pytest.raises(RuntimeError, match="circle.*died"):
-            list(drawers.map("render_svg", SOURCES[:1]))
-    assert all(process.returncode is not None for process in drawers.processes)
+def test_a_process_that_fails_is_an_error_with_its_reason_and_keeps_nothing(tmp_path, monkeypatch):
+    rows = [{"source": "a", "drawing": tmp_path / "missing.png"}]
+    with pytest.raises(RuntimeError, match=r"a process that draws pictures failed: .*missing\.png.*FileNotFoundError"):
+        list(draw_rows(rows, "render_png", tmp_path / "kept", "circles"))
+    (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(drawing.rasterise, "__file__", str(tmp_path / "killed.py"))
+    with pytest.raises(RuntimeError, match="a process that draws pictures failed: exit status -9"):
+        draw("render_svg", DRAWINGS[:1])
+    assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe that nobody writes to")
-def test_an_interrupt_does_not_wait_for_a_drawing(tmp_path):
-    pipe = tmp_path / "never.svg"
-    os.mkfifo(pipe)
-    with pytest.raises(KeyboardInterrupt), Drawers(2) as drawers:
-        drawers.map("render_stamp", [pipe, pipe])
-        raise KeyboardInterrupt
-    assert all(process.returncode is not None for process in drawers.processes)
-
-
-def test_a_panic_is_an_error_and_prints_do_not_disturb():
-    """`_serve` in a process of its own; a function that prints and one that raises what is no Exception."""
-    code = ("import pickle, sys; from clipid_utils.data import rasterise as r\n"
-            "def noisy(source): print('noise'); return r.render_svg(source)\n"
-            "def panic(source): raise SystemExit('resvg panics')\n"
-            "r.noisy, r.panic = noisy, panic; r._serve()")
-    asked = b"".join(pickle.dumps(question) for question in (("noisy", SOURCES[0]), ("panic", "a.svg")))
-    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, check=True)
-    answers = io.BytesIO(done.stdout)
-    assert pickle.load(answers) == png_bytes(render_svg(SOURCES[0]))
-    error = pickle.load(answers)
-    assert isinstance(error, RuntimeError) and "a.svg" in str(error) and "resvg panics" in str(error)
-    assert b"noise" in done.stderr
+def test_rows_are_drawn_once_and_never_take_the_pictures_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "PART", 2)
+    rows = [{"source": f"{i}", "drawing": one} for i, one in enumerate(DRAWINGS[:5])]
+    drawn = list(draw_rows(rows, "render_svg", tmp_path, "circles"))
+    assert [row["png"] for row in drawn] == [png_bytes(render_svg(row["drawing"])) for row in rows]
+    other = list(draw_rows(rows[1:3], "render_svg", tmp_path, "circles"))
+    assert other == drawn[1:3] and len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(drawing, "draw", lambda *args: pytest.fail("drawn again"))
+    assert list(draw_rows(rows, "render_svg", tmp_path, "circles")) == drawn

