@@ -43,7 +43,7 @@ TEMPLATES = [
     ("a picture of {name}", "gambar {counted}"), ("a photo of {name}", "foto {counted}"),
     ("an illustration of {name}", "ilustrasi {name}"), ("an icon of {name}", "ikon {name}"),
     ("a painting of {name}", "lukisan {counted}"), ("a cartoon picture of {name}", "gambar kartun {counted}"),
-    ("this is {name}", "ini {counted}"), ("{name} on a white background", "{counted} di atas latar putih"),
+    ("this is {name}", "ini {counted}"), ("{name} on a white background", "{counted} berlatar putih"),
 ]
 ENGLISH = tuple(english for english, _ in TEMPLATES)
 TEACHER = dataclasses.replace(MINI, epochs=50, evaluate_every=10)

@@ -17,8 +17,8 @@ EXAMPLES = {
     "sesiung": "bawang putih", "secangkir": "kopi", "seporsi": "rendang; gado-gado; ikan bakar",
     "sepotong": "ayam goreng; piza; pizza",
     "": "hujan; dua hati; wajah kucing; orang berlari; jam dua belas tepat; anak-anak; madu; gula; beras; pasir; "
-        "darah; sekelompok anak; sepasang gunting; seperempat kue; sebuah koin; kucing-kucing; kucing-kucingan; buah-buahan; "
-        "okapi; zzz; -",
+        "darah; sekelompok anak; sepasang gunting; seperempat kue; sebuah koin; kucing-kucing; kucing-kucingan; "
+        "buah-buahan; okapi; zzz; -",
 }  # fmt: skip
 
 

@@ -166,8 +166,7 @@ def _times(
 
 def _chosen(records: Dataset, times: np.ndarray, split: str, count: Counter) -> Iterator[dict]:
     """The rows, each as often as `times` says, with their `split`; counts them by source."""
-    for record, often in zip(_rows(records), times, strict=True):
-        count[record["source"]] += int(often)
-        yield from ({**record, "split": split} for _ in range(often))
-    for source in [source for source, found in count.items() if not found]:
-        del count[source]
+    for record, often in zip(_rows(records), times.tolist(), strict=True):
+        if often:
+            count[record["source"]] += often
+            yield from [{**record, "split": split}] * often
