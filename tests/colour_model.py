@@ -49,7 +49,8 @@ class ColourModel(HybridCLIP):
 
 
 def colour_clip() -> tuple[ColourModel, CLIPProcessor]:
-    words = [*SPECIAL_TOKENS, *WORDS, *"ikan hewan buah foto gambar kartun ilustrasi ini lukisan selembar berlatar".split()]
+    words = [*SPECIAL_TOKENS, *WORDS]
+    words += "ikan hewan buah foto gambar kartun ilustrasi ini lukisan selembar berlatar".split()
     tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     processor = CLIPProcessor(tokenizer, SIZE, 16, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
