@@ -56,6 +56,8 @@ def rows(dictionary) -> list[dict]:
 def test_the_dictionary_has_its_splits_columns_and_pictures(small):
     assert tuple(small) == SPLITS
     assert all(split.features == FEATURES for split in small.values())
+    order = ("openmoji", "twemoji", "emojione", "noto", "tuxpaint").index
+    assert all(split["artist"][:] == sorted(split["artist"], key=order) for split in small.values())
     for row in rows(small):
         assert row["image"].mode == "RGB" and row["image"].size == (SIZE, SIZE)
         assert all(row[name] for name in FEATURES if name not in ("keywords_id", "keywords_en", "has_text"))

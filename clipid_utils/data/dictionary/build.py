@@ -3,6 +3,7 @@
 import hashlib
 import io
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,10 @@ def prepare(folder: Path, cache: Path) -> None:
     """Fills the folder with the prepared dictionary; what is fetched and drawn on the way stays in `cache`."""
     sources, groups = read_sources(DATA / "sources.json"), read_json(DATA / "groups.json")
     packages = fetch_packages(sources, cache, lambda jobs: tqdm(jobs, desc="fetching packages"))
-    listed, rows = list_rows(packages, groups, sources["artists"]), []
-    for artist in sources["artists"]:
-        drawings = [row for row in listed if row["artist"] == artist]
+    rows = []
+    for artist, drawings in groupby(list_rows(packages, groups, sources["artists"]), lambda row: row["artist"]):
         kept = cache / "pictures" / f"{artist}-{recipe_number('sources.json')}"
-        for row in draw_rows(drawings, RENDER.get(artist, "render_svg"), kept, artist):
+        for row in draw_rows(list(drawings), RENDER.get(artist, "render_svg"), kept, artist):
             if row["png"] is None:
                 raise ValueError(f"{artist}: {row['source']}: an empty drawing, or not a drawing")
             if not is_blank(row["png"]):
