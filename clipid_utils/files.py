@@ -141,7 +141,7 @@ def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl",
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        files = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         found = sorted(file for file in files if file.name.endswith(suffixes))
         if not found:
             raise ValueError(f"{given}: no file here ends in {' or '.join(suffixes)}: name a file, a folder or a glob")
@@ -300,7 +300,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - transparent: its older versions show the hidden colour, mostly black; here, and in its newer versions, white.
     """
     image.load()  # some formats know their orientation and transparency only then
-    if turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation)):
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:  # to flip it is number 0
         image = image.transpose(turn)
         for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
             image.info.pop(key, None)  # otherwise it would be turned again

@@ -133,7 +133,7 @@ def test_inputs_are_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).touch()
     (tmp_path / "folder.jsonl").mkdir()
-    assert [path.name for path in input_files("~/")] == ["[x].jsonl", "a.parquet", "b.jsonl", "folder.jsonl"][:3]
+    assert [path.name for path in input_files("~/")] == ["[x].jsonl", "a.parquet", "b.jsonl"]
     assert input_files("~/d.txt") == [tmp_path / "d.txt"]
     assert input_files(tmp_path / "[x].jsonl") == [tmp_path / "[x].jsonl"]  # a file's name before a glob
     assert [path.name for path in input_files("~/*.*")] == ["[x].jsonl", "a.parquet", "b.jsonl", "d.txt"]
@@ -159,7 +159,7 @@ def test_a_files_identity_changes_with_its_content(tmp_path):
 
 def test_an_absent_dependency_is_named_with_its_extra():
     assert need("json", "train") is json
-    with pytest.raises(ImportError, match=r"this needs not_there: pip install 'clip-indonesian\[train\]'"):
+    with pytest.raises(ImportError, match=r"this needs not_there, .*: pip install .*\[train\]"):
         need("not_there", "train")
 
 
@@ -257,9 +257,8 @@ def test_a_broken_picture_says_why(tmp_path, content):
 def test_a_picture_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x/a\.jpg: no such picture: correct the path"):
         open_picture("a.jpg", root=tmp_path / "x")
-    for nothing in (None, {"bytes": None, "path": None}):
-        with pytest.raises(PictureError, match="there is no picture"):
-            open_picture(nothing)
+    with pytest.raises(PictureError, match="there is no picture"):
+        open_picture({"bytes": None, "path": None})
     with pytest.raises(PictureError, match="IsADirectory"):
         open_picture(tmp_path)
 
@@ -288,8 +287,7 @@ def test_heic_is_read_where_its_decoder_is_installed(tmp_path, heic, name):
 def test_heic_without_its_decoder_says_what_to_install(tmp_path, heic, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(heic)
-    with pytest.raises(PictureError, match=r"^.*a\.heic: a HEIC picture: this needs pillow_heif: pip install "
-                       r"'clip-indonesian\[heic\]'"):
+    with pytest.raises(PictureError, match=r"^.*a\.heic: a HEIC picture: this needs pillow_heif, .*\[heic\]"):
         open_picture(tmp_path / "a.heic")
     assert open_picture(KINDS["png"][0]).size == (16, 16)
 

@@ -26,6 +26,7 @@ from clipid_utils.data.batches.loader import (
 )
 from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import caption_ids, read_captions, write_captions
+from clipid_utils.model.processor import CLIPProcessor
 
 COUNT, SIZE = 23, 24
 
@@ -150,7 +151,8 @@ def test_records_come_once_an_epoch_with_a_caption_of_their_own(tokenize, record
             assert abs(batch["images"][place].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
             caption = decode(list(batch["input_ids"][place]))
             assert ("kiri" in caption) != batch["may_flip"][place]
-            assert (batch["caption_ids"][place] == caption_ids([caption])).all()
+            written = f"{'panah kiri' if 'kiri' in caption else 'kucing'} {row}"
+            assert (batch["caption_ids"][place] == caption_ids([written])).all()
             captions.setdefault(row, set()).add(caption)
     assert sum(len(drawn) == 2 for drawn in captions.values()) > 15
 
@@ -308,35 +310,55 @@ def test_parquet_and_json_lines_can_be_streamed(tokenize, folder, tmp_path):
         assert_resumes(feed, 8, (0, 2, 3, 4))
 
 
+def through_every_feed(folder, tokenize, decode) -> list[np.ndarray]:
+    """The images of each feed, and of the pictures in memory, for two records of a.jpg."""
+    paths = [{"image_path": str(folder / "a.jpg"), "captions": ["kucing"]}] * 2
+    write_captions(paths, folder / "a.jsonl")
+    write_captions([{"image": (folder / "a.jpg").read_bytes(), "captions": ["kucing"]}] * 2, folder / "a.parquet")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(folder / "a.jpg", "a.jpg")
+        tar.add(folder / "a.jsonl", "a.txt")
+    options = {"seed": 0, "length": 12, "decode": decode}
+    listed, embedded = (read_captions(folder / f"a.{kind}") for kind in ("jsonl", "parquet"))
+    parquet = load_dataset("parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True)
+    feeds = [records_feed(records, tokenize, SIZE, 2, **options) for records in (listed, embedded)]
+    feeds += [stream_feed(stream, tokenize, SIZE, 2, **options) for stream in (tar_stream([folder / "a.tar"]), parquet)]
+    texts = {"name_id": "kucing", "keywords_id": [], "group": "animals", "group_id": "hewan", "has_text": False}
+    rows = datasets.Dataset.from_list([texts] * 2).add_column("image", [str(folder / "a.jpg")] * 2)
+    rows = rows.cast_column("image", datasets.Image())
+    pairs = [load_pairs(rows, SIZE, decode), *(load_records(each, SIZE, 2, decode) for each in (listed, embedded))]
+    return [*(taken(feed, 1)[0]["images"] for feed in feeds), *(pair.images for pair in pairs)]
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((64, 36), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg")
+    return tmp_path
+
+
 def stretched(picture) -> np.ndarray:
     """A picture as no other code here decodes it."""
     with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
         return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) // 2
 
 
-def test_every_feed_decodes_with_the_given_function(tokenize, tmp_path):
-    blocks = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
-    picture = Image.fromarray(blocks).resize((64, 36), Image.Resampling.BICUBIC)
-    for name in ("a.jpg", "b.jpg"):
-        picture.save(tmp_path / name)
-    expected = stretched(tmp_path / "a.jpg")
-    rows = [{"image_path": str(tmp_path / name), "captions": ["kucing"]} for name in ("a.jpg", "b.jpg")]
-    write_captions(rows, tmp_path / "a.jsonl")
-    write_captions([{"image": (tmp_path / "a.jpg").read_bytes(), "captions": ["kucing"]}] * 2, tmp_path / "a.parquet")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        tar.add(tmp_path / "a.jpg", "a.jpg")
-        tar.add(tmp_path / "a.jsonl", "a.txt")
-    options = {"seed": 0, "length": 12, "decode": stretched}
-    for name in ("a.jsonl", "a.parquet"):
-        records = read_captions(tmp_path / name)
-        (batch,) = taken(records_feed(records, tokenize, SIZE, 2, **options), 1)
-        assert (batch["images"] == expected).all()
-        assert (load_records(records, SIZE, 2, stretched).images == expected).all()
-    parquet = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
-    for stream in (tar_stream([tmp_path / "a.tar"]), parquet):
-        (batch,) = taken(stream_feed(stream, tokenize, SIZE, 2, **options), 1)
-        assert (batch["images"] == expected).all()
-    rows = records.select_columns("image").add_column("name_id", ["kucing"] * 2).add_column("keywords_id", [[]] * 2)
-    for name, value in (("group", "animals"), ("group_id", "hewan"), ("has_text", False)):
-        rows = rows.add_column(name, [value] * 2)
-    assert (load_pairs(rows, SIZE, stretched).images == expected).all()
+def test_every_feed_decodes_with_the_given_function(tokenize, photograph):
+    expected = stretched(photograph / "a.jpg")
+    for images in through_every_feed(photograph, tokenize, stretched):
+        assert images.shape == (2, SIZE, SIZE, 3) and (images == expected).all()
+
+
+@pytest.mark.skipif(not hasattr(CLIPProcessor, "decoder"), reason="the processor has no decoder yet")
+@pytest.mark.parametrize("settings", [
+    {}, {"resize": 30}, {"resize": (SIZE, SIZE), "resample": Image.Resampling.BILINEAR},
+    {"resize": (30, 28), "resample": Image.Resampling.LANCZOS}, {"resize": 16},
+])
+def test_training_and_use_see_the_same_pixels(photograph, settings):
+    tokenizer = tiny_processor().tokenizer
+    processor = CLIPProcessor(tokenizer, SIZE, 12, **settings)
+    expected = processor(images=[photograph / "a.jpg"])["pixel_values"][0]
+    default = CLIPProcessor(tokenizer, SIZE, 12)(images=[photograph / "a.jpg"])["pixel_values"][0]
+    assert not settings or np.abs(expected - default).max() > 0.05
+    for images in through_every_feed(photograph, processor.tokenize, processor.decoder):
+        np.testing.assert_array_equal(processor.normalize(images), [expected] * 2)

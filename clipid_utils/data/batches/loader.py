@@ -184,33 +184,16 @@ def records_feed(
     share = _share(batch_size, process_index, process_count)
     if batch_size > len(records):
         raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
-    records, skipped = _undecoded(records), Skipped()
-    decode, steps = decode or functools.partial(decode_square, size=image_size), len(records) // batch_size
-
-    def make(step: int) -> dict:
-        epoch, place = divmod(step, steps)
-        rows = _order(len(records), seed, epoch)[place * batch_size : (place + 1) * batch_size][share].copy()
-        draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is far slower
-        images, captions, troubles = [], [], []
-        for place, (picture, texts) in enumerate(zip(*records[rows].values(), strict=True)):
-            tries = 1
-            while isinstance(pixels := try_decode(decode, picture, texts := clean_captions(texts)), Exception):
-                troubles.append(trouble(picture, pixels))
-                if tries == min(len(records), MOST_UNREADABLE):
-                    raise ValueError(f"none of {tries} pictures one after the other can be read, the last is "
-                                     f"{picture_name(picture)}: are they still in their folders?") from pixels
-                tries += 1
-                rows[place] = (rows[place] + 1) % len(records)
-                picture, texts = records[int(rows[place])].values()
-            images.append(pixels)
-            captions.append(texts[int(draws[place] * len(texts))])
-        texts = _texts(captions, tokenize, length)
-        return {"images": np.stack(images), "concepts": rows, "troubles": troubles, **texts}
+    decode = decode or functools.partial(decode_square, size=image_size)
+    make = functools.partial(  # not a closure: worker processes get it by its name
+        _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
+    skipped = Skipped()
 
     def finish(batch: dict) -> dict:
         skipped.report(batch.pop("troubles"))
         return batch
 
+    steps = len(records) // batch_size
     return Feed(Steps(make, workers=workers, threads=usable_threads(), finish=finish), batch_size, steps)
 
 
@@ -219,6 +202,28 @@ def _undecoded(records: Dataset) -> Dataset:
     kind = "image" if "image" in records.column_names else "image_path"
     records = records.with_format(None).select_columns([kind, "captions"])
     return records.cast_column(kind, datasets.Image(decode=False)) if kind == "image" else records
+
+
+def _record_batch(records, decode, tokenize, length, batch_size, seed, share, step: int) -> dict:
+    """The batch of a step; its `troubles` are one line about each picture that cannot be read."""
+    epoch, place = divmod(step, len(records) // batch_size)
+    rows = _order(len(records), seed, epoch)[place * batch_size : (place + 1) * batch_size][share].copy()
+    draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is far slower
+    images, captions, troubles = [], [], []
+    for place, (picture, texts) in enumerate(zip(*records[rows].values(), strict=True)):
+        tries = 1
+        while isinstance(pixels := try_decode(decode, picture, texts := clean_captions(texts)), Exception):
+            troubles.append(trouble(picture, pixels))
+            if tries == min(len(records), MOST_UNREADABLE):
+                raise ValueError(f"none of {tries} pictures one after the other can be read, the last is "
+                                 f"{picture_name(picture)}: are they still in their folders?") from pixels
+            tries += 1
+            rows[place] = (rows[place] + 1) % len(records)
+            picture, texts = records[int(rows[place])].values()
+        images.append(pixels)
+        captions.append(texts[int(draws[place] * len(texts))])
+    texts = _texts(captions, tokenize, length)
+    return {"images": np.stack(images), "concepts": rows, "troubles": troubles, **texts}
 
 
 @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already

@@ -82,6 +82,7 @@ _open = weakref.WeakSet()
 def _close_open() -> None:
     for iterator in list(_open):
         iterator.close()
+        iterator.close = lambda: None  # Grain's __del__ calls it again, when modules are gone
 
 
 class Ahead(grain.experimental.ThreadPrefetchIterDataset):

@@ -151,3 +151,7 @@ class _RowsIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict) -> None:
         self.number, self.state, self.stream, self.reader = state["epoch"], state["stream"], None, None
+
+    def close(self) -> None:
+        self.stream = self.reader = None  # closes the file
+        super().close()
