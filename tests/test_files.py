@@ -17,6 +17,7 @@ from clipid_utils import files
 from clipid_utils.files import (
     PICTURE_SUFFIXES,
     PictureError,
+    decode_square,
     file_identity,
     input_files,
     json_lines,
@@ -57,10 +58,10 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_kill_leaves_the_older_files_and_does_no_harm(tmp_path):
-    program = """
-import os, signal, sys
-from clipid_utils.files import whole_file, whole_folder
-with whole_file("a.jsonl") as file, whole_folder("b") as folder:
+    program = f"""
+import os, runpy, signal
+files = runpy.run_path("{files.__file__}")  # without the package, which takes long to import
+with files["whole_file"]("a.jsonl") as file, files["whole_folder"]("b") as folder:
     file.write(b"half")
     (folder / "half").touch()
     file.flush()
@@ -261,6 +262,37 @@ def test_a_picture_that_is_not_there_is_named(tmp_path):
         open_picture({"bytes": None, "path": None})
     with pytest.raises(PictureError, match="IsADirectory"):
         open_picture(tmp_path)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def squared(image: Image.Image, size: int) -> np.ndarray:
+    """The middle square as CLIP's paper code makes it: the whole picture resized, then cropped."""
+    width, height = (int(side * size / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size))).astype(int)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (33, 24), (24, 24), (20, 90)])
+def test_a_square_is_resized_and_cropped(tmp_path, size):
+    smooth(*size).save(tmp_path / "a.png")
+    expected = squared(smooth(*size), 24)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
+        assert abs(decode_square(source, 24) - expected).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_smaller(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *args, **options: (
+        sizes.append(image.size) or resize(image, *args, **options)))
+    content = encoded(smooth(400, 300), "JPEG", quality=95)
+    square = decode_square(content, 70)
+    assert sizes[-1] == (100, 75)  # a quarter: an eighth would be less than 70
+    assert abs(square - squared(Image.open(io.BytesIO(content)), 70)).mean() < 2
 
 
 @pytest.fixture

@@ -183,4 +183,5 @@ def test_columns_of_other_streams():
     row = {"jpg": {"bytes": b"1", "path": "a.jpg"}, "json": {"caption": "kucing"}, "__key__": "a"}
     assert picture_and_captions(row) == ({"bytes": b"1", "path": "a.jpg"}, ["kucing"])
     assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", "teks")) == ("a.jpg", ["x"])
+    assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", None)) == ("a.jpg", ["y"])
     assert picture_and_captions({"other": 1}) == (None, [])

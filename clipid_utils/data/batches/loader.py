@@ -8,7 +8,7 @@ numbers: the same concept or picture), `caption_ids` int32 [b, 2] (equal: the sa
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -236,12 +236,12 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def stream_feed(
     stream: datasets.IterableDataset, tokenize: Callable, image_size: int, batch_size: int, *, seed: int, length: int,
-    columns: tuple[str, str] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
+    columns: Sequence[str | None] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
     process_index: int = 0, process_count: int = 1,
 ) -> Feed:
     """Batches of a stream: `tar_stream(files)`, or `load_dataset("parquet", …, streaming=True)` and its like.
 
-    `columns` names the picture's column and the captions' column, if `picture_and_captions` does not find them. Each
+    `columns` names the picture's column and the captions' column; one that is None is found by its usual names. Each
     process reads its own files if they divide evenly, else its own rows. The files are shuffled each epoch, and their
     rows in windows of `shuffle_window`, which are kept undecoded and read again when a run resumes. `concepts` are
     checksums of the pictures. Rows without a caption or a readable picture are skipped and counted. Raises ValueError
@@ -278,7 +278,7 @@ def stream_feed(
     return Feed(Ahead(grain.experimental.RebatchIterDataset(made, count)), batch_size, None)
 
 
-def _check_stream(stream: datasets.IterableDataset, columns: tuple[str, str] | None) -> None:
+def _check_stream(stream: datasets.IterableDataset, columns: Sequence[str | None] | None) -> None:
     """Raises ValueError if none of the first rows of a stream has both a picture and a caption."""
     names = {}
     for row in islice(stream, MOST_UNREADABLE):

@@ -26,8 +26,8 @@ OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by t
 def tar_stream(files: Sequence[str | os.PathLike]) -> datasets.IterableDataset:
     """The samples of WebDataset tars as a stream for `stream_feed`; the columns are the endings of their files.
 
-    A sample is a run of files with one name up to the first dot ("a.input.jpg", "a.outputs.txt"). Endings are
-    lower-cased. Samples may differ in their endings.
+    A sample is a run of files with one name up to the first dot ("a.input.jpg", "a.outputs.txt"). Samples may differ
+    in their endings.
     """
     return datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"files": [os.fspath(file) for file in files]})
 
@@ -49,7 +49,7 @@ def _members(file: str) -> Iterator[tuple[str, str, bytes]]:
                 folder, base = os.path.split(member.name)
                 name, _, ending = base.partition(".")
                 if name and member.isfile():
-                    yield os.path.join(folder, name), ending.lower(), tar.extractfile(member).read()
+                    yield os.path.join(folder, name), ending, tar.extractfile(member).read()
             unpacked.seek(tar.offset)
             if unpacked.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("its end is missing")
@@ -59,14 +59,15 @@ def _members(file: str) -> Iterator[tuple[str, str, bytes]]:
         raise ValueError(f"{file}: not a tar, or cut off ({error}): fetch it again") from error
 
 
-def picture_and_captions(row: dict, columns: tuple[str, str] | None = None) -> tuple:
-    """The picture and the captions of a row, from the two `columns` or else from those that the lists above name.
+def picture_and_captions(row: dict, columns: Sequence[str | None] | None = None) -> tuple:
+    """The picture and the captions of a row, from the two `columns`, or for None from those that the lists above name.
 
     A column fits if its name, or the part after its last dot, is in the list. The picture is a path, bytes, {"bytes",
     "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of JSON
     its "captions", "caption" or "text".
     """
-    pictures, captions = (PICTURE_COLUMNS, CAPTION_COLUMNS) if columns is None else ([columns[0]], [columns[1]])
+    pictures, captions = ([name] if name else every for name, every in zip(
+        columns or (None, None), (PICTURE_COLUMNS, CAPTION_COLUMNS), strict=True))
     name = next((name for name in _fitting(row, pictures) if row[name]), None)
     picture = row.get(name)
     if not isinstance(picture, dict) and "__key__" in row:  # a file in a tar
