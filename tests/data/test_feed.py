@@ -206,7 +206,7 @@ def test_the_batches_are_the_same_for_any_number_of_workers(tokenize, folder, tm
     for process in multiprocessing.active_children():
         process.kill()
     with pytest.raises(RuntimeError, match="Worker process was terminated unexpectedly with exit code -9"):
-        taken(iterator, 9)
+        taken(iterator, 40)  # those made before still come
 
 
 def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp_path):
