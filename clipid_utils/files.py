@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,11 +23,10 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 PARTIAL = ".partial"  # the ending of a file or folder that is not finished
 PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
-HEIC = (".heic", ".heif")
 
 
 # Writing
@@ -53,17 +53,22 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder to fill. It takes the name `path`, in place of an older one, when the block ends well."""
+    """An empty folder to fill. It takes the name `path`, in place of an older one, when the block ends.
+
+    After an error nothing is left behind, and the older folder stays as it was.
+    """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial, older = (path.with_name(f"{path.name}.{os.getpid()}{end}") for end in (PARTIAL, f".old{PARTIAL}"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            os.replace(path, older)  # quicker than to delete it: a kill in between would leave half of it
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: object, indent: int | None = 2) -> None:
@@ -95,11 +100,14 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None, str 
 
     One of the last two is None. A byte-order mark, Windows line ends and gzip (by the ending .gz) are accepted.
     """
-    path = Path(path)
+    path, number = Path(path), 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                yield number, *parse_line(line)
+        try:
+            for number, line in enumerate(file, 1):
+                if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
+                    yield number, *parse_line(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield number + 1, None, f"not gzip, or cut off ({error}): fetch the file again"
 
 
 def parse_line(line: bytes) -> tuple[dict | None, str | None]:
@@ -133,14 +141,15 @@ def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl",
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        files = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         found = sorted(file for file in files if file.name.endswith(suffixes))
         if not found:
             raise ValueError(f"{given}: no file here ends in {' or '.join(suffixes)}: name a file, a folder or a glob")
         return found
     if path.is_file():
         return [path]
-    found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+    found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True))
+                   if file.is_file() and file.suffix != PARTIAL)
     if not found:
         raise ValueError(f"{given}: no such file or folder, and no file fits it as a glob: correct the path")
     return found
@@ -206,16 +215,19 @@ class PictureError(ValueError):
 
 def open_picture(
     source: str | os.PathLike | bytes | dict | Image.Image, *, short_side: int | None = None,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike | None = None, draft: int | None = None,
 ) -> Image.Image:
     """A picture of any kind as a person sees it: RGB, upright, on white where transparent (`to_rgb`).
 
     `source` is a path (a relative one starts at `root`), the bytes of a file, {"bytes", "path"} as `datasets` stores
-    pictures, or an open picture. With `short_side`, a larger picture is reduced to it. Raises PictureError for anything
-    that cannot be decoded to its end, FileNotFoundError for a missing file.
+    pictures, or an open picture. With `short_side`, a larger picture is reduced to it. With `draft`, a JPEG file may be
+    decoded at 1/2, 1/4 or 1/8 of its size, at least `draft` pixels, which is several times faster. Raises PictureError
+    for anything that cannot be decoded to its end, FileNotFoundError for a missing file.
     """
     if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise PictureError("there is no picture, only a null: give its path or its bytes")
     if not isinstance(source, bytes | Image.Image):
         source = Path(root or "", os.path.expanduser(source))
         if not source.exists():
@@ -223,31 +235,44 @@ def open_picture(
     try:
         if isinstance(source, Image.Image):
             return reduce_picture(to_rgb(source), short_side)
-        if isinstance(source, Path) and source.suffix.lower() in HEIC or isinstance(source, bytes) and is_heic(source):
-            _register_heic()
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if short_side:
-                image.draft("RGB", (2 * short_side, 2 * short_side))  # a large JPEG decodes faster to a smaller size
+        with _opened(source) as image:
+            if draft := draft or 2 * (short_side or 0):
+                image.draft(None, (draft, draft))
             return reduce_picture(to_rgb(image), short_side)
-    except PictureError:
-        raise
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
         name = f"{source}: " if isinstance(source, Path) else ""
-        raise PictureError(f"{name}not a picture that can be read ({type(error).__name__}: {error})") from error
+        if isinstance(error, PictureError):
+            reason = str(error)
+        elif isinstance(error, UnidentifiedImageError):  # its text has the name again, or an address in memory
+            reason = "not a picture that can be read (its format is not known)"
+        else:
+            reason = f"not a picture that can be read ({type(error).__name__}: {error})"
+        raise PictureError(f"{name}{reason}") from error
+
+
+def _opened(source: Path | bytes) -> Image.Image:
+    """Pillow's picture. Its HEIC decoder, a package of its own, is only loaded for a HEIC file."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if isinstance(source, bytes):
+            head = source[:12]
+        else:
+            with open(source, "rb") as opened:
+                head = opened.read(12)
+        if not is_heic(head):
+            raise
+        try:
+            need("pillow_heif", "heic").register_heif_opener()
+        except ImportError as error:
+            raise PictureError(f"a HEIC picture: {error}") from None
+        return Image.open(file)
 
 
 def is_heic(head: bytes) -> bool:
     """Whether bytes begin as a HEIC file does."""
     return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-
-
-def _register_heic() -> None:
-    if "HEIF" in Image.OPEN:
-        return
-    try:
-        need("pillow_heif", "heic").register_heif_opener()
-    except ImportError as error:
-        raise PictureError(f"a HEIC picture: {error}") from None
 
 
 def reduce_picture(image: Image.Image, short_side: int | None) -> Image.Image:
@@ -258,7 +283,7 @@ def reduce_picture(image: Image.Image, short_side: int | None) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
 
 
-# The seven ways to hold a camera other than upright, by EXIF orientation, and how to turn such a picture upright
+# The seven EXIF orientations other than upright, and the turn that makes such a picture upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -269,16 +294,17 @@ TURNS = {
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it: RGB, upright, on white where transparent.
 
-    An RGB picture is left alone. What transformers' CLIPImageProcessor does otherwise, in each case losing the picture:
-    - EXIF orientation: it stays on its side there and is turned upright here;
-    - 16-bit greys: all above 255 is white there; here 65535 is white (in mode I: the largest value, if above 65535);
-    - transparent: its older versions show the colour that was hidden, mostly black; white here and in its newer ones.
+    An RGB picture stays as it is. Three differences from transformers' CLIPImageProcessor, which loses the picture:
+    - EXIF orientation: there the picture stays on its side, here it is turned upright;
+    - 16-bit greys: there all above 255 is white, here 65535 is white (in mode I: the largest value, if above 65535);
+    - transparent: its older versions show the hidden colour, mostly black; here, and in its newer versions, white.
     """
     image.load()  # some formats know their orientation and transparency only then
-    if turn := TURNS.get(image.getexif().get(ExifTags.Base.Orientation)):
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:  # to flip it is number 0
         image = image.transpose(turn)
         for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # lest it be turned again
+            image.info.pop(key, None)  # otherwise it would be turned again
     if image.mode.startswith("I"):
         return _eight_bits(image).convert("RGB")
     if image.has_transparency_data:
@@ -288,8 +314,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which holds 8-bit pictures too), brought to 8."""
-    values = np.asarray(image).astype(np.int64)  # of this machine's byte order: numpy 2.1 dies of others below
+    """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which also has 8-bit pictures), as 8 bits."""
+    values = np.asarray(image).astype(np.int64)  # in this machine's byte order: numpy 2.1 crashes with others below
     top = max(65535, int(values.max())) if image.mode != "I" or values.max() > 255 else 255
     values = np.where(values == image.info.get("transparency", -1), top, values).clip(0)
     return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))

@@ -1,15 +1,15 @@
-"""The captions record, from and to JSON lines or Parquet, and captions drawn from a picture's name and keywords.
+"""The captions record, read from and written to JSON lines or Parquet, and captions drawn from a name and keywords.
 
-A record is `{"image_path" | "image", "captions": [str, …], "source", "split"}`, one a line or a row; the last two may
-be missing. An `image_path` is relative to the file that lists it.
+A record is `{"image_path" | "image", "captions": [str, …], "source", "split"}`, one on each line or row. The last two
+may be missing. An `image_path` is relative to the file that lists it.
 """
 
-import codecs
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -19,90 +19,98 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
+from jaxtyping import Int32
 
+from clipid_utils.files import file_identity, input_files, json_lines, open_picture, whole_file
 from clipid_utils.wording import fill, load_wording
 
 # How often a caption is the name alone, keywords alone, the name with keywords, or the name in a template.
 CAPTION_SHARES = {"name": 0.4, "keywords": 0.1, "both": 0.2, "template": 0.3}
 TEMPLATES = (*load_wording()["plain"], *load_wording()["templates"])  # without and with a classifier
-# What a mirrored picture would make untrue: left and right, the points of the compass, the way a clock turns.
-SIDES = re.compile(r"\b(kiri|kanan|timur|barat|tenggara|jarum jam|left|right|east|west|clockwise)\b", re.IGNORECASE)
+# Words that a mirrored picture would make false. North and south (utara, selatan) stay true; "kidal" is left-handed.
+SIDES = re.compile(
+    r"\b((kiri|kanan|timur|barat|tenggara|barat daya|jarum jam|kidal)(nya|ku|mu)?"
+    r"|left|right|(north|south)?(east|west)|((counter|anti)-?)?clockwise)\b", re.IGNORECASE)
 
 TEXTS = {"captions": datasets.List(Value("string")), "source": Value("string"), "split": Value("string")}
 PICTURES = {"image_path": Value("string"), "image": datasets.Image()}
+FILES = (".jsonl", ".jsonl.gz", ".parquet")  # endings of the files of a folder that have records
 HALF = re.compile("[\ud800-\udfff]")  # "\\ud83d" in JSON, half an emoji
 MOST_LISTED = 10  # bad lines that an error quotes; all are counted
+RULES = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # a change of the checks below makes the cache stale
 
 
 def read_captions(
     path: str | os.PathLike, *, root: str | os.PathLike | None = None, check_files: bool = True
 ) -> Dataset:
-    """The captions records of a .jsonl or .parquet file, in its order, with `image_path` made whole.
+    """The captions records of a file, of a folder's part files, or of a glob, in order, with absolute `image_path`.
 
-    Relative paths start at `root`, or else at the folder of the file. The file is read once, line by line, into an
-    Arrow file in the cache of `datasets`, from which it is mapped (until it changes). Other keys are left out. Raises
-    ValueError that names up to ten of the bad lines (for Parquet: rows) with their number; the pictures themselves are
-    only looked for, which `check_files=False` leaves out.
+    Files are JSON lines or Parquet. Relative paths start at `root`, or else at the folder of their file. Each file is
+    read once, line by line, into an Arrow file in the cache of `datasets`, which serves until the file, the root or
+    the rules of this module change. Other keys are left out. Raises ValueError that names up to ten of the bad lines
+    (for Parquet: rows) with their number from 1. Pictures are not opened. With `check_files=False` a missing picture is
+    no error.
     """
-    path, stat = Path(path).absolute(), os.stat(path)
-    root = path.parent if root is None else Path(root).absolute()
-    version = repr((__name__, str(path), str(root), stat.st_size, stat.st_mtime_ns, sorted(_columns(path))))
+    sources = _sources(path, root)
+    kind, *others = {_kind(file) for file, _ in sources}
+    if others:
+        raise ValueError(f"{path}: some files have pictures and some have paths: read them one after the other")
+    version = repr((RULES, kind, [(str(folder), file_identity(file)) for file, folder in sources]))
     try:
         records = Dataset.from_generator(
-            _records, features=Features(_columns(path)), gen_kwargs={"path": path, "root": root},
+            _records, features=Features({kind: PICTURES[kind], **TEXTS}),
+            gen_kwargs={"path": str(path), "sources": tuple(sources), "kind": kind},
             fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    if check_files and "image_path" in records.column_names:
-        paths = (name for chunk in records.select_columns("image_path").iter(1000) for name in chunk["image_path"])
-        missing = [row for row, name in enumerate(paths) if not os.path.isfile(name)]
-        if missing:
-            first = set(missing[:MOST_LISTED])
-            _refuse(path, [f"{path.name}:{number}: {_not_found(record['image_path'], root)}"
-                           for row, (number, record, _) in enumerate(_lines(path)) if row in first], len(missing))
+    if check_files and kind == "image_path":
+        paths = (name for chunk in records.select_columns(kind).iter(1000) for name in chunk[kind])
+        if not all(map(os.path.isfile, paths)):
+            _refuse(path, check_captions(path, root=root))
     return records
 
 
-def check_captions(path: str | os.PathLike, *, root: str | os.PathLike | None = None) -> Iterator[str | None]:
-    """For each record of a .jsonl or .parquet file in turn: "file:line: what is wrong and what to do", or None.
+def check_captions(
+    path: str | os.PathLike, *, root: str | os.PathLike | None = None, pictures: bool = False
+) -> Iterator[str | None]:
+    """For each record that `read_captions` would read: "file:line: problem and remedy", or None if it is good.
 
-    What `read_captions` raises for the first ten, here for all, missing pictures among the rest.
+    All problems are given, missing pictures too. With `pictures`, each picture is also decoded to its end. A file
+    without records gives one problem.
     """
-    path = Path(path).absolute()
-    root = path.parent if root is None else Path(root).absolute()
-    for number, record, problem in _lines(path):
-        if not problem and "image_path" in record and not os.path.isfile(os.path.join(root, record["image_path"])):
-            problem = _not_found(record["image_path"], root)
-        yield problem and f"{path.name}:{number}: {problem}"
+    def picture_problem(picture: str | dict, folder: Path) -> str | None:
+        if isinstance(picture, str) and not os.path.isfile(os.path.join(folder, picture)):
+            return (f"image_path {picture!r} not found under {folder}: fetch the picture, leave the line out, or name "
+                    "the pictures' folder as root (--root)")
+        try:
+            if pictures:
+                open_picture(picture, root=folder)
+        except (OSError, ValueError) as error:
+            return f"{error}: replace the picture, or leave the line out"
 
-
-def _not_found(picture: str, root: Path) -> str:
-    return (f"image_path {picture!r} not found under {root}: fetch the picture, leave the line out, or name another "
-            "folder with root=")
+    return _problems(_sources(path, root), picture_problem)
 
 
 def write_captions(rows: Iterable[dict], path: str | os.PathLike) -> None:
-    """Writes captions records to a .jsonl or .parquet file that `read_captions` reads.
+    """Writes captions records to a .jsonl or .parquet file that `read_captions` reads, whole or not at all.
 
-    An absolute `image_path` under the folder of the file becomes relative to it; an `image`, for Parquet alone, is a
-    picture of Pillow's or the bytes of a file. Raises ValueError for a bad record; the file is then left as it was.
+    An absolute `image_path` under the folder of the file becomes relative to it. An `image`, for Parquet alone, is a
+    Pillow image or the bytes of a file. Raises ValueError for a bad record, and then leaves an older file as it was.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    records = (_checked(row, f"record {number}", path.parent.absolute()) for number, row in enumerate(rows))
-    if path.suffix == ".parquet":
+    records = (_checked(row, f"record {number}", path.parent.absolute()) for number, row in enumerate(rows, 1))
+    with whole_file(path) as file:
+        if path.suffix != ".parquet":
+            file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+            return
         chunk = list(islice(records, 1000))
         kind = "image" if chunk and "image" in chunk[0] else "image_path"
         schema = Features({kind: PICTURES[kind], **TEXTS}).arrow_schema
-        with pq.ParquetWriter(part, schema) as writer:
+        with pq.ParquetWriter(file, schema) as writer:
             while chunk:
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
                 chunk = list(islice(records, 1000))
-    else:
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(part, path)
 
 
 def _checked(row: dict, name: str, folder: Path) -> dict:
@@ -115,90 +123,94 @@ def _checked(row: dict, name: str, folder: Path) -> dict:
     return {**row, "image_path": str(picture.relative_to(folder) if picture.is_relative_to(folder) else picture)}
 
 
-def _problem(record, kind: str) -> str | None:
-    """What is wrong with a record and what to do, or None."""
-    if not isinstance(record, dict):
-        return f"{str(record)[:40]!r} is no record: write {{\"image_path\": …, \"captions\": […]}}"
-    picture = record.get(kind)
+def _problem(record: dict, kind: str) -> str | None:
+    """A problem of a record with its remedy, or None."""
+    picture, captions = record.get(kind), record.get("captions")
     if not picture or kind == "image_path" and not isinstance(picture, str):
         return f"{kind} is {picture!r}: " + ("name the picture's file" if kind == "image_path" else "give the picture")
-    captions = record.get("captions")
     if not isinstance(captions, list) or not captions:
         return f"captions is {captions!r}: give a list with at least one caption"
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
-            return f"captions holds {caption!r}: an empty caption matches nothing; drop it or write one"
+        if not isinstance(caption, str):
+            return f"captions has {caption!r}, which is not a string: write text, or leave it out"
+        if not caption.strip():
+            return f"captions has the empty caption {caption!r}: write text, or leave it out"
         if HALF.search(caption):
-            return f"captions holds {caption!r}: half a character, which UTF-8 cannot hold; take the escape out"
+            return f"captions has {caption!r}, with half a character that UTF-8 cannot write: remove the escape"
     for key in ("source", "split"):
         if not isinstance(record.get(key), str | None):
             return f"{key} is {record[key]!r}: write a string, or leave it out"
     return None
 
 
-def _columns(path: Path) -> dict:
-    """The features of what a file holds; only Parquet can hold pictures."""
-    names = pq.read_schema(path).names if path.suffix == ".parquet" else []
-    kind = "image" if "image" in names and "image_path" not in names else "image_path"
-    return {kind: PICTURES[kind], **TEXTS}
+def _sources(path: str | os.PathLike, root: str | os.PathLike | None) -> list[tuple[Path, Path]]:
+    """The files that `path` names, each with the folder where its relative paths start."""
+    files = [file.absolute() for file in input_files(path, FILES)]
+    return [(file, file.parent if root is None else Path(root).expanduser().absolute()) for file in files]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
-    """Number from 1, record and what is wrong with it, of each line that is not blank, or of each row."""
-    kind = next(iter(_columns(path)))
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
-            yield from ((number, row, _problem(row, kind)) for number, row in enumerate(rows, 1))
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                yield number, *_parsed(line, kind)
-
-
-def _parsed(line: bytes, kind: str) -> tuple[object, str | None]:
+def _kind(file: Path) -> str:
+    """The key of a file's pictures: "image_path", or "image", in Parquet alone."""
     try:
-        record = json.loads(line.decode())
-        return record, _problem(record, kind)
-    except UnicodeDecodeError as error:
-        return None, f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
-    except json.JSONDecodeError as error:
-        return None, f"no JSON ({error.msg} at character {error.pos + 1}): write one record a line"
+        names = pq.read_schema(file).names if file.suffix == ".parquet" else []
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a whole Parquet file ({error}): write it again") from None
+    return "image" if "image" in names and "image_path" not in names else "image_path"
 
 
-def _records(path: Path, root: Path) -> Iterator[dict]:
-    """The rows of the Arrow file; raises ValueError after the last line where some are bad."""
-    problems, bad, kind, number = [], 0, next(iter(_columns(path))), 0
-    for number, record, problem in _lines(path):
-        if problem:
-            bad += 1
-            if bad <= MOST_LISTED:
-                problems.append(f"{path.name}:{number}: {problem}")
-        elif not bad:
-            picture = os.path.join(root, record[kind]) if kind == "image_path" else record[kind]
+def _lines(file: Path) -> Iterator[tuple[int, dict | None, str | None]]:
+    """Number from 1, record and problem of each line that is not blank, or of each row."""
+    kind, lines = _kind(file), json_lines(file)
+    if file.suffix == ".parquet":
+        rows = (row for batch in pq.ParquetFile(file).iter_batches(1000) for row in batch.to_pylist())
+        lines = ((number, row, None) for number, row in enumerate(rows, 1))
+    for number, record, problem in lines:
+        yield number, record, problem or _problem(record, kind)
+
+
+def _records(path: str, sources: Iterable[tuple[Path, Path]], kind: str) -> Iterator[dict]:
+    """The rows of the Arrow file. Raises ValueError for all bad lines, or if there are no records."""
+    number = 0
+    for file, folder in sources:
+        for number, record, problem in _lines(file):  # noqa: B007
+            if problem:
+                _refuse(path, _problems(sources))
+            picture = os.path.join(folder, record[kind]) if kind == "image_path" else record[kind]
             yield {kind: picture, **{key: record.get(key) for key in TEXTS}}
-    if bad:
-        _refuse(path, problems, bad)
     if not number:
-        raise ValueError(f"{path}: the file holds no records")
+        _refuse(path, _problems(sources))
 
 
-def _refuse(path: Path, problems: list[str], count: int) -> None:
-    rest = [f"… and {count - len(problems)} more"] * (count > len(problems))
-    raise ValueError("\n".join([f"{path}: {count} bad lines", *problems, *rest]))
+def _problems(
+    sources: Iterable[tuple[Path, Path]], picture_problem: Callable = lambda picture, folder: None
+) -> Iterator[str | None]:
+    for file, folder in sources:
+        number = 0
+        for number, record, problem in _lines(file):
+            problem = problem or picture_problem(record.get("image_path") or record["image"], folder)
+            yield problem and f"{file.name}:{number}: {problem}"
+        if not number:
+            yield f"{file.name}: the file has no records: write one on each line"
+
+
+def _refuse(path: str | os.PathLike, problems: Iterable[str | None]) -> None:
+    problems = filter(None, problems)
+    first = list(islice(problems, MOST_LISTED))
+    more = sum(1 for _ in problems)
+    rest = [f"… and {more} more"] * (more > 0)
+    raise ValueError("\n".join([f"{path}: {len(first) + more} bad lines", *first, *rest]))
 
 
 def sample_caption(
     name: str, keywords: list[str], rng: np.random.Generator, group: str | None = None, templates=TEMPLATES
 ) -> str:
-    """Draws one caption for a picture: what training sees.
+    """Draws one caption for a picture.
 
-    By CAPTION_SHARES it is the name ("kucing"), two to four keywords in any order ("peliharaan, hewan"), the name with
-    one to three keywords ("kucing, hewan"), or the name in one of `templates` ("gambar kucing", "foto seekor kucing":
-    `group`, the English slug, helps to choose the classifier). A picture with fewer than two keywords takes the name
-    where its turn is keywords alone (one word, such as "bendera", would fit too many others), one with none takes it in
-    place of both. Raises ValueError where the name is empty.
+    With the shares of CAPTION_SHARES it is the name ("kucing"), two to four keywords in any order ("peliharaan,
+    hewan"), the name with one to three keywords ("kucing, hewan"), or the name in one of `templates` ("gambar kucing",
+    "foto seekor kucing"; `group`, the English slug, helps to choose the classifier). With fewer than two keywords the
+    name replaces keywords alone: one word, such as "bendera", would fit too many other pictures. Without keywords the
+    name also replaces the name with keywords. Raises ValueError if the name is empty.
     """
     name = " ".join(name.split())
     if not name:
@@ -219,6 +231,13 @@ def draw(keywords: list[str], count: int, rng: np.random.Generator) -> list[str]
 
 
 def flip_allowed(name: str, keywords: list[str], has_text: bool) -> bool:
-    """Whether a picture may be mirrored in training: not where its caption says kiri or kanan (or another word of
-    SIDES), and not where it holds letters, digits or anything else that reads wrong in a mirror (`has_text`)."""
+    """Whether training may mirror a picture: no caption has a word of SIDES, such as kiri or kanan, and the picture
+    shows no letters, digits or other signs that a mirror makes wrong (`has_text`)."""
     return not has_text and not any(SIDES.search(text) for text in (name, *keywords))
+
+
+def caption_ids(texts: Iterable[str]) -> Int32[np.ndarray, "B 2"]:
+    """For each text 64 bits that are equal for equal texts, whatever their case, spaces and Unicode form (NFKC)."""
+    folded = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in folded)
+    return np.frombuffer(b"".join(digests), "<i4").reshape(-1, 2).astype(np.int32)

@@ -3,7 +3,11 @@
 import io
 import itertools
 import json
+import multiprocessing
+import subprocess
+import sys
 import tarfile
+import threading
 
 import datasets
 import numpy as np
@@ -13,9 +17,17 @@ from PIL import Image
 from tiny import tiny_pairs, tiny_processor
 
 from clipid_utils.data.batches import loader
-from clipid_utils.data.batches.loader import batches, dictionary_feed, records_feed, stream_feed
-from clipid_utils.data.batches.streams import EndlessRows, picture_and_captions
-from clipid_utils.data.captions import read_captions, write_captions
+from clipid_utils.data.batches.loader import (
+    batches,
+    dictionary_feed,
+    load_pairs,
+    load_records,
+    records_feed,
+    stream_feed,
+)
+from clipid_utils.data.batches.streams import tar_stream
+from clipid_utils.data.captions import caption_ids, read_captions, write_captions
+from clipid_utils.model.processor import CLIPProcessor
 
 COUNT, SIZE = 23, 24
 
@@ -26,7 +38,7 @@ def tokenize():
 
 
 def jpeg(number: int) -> bytes:
-    """A file of one colour, which tells its number."""
+    """A file with one colour, which tells its number."""
     file = io.BytesIO()
     Image.new("RGB", (30 + number, 40), (10 * number, 255 - 10 * number, 128)).save(file, "JPEG", quality=95)
     return file.getvalue()
@@ -61,14 +73,15 @@ def tars(folder):
                     info = tarfile.TarInfo(f"{number:05d}.{ending}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return load_dataset("webdataset", data_files=str(folder / "*.tar"), split="train", streaming=True)
+    return tar_stream(sorted(folder.glob("*.tar")))
 
 
-def taken(feed, count, start=0):
-    iterator = iter(feed.dataset)
-    found = list(itertools.islice(iterator, start + count))[start:]
-    iterator.close()
-    return found
+def taken(feed, count):
+    iterator = iter(getattr(feed, "dataset", feed))
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
 
 
 def assert_equal_batches(ones, others):
@@ -132,29 +145,17 @@ def test_records_come_once_an_epoch_with_a_caption_of_their_own(tokenize, record
     assert len(set(orders)) == 8
     for batch in found:
         assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
-            "images": ((5, SIZE, SIZE, 3), np.uint8), "concepts": ((5,), np.int32), "may_flip": ((5,), np.bool_),
-            "input_ids": ((5, 12), np.int32), "attention_mask": ((5, 12), np.int32), "truncated": ((5,), np.bool_)}
+            "images": ((5, SIZE, SIZE, 3), np.uint8), "concepts": ((5,), np.int32), "caption_ids": ((5, 2), np.int32),
+            "may_flip": ((5,), np.bool_), "input_ids": ((5, 12), np.int32), "attention_mask": ((5, 12), np.int32),
+            "truncated": ((5,), np.bool_)}
         for place, row in enumerate(batch["concepts"].tolist()):
             assert abs(batch["images"][place].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
             caption = decode(list(batch["input_ids"][place]))
-            assert ("kiri" in caption) is not batch["may_flip"][place]
+            assert ("kiri" in caption) != batch["may_flip"][place]
+            written = f"{'panah kiri' if 'kiri' in caption else 'kucing'} {row}"
+            assert (batch["caption_ids"][place] == caption_ids([written])).all()
             captions.setdefault(row, set()).add(caption)
     assert sum(len(drawn) == 2 for drawn in captions.values()) > 15
-
-
-def test_the_batches_are_the_same_for_any_number_of_workers(tokenize, records):
-    threads = records_feed(records, tokenize, SIZE, 6, seed=7, length=12)
-    workers = records_feed(records, tokenize, SIZE, 6, seed=7, length=12, workers=2)
-    expected = taken(threads, 9)
-    iterator = iter(workers.dataset)
-    assert_equal_batches(itertools.islice(iterator, 5), expected[:5])
-    other = iter(threads.dataset)
-    other.set_state(iterator.get_state())  # a run may go on with other workers
-    assert_equal_batches(itertools.islice(other, 4), expected[5:])
-    iterator.set_state({"step": 2})
-    assert_equal_batches(itertools.islice(iterator, 3), expected[2:5])
-    assert type(next(iterator)["images"]) is np.ndarray  # none of Grain's shared memory
-    iterator.close()
 
 
 def test_processes_share_the_batches_of_records(tokenize, records):
@@ -169,10 +170,13 @@ def test_a_records_feed_resumes(tokenize, records):
     assert_resumes(records_feed(records, tokenize, SIZE, 5, seed=1, length=12))
 
 
-def test_another_seed_is_another_order(tokenize, records):
-    orders = {tuple(np.concatenate([batch["concepts"] for batch in taken(
-        records_feed(records, tokenize, SIZE, 5, seed=seed, length=12), 4)]).tolist()) for seed in (0, 1, 2**32 - 1)}
-    assert len(orders) == 3
+def test_each_seed_and_epoch_has_its_own_order_and_captions(tokenize, records):
+    orders, draws = set(), set()
+    for seed in (0, 1, 2**32 - 1):
+        for batch in taken(records_feed(records, tokenize, SIZE, COUNT, seed=seed, length=12), 3):
+            orders.add(tuple(batch["concepts"].tolist()))
+            draws.add(tuple(batch["may_flip"].tolist()))  # which of the two captions was drawn, place by place
+    assert len(orders) == len(draws) == 9
 
 
 def broken_records(folder, tmp_path, broken):
@@ -184,11 +188,31 @@ def broken_records(folder, tmp_path, broken):
     return read_captions(tmp_path / "captions.jsonl")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp_path, workers):
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_the_batches_are_the_same_for_any_number_of_workers(tokenize, folder, tmp_path):
     records = broken_records(folder, tmp_path, broken=(4, 5, 22))
-    feed = records_feed(records, tokenize, SIZE, COUNT, seed=0, length=12, workers=workers)
-    with pytest.warns(UserWarning, match=r"\d\.jpg cannot be read \(\w+\): another takes its place \(1 of them"):
+    threads = records_feed(records, tokenize, SIZE, 6, seed=7, length=12)
+    workers = records_feed(records, tokenize, SIZE, 6, seed=7, length=12, workers=2)
+    expected, iterator = taken(threads, 9), iter(workers.dataset)
+    iterator.set_state({"step": 2})
+    with pytest.warns(UserWarning, match=r"\d\.jpg: .*: skipped, .* \(1 so far\)"):
+        assert_equal_batches(itertools.islice(iterator, 4), expected[2:6])
+    assert len(multiprocessing.active_children()) >= 2
+    other = iter(threads.dataset)
+    other.set_state(iterator.get_state())  # a run may resume with a different number of workers
+    assert_equal_batches(itertools.islice(other, 3), expected[6:])
+    other.close()
+    assert type(next(iterator)["images"]) is np.ndarray  # none of Grain's shared memory
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(RuntimeError, match="Worker process was terminated unexpectedly with exit code -9"):
+        taken(iterator, 40)  # those made before still come
+
+
+def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp_path):
+    records = broken_records(folder, tmp_path, broken=(4, 5, 22))
+    feed = records_feed(records, tokenize, SIZE, COUNT, seed=0, length=12)
+    with pytest.warns(UserWarning, match=r"\d\.jpg: .*: skipped, a different picture takes its place \(1 so far\)"):
         (batch,) = taken(feed, 1)
     expected = [0, 0, 1, 2, 3, *[6] * 3, *range(7, 22)]
     assert sorted(batch["concepts"].tolist()) == expected
@@ -198,7 +222,7 @@ def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp
 
 def test_when_no_picture_can_be_read_it_is_an_error(tokenize, folder, tmp_path):
     records = broken_records(folder, tmp_path, broken=range(COUNT))
-    with pytest.raises(ValueError, match=f"none of {COUNT} pictures in a row can be read, the last of them .*jpg"):
+    with pytest.raises(ValueError, match=f"none of {COUNT} pictures one after the other .*, the last is .*jpg: are"):
         taken(records_feed(records, tokenize, SIZE, 4, seed=0, length=12), 1)
 
 
@@ -213,6 +237,7 @@ def test_cut_captions_are_marked(tokenize, records):
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide among 2 processes"),
     ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index is 2: of 2 processes"),
+    ({"batch_size": 4, "process_count": 2, "process_index": -1}, "process_index is -1: of 2 processes"),
     ({"batch_size": 24}, "batch_size 24 is more than the 23 records"),
 ])
 def test_what_does_not_fit_is_refused(tokenize, records, options, message):
@@ -220,33 +245,69 @@ def test_what_does_not_fit_is_refused(tokenize, records, options, message):
         records_feed(records, tokenize, SIZE, seed=0, length=12, **options)
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
+@pytest.mark.filterwarnings("ignore:.*skipped")
 @pytest.mark.parametrize("window", [1, 5, 100])
 def test_a_stream_of_tars_resumes(tokenize, tars, window):
     feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12, shuffle_window=window)
     assert_resumes(feed, 24, (0, 1, 6, 7, 13, 20))
 
 
-def test_a_stream_holds_each_row_once_an_epoch_in_another_order(tokenize, tars):
-    feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12, shuffle_window=7)
+def test_a_stream_has_each_row_once_an_epoch_in_its_own_order(tokenize, tars):
+    feed = stream_feed(tars, tokenize, SIZE, 9, seed=3, length=12, shuffle_window=7)
     assert feed.steps_per_epoch is None
-    with pytest.warns(UserWarning, match=r"00009\.jpg cannot be read \(UnidentifiedImageError\)"):
-        found = taken(feed, 14)
-    epochs = [np.concatenate([batch["concepts"] for batch in found[start : start + 7]]) for start in (0, 7)]
-    assert [len(set(epoch.tolist())) for epoch in epochs] == [25, 25]  # of 28: one broken, two of the files are doubles
+    with pytest.warns(UserWarning, match=r"1\.tar/00009\.jpg: .* skipped, .*\(1 so far\)"):
+        found = taken(feed, 6)
+    epochs = [np.concatenate([batch["concepts"] for batch in found[start : start + 3]]) for start in (0, 3)]
+    # of 28: one is broken, two files are doubles
+    assert [(len(epoch), len(set(epoch.tolist()))) for epoch in epochs] == [(27, 25), (27, 25)]
     assert (epochs[0] != epochs[1]).any()
-    assert found[0]["images"].shape == (4, SIZE, SIZE, 3) and found[0]["concepts"].dtype == np.int32
+    assert {key: (value.shape, value.dtype) for key, value in found[0].items()} == {
+        "images": ((9, SIZE, SIZE, 3), np.uint8), "concepts": ((9,), np.int32), "caption_ids": ((9, 2), np.int32),
+        "may_flip": ((9,), np.bool_), "input_ids": ((9, 12), np.int32), "attention_mask": ((9, 12), np.int32),
+        "truncated": ((9,), np.bool_)}
 
 
-@pytest.mark.parametrize("count", [2, 3])  # 3 does not divide the 4 files: rows are shared then
-def test_processes_share_the_rows_of_a_stream(tars, count):
-    def keys(index):
-        rows = itertools.takewhile(lambda row: row[0] == 0, iter(EndlessRows(tars, 0, index, count)))
-        return [row["__key__"] for _, row in rows]
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_the_windows_of_neighbouring_seeds_differ(tokenize, tars):
+    """Window 1 of a seed must not be shuffled as window 0 of the next seed."""
+    seeds = [loader._shuffle_seed(seed) for seed in range(5)]
+    assert all(abs(one - other) > 1000 for one, other in itertools.combinations(seeds, 2))
+    rows = [taken(stream_feed(tars, tokenize, SIZE, 7, seed=seed, length=12, shuffle_window=7), 2) for seed in (0, 1)]
+    orders = [[batch["concepts"].tolist() for batch in batches] for batches in rows]
+    assert orders[0] != orders[1]
 
-    shares = [keys(index) for index in range(count)]
-    assert sorted(sum(shares, [])) == [f"{number:05d}" for number in range(28)]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_stream_of_load_dataset_gives_the_same_batches(tokenize, folder, tars):
+    files = sorted(map(str, folder.glob("*.tar")))
+    stream = load_dataset("webdataset", data_files=files, split="train", streaming=True)
+    batches = [taken(stream_feed(each, tokenize, SIZE, 4, seed=3, length=12), 3) for each in (tars, stream)]
+    assert_equal_batches(*batches)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_closed_stream_leaves_no_thread(tokenize, tars):
+    before = threading.active_count()
+    feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12)
+    taken(feed, 3)
+    next(iter(feed.dataset))  # not closed, but dropped
+    assert threading.active_count() == before
+
+
+def test_a_program_may_end_with_an_open_stream(folder, tars):
+    program = f"""
+import numpy as np
+from clipid_utils.data.batches.loader import stream_feed
+from clipid_utils.data.batches.streams import tar_stream
+tokenize = lambda texts, length, **options: {{"input_ids": np.zeros((len(texts), length), np.int32)}}
+stream = tar_stream(["{folder}/0.tar", "{folder}/2.tar"])
+feed = stream_feed(stream, tokenize, {SIZE}, 4, seed=0, length=12)
+iterator = iter(feed.dataset)
+next(iterator)
+print("got one")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "got one\n", "")
 
 
 def test_parquet_and_json_lines_can_be_streamed(tokenize, folder, tmp_path):
@@ -261,15 +322,55 @@ def test_parquet_and_json_lines_can_be_streamed(tokenize, folder, tmp_path):
         assert_resumes(feed, 8, (0, 2, 3, 4))
 
 
-def test_a_stream_without_pictures_says_so(tokenize, folder, tmp_path, monkeypatch):
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"picture": "a.jpg", "words": "kucing"}))
-    stream = load_dataset("json", data_files=str(tmp_path / "lines.jsonl"), split="train", streaming=True)
-    with pytest.raises(ValueError, match="columns picture, words, none of image, .*name the picture's"):
-        taken(stream_feed(stream, tokenize, SIZE, 2, seed=0, length=12), 1)
-    monkeypatch.setattr(loader, "MOST_UNREADABLE", 6)
-    with pytest.warns(UserWarning, match="a.jpg cannot be read"), pytest.raises(ValueError, match="none of 6 rows"):
-        taken(stream_feed(stream, tokenize, SIZE, 2, seed=0, length=12, columns=("picture", "words")), 1)
+def through_every_feed(folder, tokenize, decode) -> list[np.ndarray]:
+    """The images of each feed, and of the pictures in memory, for two records of a.jpg."""
+    paths = [{"image_path": str(folder / "a.jpg"), "captions": ["kucing"]}] * 2
+    write_captions(paths, folder / "a.jsonl")
+    write_captions([{"image": (folder / "a.jpg").read_bytes(), "captions": ["kucing"]}] * 2, folder / "a.parquet")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(folder / "a.jpg", "a.jpg")
+        tar.add(folder / "a.jsonl", "a.txt")
+    options = {"seed": 0, "length": 12, "decode": decode}
+    listed, embedded = (read_captions(folder / f"a.{kind}") for kind in ("jsonl", "parquet"))
+    parquet = load_dataset("parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True)
+    feeds = [records_feed(records, tokenize, SIZE, 2, **options) for records in (listed, embedded)]
+    feeds += [stream_feed(stream, tokenize, SIZE, 2, **options) for stream in (tar_stream([folder / "a.tar"]), parquet)]
+    texts = {"name_id": "kucing", "keywords_id": [], "group": "animals", "group_id": "hewan", "has_text": False}
+    rows = datasets.Dataset.from_list([texts] * 2).add_column("image", [str(folder / "a.jpg")] * 2)
+    rows = rows.cast_column("image", datasets.Image())
+    pairs = [load_pairs(rows, SIZE, decode), *(load_records(each, SIZE, 2, decode) for each in (listed, embedded))]
+    return [*(taken(feed, 1)[0]["images"] for feed in feeds), *(pair.images for pair in pairs)]
 
 
-def test_a_null_among_the_captions_is_no_caption():
-    assert picture_and_captions({"image": b"1", "captions": ["a cat", None, " "]}) == (b"1", ["a cat"])
+@pytest.fixture
+def photograph(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((64, 36), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg")
+    return tmp_path
+
+
+def stretched(picture) -> np.ndarray:
+    """A picture as no other code here decodes it."""
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) // 2
+
+
+def test_every_feed_decodes_with_the_given_function(tokenize, photograph):
+    expected = stretched(photograph / "a.jpg")
+    for images in through_every_feed(photograph, tokenize, stretched):
+        assert images.shape == (2, SIZE, SIZE, 3) and (images == expected).all()
+
+
+@pytest.mark.skipif(not hasattr(CLIPProcessor, "decoder"), reason="the processor has no decoder yet")
+@pytest.mark.parametrize("settings", [
+    {}, {"resize": 30}, {"resize": (SIZE, SIZE), "resample": Image.Resampling.BILINEAR},
+    {"resize": (30, 28), "resample": Image.Resampling.LANCZOS}, {"resize": 16},
+])
+def test_training_and_use_see_the_same_pixels(photograph, settings):
+    tokenizer = tiny_processor().tokenizer
+    processor = CLIPProcessor(tokenizer, SIZE, 12, **settings)
+    expected = processor(images=[photograph / "a.jpg"])["pixel_values"][0]
+    default = CLIPProcessor(tokenizer, SIZE, 12)(images=[photograph / "a.jpg"])["pixel_values"][0]
+    assert not settings or np.abs(expected - default).max() > 0.05
+    for images in through_every_feed(photograph, processor.tokenize, processor.decoder):
+        np.testing.assert_array_equal(processor.normalize(images), [expected] * 2)

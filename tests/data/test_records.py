@@ -1,6 +1,6 @@
-"""Captions records: read as they were written, each bad line named, pictures decoded as the processor does it."""
+"""Captions records: read as they were written, each bad line named with its remedy."""
 
-import io
+import gzip
 import json
 
 import datasets
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipid_utils.data.captions import read_captions, write_captions
-from clipid_utils.files import decode_square
-from clipid_utils.model.processor import resize_and_crop
+from clipid_utils.data import captions
+from clipid_utils.data.captions import check_captions, read_captions, write_captions
+
+GOOD = {"image_path": "0.jpg", "captions": ["a"]}
 
 
 @pytest.fixture(autouse=True)
@@ -23,111 +24,158 @@ def smooth(width: int, height: int) -> Image.Image:
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def pictures(folder, count=3):
-    for number in range(count):
-        smooth(20 + number, 20).save(folder / f"{number}.jpg")
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(3):
+        smooth(20 + number, 20).save(tmp_path / f"{number}.jpg")
+    return tmp_path
 
 
-def test_the_ancestors_lines_load_as_they_are(tmp_path):
-    pictures(tmp_path)
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_the_ancestors_lines_load_as_they_are(folder):
     lines = [{"image_path": f"{n}.jpg", "captions": [f"kucing {n}", "hewan"]} for n in range(3)]
-    (tmp_path / "captions.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    records = read_captions(tmp_path / "captions.jsonl")
-    assert records[1] == {"image_path": str(tmp_path / "1.jpg"), "captions": ["kucing 1", "hewan"], "source": None,
+    path = folder / "captions.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(line).encode() for line in lines))
+    records = read_captions(path)
+    assert records[1] == {"image_path": str(folder / "1.jpg"), "captions": ["kucing 1", "hewan"], "source": None,
                           "split": None}
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "captions.jsonl").rename(tmp_path / "elsewhere" / "captions.jsonl")
-    moved = read_captions(tmp_path / "elsewhere" / "captions.jsonl", root=tmp_path)
-    assert moved["image_path"][:] == records["image_path"][:]
+    (folder / "elsewhere").mkdir()
+    moved = path.rename(folder / "elsewhere" / "captions.jsonl")
+    assert read_captions(moved, root=folder)["image_path"][:] == records["image_path"][:]
+    assert read_captions(moved, check_files=False)[0]["image_path"] == str(folder / "elsewhere" / "0.jpg")  # new root
+
+
+def test_a_cached_file_is_checked_again_when_the_rules_change(folder, monkeypatch):
+    path = write_lines(folder / "captions.jsonl", GOOD)
+    read_captions(path)
+    monkeypatch.setattr(captions, "_problem", lambda record, kind: "a new rule")
+    assert len(read_captions(path)) == 1  # out of the cache
+    monkeypatch.setattr(captions, "RULES", "newer")
+    with pytest.raises(ValueError, match="a new rule"):
+        read_captions(path)
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "captions.parquet"])
-def test_what_is_written_is_read_back(tmp_path, name):
-    pictures(tmp_path)
-    rows = [{"image_path": str(tmp_path / f"{n}.jpg"), "captions": ["é", "dua"], "source": "coco", "split": "train"}
+def test_what_is_written_is_read_back(folder, name):
+    rows = [{"image_path": str(folder / f"{n}.jpg"), "captions": ["é", "dua"], "source": "coco", "split": "train"}
             for n in range(3)]
-    write_captions(rows, tmp_path / name)
-    assert list(read_captions(tmp_path / name)) == rows
-    assert str(tmp_path).encode() not in (tmp_path / name).read_bytes()  # the folder may move
-    write_captions(rows[:2], tmp_path / name)
-    assert len(read_captions(tmp_path / name)) == 2  # not the older one out of the cache
+    write_captions(rows, folder / name)
+    assert list(read_captions(folder / name)) == rows
+    assert str(folder).encode() not in (folder / name).read_bytes()  # the folder may move
+    write_captions(rows[:2], folder / name)
+    assert len(read_captions(folder / name)) == 2  # not the older one out of the cache
 
 
-def test_parquet_may_hold_the_pictures_themselves(tmp_path):
-    write_captions([{"image": smooth(30, 20), "captions": ["seekor kucing"]}], tmp_path / "captions.parquet")
-    (record,) = read_captions(tmp_path / "captions.parquet")
+def test_many_rows_are_written_to_parquet(folder):
+    write_captions(({"image_path": f"{n}.jpg", "captions": [str(n)]} for n in range(2100)), folder / "a.parquet")
+    assert read_captions(folder / "a.parquet", check_files=False)["captions"][:] == [[str(n)] for n in range(2100)]
+
+
+def test_parquet_may_have_the_pictures_themselves(folder):
+    path = folder / "captions.parquet"
+    write_captions([{"image": smooth(30, 20), "captions": ["seekor kucing"]}], path)
+    (record,) = read_captions(path)
     assert record["image"].size == (30, 20) and record["captions"] == ["seekor kucing"]
+    assert list(check_captions(path, pictures=True)) == [None]
+    write_captions([{"image": (folder / "0.jpg").read_bytes()[:300], "captions": ["a"]}], path)
+    assert list(check_captions(path)) == [None]
+    (problem,) = check_captions(path, pictures=True)
+    assert problem.startswith("captions.parquet:1: not a picture that can be read (") and "replace" in problem
 
 
-def test_each_bad_line_is_named_with_what_to_do(tmp_path):
-    bad = ['{"image_path": "0.jpg"', '{"captions": ["a"]}', '{"image_path": "0.jpg", "captions": []}',
-           '{"image_path": "0.jpg", "captions": [" "]}', "3", '{"image_path": "0.jpg", "captions": ["a"], "split": 1}']
-    good = '{"image_path": "0.jpg", "captions": ["a"]}'
-    (tmp_path / "captions.jsonl").write_text("\n".join([good, *bad, *bad, good]))
+def test_a_folder_of_part_files_and_a_glob_are_read_in_order(folder):
+    parts = folder / "parts"
+    parts.mkdir()
+    for number, name in enumerate(["part-00.jsonl", "part-01.jsonl.gz", "part-02.parquet"]):
+        row = {"image_path": f"{number}.jpg", "captions": [f"kucing {number}"]}
+        if name.endswith("parquet"):
+            write_captions([row], parts / name)
+        else:
+            content = json.dumps(row).encode()
+            (parts / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (parts / "part-03.jsonl.12.partial").write_text("{")
+    for given in (parts, parts / "part-*", f"{parts}/part-0[012].*"):
+        records = read_captions(given, root=folder)
+        assert records["captions"][:] == [["kucing 0"], ["kucing 1"], ["kucing 2"]]
+        assert records["image_path"][:] == [str(folder / f"{n}.jpg") for n in range(3)]
+    write_lines(parts / "part-01.jsonl", GOOD | {"captions": "a string"})
+    assert [problem for problem in check_captions(parts, root=folder) if problem] == [
+        "part-01.jsonl:1: captions is 'a string': give a list with at least one caption"]
+    with pytest.raises(ValueError, match=r"1 bad lines\npart-01\.jsonl:1: captions is"):
+        read_captions(parts, root=folder)
+    write_captions([{"image": smooth(9, 9), "captions": ["a"]}], parts / "part-01.parquet")
+    with pytest.raises(ValueError, match="some files have pictures and some have paths"):
+        read_captions(parts, root=folder)
+
+
+BAD = {
+    '{"image_path": "0.jpg"': "not valid JSON",
+    '{"captions": ["a"]}': "image_path is None: name the picture's file",
+    '{"image_path": "0.jpg", "captions": []}': "captions is []: give a list",
+    '{"image_path": "0.jpg", "captions": null}': "captions is None: give a list",
+    '{"image_path": "0.jpg", "captions": ["a", " "]}': "captions has the empty caption ' ': write text",
+    '{"image_path": "0.jpg", "captions": [5]}': "captions has 5, which is not a string",
+    '{"image_path": "0.jpg", "captions": ["a", null]}': "captions has None, which is not a string",
+    "3": "'3' is not a record",
+    '{"image_path": "0.jpg", "captions": ["a"], "split": 1}': "split is 1: write a string",
+    '{"image_path": "0.jpg", "captions": ["anak \\ud83d"]}': "captions has 'anak \\ud83d', with half a character",
+}
+
+
+def test_each_bad_line_is_named_with_its_remedy(folder):
+    path = write_lines(folder / "captions.jsonl", GOOD, *BAD, *BAD, GOOD)
     with pytest.raises(ValueError) as error:
-        read_captions(tmp_path / "captions.jsonl")
-    first, *lines = str(error.value).splitlines()
-    assert first.endswith("captions.jsonl: 12 bad lines") and lines[-1] == "… and 2 more"
-    said = ["no JSON", "image_path is None", r"captions is []", "an empty caption", "is no record", "split is 1"]
-    for number, (line, words) in enumerate(zip(lines[:6], said, strict=True), 2):
-        assert line.startswith(f"captions.jsonl:{number}: ") and words in line, line
+        read_captions(path)
+    first, *lines, last = str(error.value).splitlines()
+    assert first == f"{path}: 20 bad lines" and last == "… and 10 more" and len(lines) == 10
+    for number, (line, words) in enumerate(zip(lines, BAD.values(), strict=True), 2):
+        assert line.startswith(f"captions.jsonl:{number}: {words}"), line
+    found = list(check_captions(path))
+    assert [problem is None for problem in found] == [True, *[False] * 20, True] and found[1:11] == lines
 
 
-def test_half_a_character_is_named_like_other_faults(tmp_path):
-    record = {"image_path": "a.jpg", "captions": ["anak \ud83d"]}
-    (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: captions holds .*half a character"):
-        read_captions(tmp_path / "a.jsonl", check_files=False)
-    with pytest.raises(ValueError, match="record 0: captions holds .*half a character"):
-        write_captions([record], tmp_path / "b.jsonl")
+def test_exactly_ten_bad_lines_are_all_listed(folder):
+    with pytest.raises(ValueError) as error:
+        read_captions(write_lines(folder / "a.jsonl", *BAD))
+    assert len(str(error.value).splitlines()) == 11
 
 
-def test_pictures_that_are_not_there_are_named_by_their_line(tmp_path):
-    pictures(tmp_path)
-    lines = [json.dumps({"image_path": name, "captions": ["a"]}) for name in ("0.jpg", "gone.jpg", "2.jpg")]
-    (tmp_path / "captions.jsonl").write_text("\n\n".join(lines))
-    with pytest.raises(ValueError, match=r"captions\.jsonl:3: image_path 'gone\.jpg' not found under"):
-        read_captions(tmp_path / "captions.jsonl")
-    assert len(read_captions(tmp_path / "captions.jsonl", check_files=False)) == 3
-    (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no records"):
-        read_captions(tmp_path / "none.jsonl")
+def test_missing_and_broken_pictures_are_named_by_their_line(folder):
+    (folder / "2.jpg").write_bytes((folder / "1.jpg").read_bytes()[:-90])
+    path = write_lines(folder / "captions.jsonl", GOOD, GOOD | {"image_path": "gone.jpg"},
+                       GOOD | {"image_path": "2.jpg"})
+    lost = f"captions.jsonl:2: image_path 'gone.jpg' not found under {folder}: fetch the picture"
+    with pytest.raises(ValueError, match=lost):
+        read_captions(path)
+    assert len(read_captions(path, check_files=False)) == 3
+    assert [bool(problem) for problem in check_captions(path)] == [False, True, False]
+    good, missing, broken = check_captions(path, pictures=True)
+    assert good is None and missing.startswith(lost)
+    assert broken.startswith(f"captions.jsonl:3: {folder}/2.jpg: not a picture that can be read (OSError: ")
 
 
-def test_a_bad_record_leaves_the_older_file(tmp_path):
-    pictures(tmp_path)
-    write_captions([{"image_path": str(tmp_path / "0.jpg"), "captions": ["a"]}], tmp_path / "captions.jsonl")
-    with pytest.raises(ValueError, match="record 1: .*an empty caption"):
-        write_captions([{"image_path": "0.jpg", "captions": [c]} for c in ("b", "")], tmp_path / "captions.jsonl")
-    assert read_captions(tmp_path / "captions.jsonl")[0]["captions"] == ["a"]
+def test_a_file_without_records_says_so(folder):
+    path = write_lines(folder / "none.jsonl", "", "")
+    with pytest.raises(ValueError, match="none.jsonl: the file has no records: write one on each line"):
+        read_captions(path)
+    assert list(check_captions(path)) == ["none.jsonl: the file has no records: write one on each line"]
+    (folder / "a.parquet").write_text("PAR1")
+    with pytest.raises(ValueError, match="a.parquet: not a whole Parquet file"):
+        list(check_captions(folder / "a.parquet"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        read_captions(folder / "elsewhere.jsonl")
 
 
-@pytest.mark.parametrize("size", [(50, 37), (37, 50), (33, 24), (24, 24), (20, 90)])
-def test_a_picture_is_what_the_processor_makes_of_it(tmp_path, size):
-    smooth(*size).save(tmp_path / "a.png")
-    expected = resize_and_crop(Image.open(tmp_path / "a.png"), 24).astype(int)
-    assert abs(decode_square(str(tmp_path / "a.png"), 24) - expected).max() <= 1
-
-
-def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
-    sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, *args, **options: (
-        sizes.append(image.size) or resize(image, *args, **options)))
-    smooth(400, 300).save(file := io.BytesIO(), "JPEG", quality=95)
-    square = decode_square(file.getvalue(), 70)
-    assert sizes[-1] == (100, 75)  # a quarter: an eighth would be less than 70
-    expected = resize_and_crop(Image.open(file), 70).astype(int)
-    assert abs(square - expected).mean() < 2
-
-
-def test_pictures_are_upright_and_on_white(tmp_path):
-    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    image.save(tmp_path / "clear.png")
-    assert (decode_square(tmp_path / "clear.png", 4) == 255).all()
-    half = Image.new("RGB", (16, 16), "red")
-    half.paste("blue", (0, 8, 16, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # held upside down
-    half.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    top = decode_square(tmp_path / "turned.jpg", 16)[2, 8]
-    assert top[2] > 200 and top[0] < 50
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.parquet"])
+def test_a_bad_record_leaves_the_older_file_and_nothing_else(folder, name):
+    write_captions([GOOD], folder / name)
+    before = sorted(folder.iterdir())
+    for bad, reason in (("", "captions has the empty caption"), ("\ud83d", "captions has .*half a character")):
+        with pytest.raises(ValueError, match=f"record 2: {reason}"):
+            write_captions([GOOD, GOOD | {"captions": [bad]}], folder / name)
+    assert sorted(folder.iterdir()) == before
+    assert read_captions(folder / name)[0]["captions"] == ["a"]

@@ -1,35 +1,35 @@
-"""Batches for training: from pictures in memory, from captions records and from streams, in an order of the seed's.
+"""Batches for training: from pictures in memory, from captions records and from streams, in an order set by the seed.
 
-A batch holds `images` uint8 [b, H, W, 3], `input_ids` and `attention_mask` int32 [b, L], `concepts` int32 [b] (equal
-numbers: one concept), `may_flip` bool [b] and `truncated` bool [b] (captions that were cut).
+A batch has `images` uint8 [b, H, W, 3], `input_ids` and `attention_mask` int32 [b, L], `concepts` int32 [b] (equal
+numbers: the same concept or picture), `caption_ids` int32 [b, 2] (equal: the same caption), `may_flip` bool [b] and
+`truncated` bool [b] (captions that were cut).
 """
 
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import datasets
 import grain
 import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
 
+from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture_name, source, trouble, try_decode
 from clipid_utils.data.batches.prefetch import Ahead, Steps
-from clipid_utils.data.batches.streams import EndlessRows, picture_and_captions
-from clipid_utils.data.captions import flip_allowed, sample_caption
+from clipid_utils.data.batches.streams import EndlessRows, clean_captions, picture_and_captions
+from clipid_utils.data.captions import caption_ids, flip_allowed, sample_caption
 from clipid_utils.files import decode_square, usable_threads
 from clipid_utils.wording import group_phrase
-
-MOST_UNREADABLE = 1000  # in a row: no few broken pictures any more but a folder that is not there
 
 
 @dataclass(frozen=True)
 class PicturePairs:
-    """Pictures of one size with what their captions are drawn from; row i of each field is picture i."""
+    """Pictures of one size with the texts that their captions are drawn from; row i of each field is picture i."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     concepts: Int[np.ndarray, " N"]  # equal numbers: one concept, or two of the same name
@@ -48,30 +48,59 @@ class PicturePairs:
                             [self.keywords[i] for i in rows], [self.groups[i] for i in rows], self.may_flip[rows])
 
 
-def load_pairs(dataset: Dataset, size: int) -> PicturePairs:
-    """The rows of a picture dictionary split as arrays, pictures at `size` pixels, resized as the processor does it.
+def load_pairs(dataset: Dataset, size: int, decode: Callable | None = None) -> PicturePairs:
+    """The rows of a picture dictionary split as arrays, with pictures of `size` pixels.
 
-    The Indonesian name of a picture's group is one of its keywords: people search for "hewan" too.
+    `decode` turns a path or the bytes of a file into uint8 [size, size, 3]; by default it is `decode_square`. The
+    Indonesian name of a picture's group is one of its keywords: people search for "hewan" too.
     """
+    decode = decode or functools.partial(decode_square, size=size)
     names = dataset["name_id"][:]
-    number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
     images = np.empty((len(names), size, size, 3), np.uint8)
-    for row, image in enumerate(dataset["image"]):
-        images[row] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    for row, picture in enumerate(dataset.cast_column("image", datasets.Image(decode=False))["image"]):
+        images[row] = decode(source(picture))
     keywords = [list(dict.fromkeys([*words, group_phrase(group)]))
                 for words, group in zip(dataset["keywords_id"], dataset["group_id"], strict=True)]
     letters = dataset["has_text"][:]
     may_flip = [flip_allowed(*row) for row in zip(names, keywords, letters, strict=True)]
-    concepts = np.array([number[name.lower()] for name in names], np.int32)
-    return PicturePairs(images, concepts, list(names), keywords, list(dataset["group"]), np.array(may_flip))
+    return PicturePairs(images, _numbers(names), list(names), keywords, list(dataset["group"]), np.array(may_flip))
+
+
+def load_records(records: Dataset, size: int, most: int, decode: Callable | None = None) -> PicturePairs:
+    """The first `most` captions records as pictures in memory, to measure on; the first caption is the name.
+
+    Pictures that cannot be read are left out, with a warning that counts them. Raises ValueError if none can be read.
+    """
+    decode = decode or functools.partial(decode_square, size=size)
+    images, captions, skipped, count = [], [], [], min(most, len(records))
+    for picture, texts in zip(*_undecoded(records)[:count].values(), strict=True):
+        pixels = try_decode(decode, picture, texts := clean_captions(texts))
+        if isinstance(pixels, Exception):
+            skipped.append(trouble(picture, pixels))
+        else:
+            images.append(pixels)
+            captions.append(texts)
+    if not images:
+        raise ValueError(f"none of the {count} pictures can be read: are they still in their folders?")
+    if skipped:
+        warnings.warn(f"{len(skipped)} of {count} pictures are left out: {'; '.join(skipped[:3])} …", stacklevel=2)
+    names = [texts[0] for texts in captions]
+    return PicturePairs(np.stack(images), _numbers(names), names, [texts[1:] for texts in captions], [""] * len(names),
+                        np.array([flip_allowed(name, [], False) for name in names]))
+
+
+def _numbers(names: list[str]) -> Int[np.ndarray, " N"]:
+    """The same number for names that differ at most in case."""
+    number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
+    return np.array([number[name.lower()] for name in names], np.int32)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """This process's share of the batches of a whole run, endless, in an order fixed by the seed.
+    """This process's share of the batches of a whole run, endless, in an order set by the seed.
 
-    `iter(feed.dataset)` has `get_state` and `set_state`: a new iterator with the state of an old one, which fits into
-    JSON, gives exactly the batches that would have followed.
+    `iter(feed.dataset)` has `get_state` and `set_state`: a new iterator with the state of an old one, which JSON can
+    store, gives exactly the batches that would have followed.
     """
 
     dataset: grain.IterDataset
@@ -83,45 +112,19 @@ def dictionary_feed(
     pairs: PicturePairs, tokenize: Callable, batch_size: int, *, seed: int, length: int, group_concepts: bool = False,
     process_index: int = 0, process_count: int = 1,
 ) -> Feed:
-    """Batches of pictures in memory; each picture at most once an epoch, its caption drawn anew.
+    """Batches of pictures in memory. Each picture comes at most once an epoch, each time with a newly drawn caption.
 
-    `tokenize(texts, length, mark_truncated=True)` is the processor's. With `group_concepts` it is the concepts that are
-    shuffled, and the pictures of each stand next to each other. Process p of P gets the p-th share of every batch. The
-    rest of an epoch that fills no batch is left out. Raises ValueError where `batch_size` is more than there is or does
-    not divide.
+    `tokenize(texts, length, mark_truncated=True)` is the processor's. With `group_concepts`, concepts are shuffled, and
+    the pictures of each stay together. Process p of P gets the p-th share of every batch. The rest of an epoch that
+    does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or does not divide
+    among the processes.
     """
     share = _share(batch_size, process_index, process_count)
-    make, steps = _dictionary_batches(pairs, tokenize, batch_size, seed, length, group_concepts, share)
-    return Feed(Steps(make), batch_size, steps)
-
-
-def batches(
-    pairs: PicturePairs, tokenize: Callable, batch_size: int, *, seed: int, epoch: int, length: int,
-    group_concepts: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
-    """One epoch of `dictionary_feed`, as a single process has it."""
-    share = _share(batch_size, 0, 1)
-    make, steps = _dictionary_batches(pairs, tokenize, batch_size, seed, length, group_concepts, share)
-    yield from map(make, range(epoch * steps, (epoch + 1) * steps))
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}: of {process_count} processes the last is number "
-                         f"{process_count - 1}")
-    part = batch_size // process_count
-    return slice(process_index * part, (process_index + 1) * part)
-
-
-def _dictionary_batches(pairs, tokenize, batch_size, seed, length, group_concepts, share) -> tuple[Callable, int]:
-    """The function from a step's number to its batch, and the steps of an epoch."""
     if batch_size > len(pairs):
         raise ValueError(f"batch_size {batch_size} is more than the {len(pairs)} pictures: choose a smaller one")
     steps = len(pairs) // batch_size
 
-    @functools.lru_cache(2)  # made ahead, a batch may be of the next epoch already
+    @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
     def order_of(epoch: int) -> np.ndarray:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(pairs))
@@ -135,106 +138,97 @@ def _dictionary_batches(pairs, tokenize, batch_size, seed, length, group_concept
         rows = order_of(epoch)[place * batch_size : (place + 1) * batch_size][share]
         captions = [sample_caption(pairs.names[row], pairs.keywords[row], _rng(seed, epoch, row), pairs.groups[row])
                     for row in rows]
-        return {"images": pairs.images[rows], "concepts": pairs.concepts[rows], "may_flip": pairs.may_flip[rows],
-                **tokenize(captions, length, mark_truncated=True)}
+        return {"images": pairs.images[rows], "concepts": pairs.concepts[rows],
+                **_texts(captions, tokenize, length, pairs.may_flip[rows])}
 
-    return make, steps
+    return Feed(Steps(make), batch_size, steps)
+
+
+def batches(
+    pairs: PicturePairs, tokenize: Callable, batch_size: int, *, seed: int, epoch: int, length: int,
+    group_concepts: bool = False,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One epoch of `dictionary_feed`, for a single process."""
+    feed = dictionary_feed(pairs, tokenize, batch_size, seed=seed, length=length, group_concepts=group_concepts)
+    steps = feed.steps_per_epoch
+    yield from map(feed.dataset.make, range(epoch * steps, (epoch + 1) * steps))
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}: of {process_count} processes the last is number "
+                         f"{process_count - 1}")
+    part = batch_size // process_count
+    return slice(process_index * part, (process_index + 1) * part)
 
 
 def _rng(seed: int, epoch: int, row: int | np.integer) -> np.random.Generator:
-    """A generator of a row's own, so that what is drawn for it does not depend on who draws for the others."""
+    """A generator for each row, so that its draws do not depend on the process that draws for the others."""
     return np.random.default_rng([seed, epoch, 1 + int(row)])  # a last 0 would be the same as none
 
 
 def records_feed(
     records: Dataset, tokenize: Callable, image_size: int, batch_size: int, *, seed: int, length: int,
-    workers: int = 0, process_index: int = 0, process_count: int = 1,
+    decode: Callable | None = None, workers: int = 0, process_index: int = 0, process_count: int = 1,
 ) -> Feed:
-    """Batches of captions records: shuffled anew each epoch, one caption drawn for each, pictures decoded and resized.
+    """Batches of captions records: shuffled again each epoch, one caption drawn for each, pictures decoded and resized.
 
-    Pictures are made by `decode_square`, in `workers` processes or, where 0, in threads; the batches are the same. In a
-    script, workers need the guard `if __name__ == "__main__":`. `concepts` holds the numbers of the records. A picture
-    that cannot be read warns and gives its place to the next record that can; a thousand of them in a row raise
-    ValueError. For the rest see `dictionary_feed`.
+    `decode` turns a path or the bytes of a file into uint8 [H, W, 3]: `CLIPProcessor.decoder`, or by default
+    `decode_square` to `image_size`. It runs in `workers` processes or, if 0, in threads; the batches are the same. In a
+    script, workers need the guard `if __name__ == "__main__":`. `concepts` are the numbers of the records. A picture
+    that cannot be read is skipped and counted, and the next record takes its place; a thousand of them one after the
+    other raise ValueError. For the rest see `dictionary_feed`.
     """
     share = _share(batch_size, process_index, process_count)
-    make, steps = _record_batches(records, tokenize, image_size, batch_size, seed, length, share)
-    unreadable = _Unreadable()
+    if batch_size > len(records):
+        raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
+    decode = decode or functools.partial(decode_square, size=image_size)
+    make = functools.partial(  # not a closure: worker processes get it by its name
+        _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
+    skipped = Skipped()
 
     def finish(batch: dict) -> dict:
-        unreadable.report(batch.pop("unreadable"))
+        skipped.report(batch.pop("troubles"))
         return batch
 
+    steps = len(records) // batch_size
     return Feed(Steps(make, workers=workers, threads=usable_threads(), finish=finish), batch_size, steps)
 
 
-def load_records(records: Dataset, size: int, most: int) -> PicturePairs:
-    """The first `most` captions records as pictures in memory, to measure on; the first caption is the name.
-
-    Pictures that cannot be read are left out with a warning; ValueError where none can.
-    """
-    kind = "image" if "image" in records.column_names else "image_path"
-    records = records.with_format(None).select_columns([kind, "captions"]).select(range(min(most, len(records))))
-    if kind == "image":
-        records = records.cast_column(kind, datasets.Image(decode=False))
-    images, captions, unreadable = [], [], _Unreadable()
-    for picture, texts in zip(records[kind], records["captions"], strict=True):
-        pixels = _decoded(picture, size, texts)
-        if isinstance(pixels, Exception):
-            unreadable.report([_trouble(picture, pixels)])
-        else:
-            images.append(pixels)
-            captions.append(texts)
-    if not images:
-        raise ValueError(f"none of the {len(records)} pictures can be read: are their folders where they were?")
-    names = [texts[0] for texts in captions]
-    number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
-    return PicturePairs(
-        np.stack(images), np.array([number[name.lower()] for name in names], np.int32), names,
-        [texts[1:] for texts in captions], [""] * len(names),
-        np.array([flip_allowed(name, [], False) for name in names]),
-    )
-
-
-def _record_batches(records, tokenize, size, batch_size, seed, length, share) -> tuple[Callable, int]:
-    """As `_dictionary_batches`; a batch also holds `unreadable`, what to say of the pictures that were."""
-    if batch_size > len(records):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
+def _undecoded(records: Dataset) -> Dataset:
+    """The pictures of records, as paths or as bytes, and their captions."""
     kind = "image" if "image" in records.column_names else "image_path"
     records = records.with_format(None).select_columns([kind, "captions"])
-    if kind == "image":
-        records = records.cast_column(kind, datasets.Image(decode=False))
-    # No closure: worker processes get it by its name
-    make = functools.partial(_record_batch, records=records, tokenize=tokenize, size=size, batch_size=batch_size,
-                             seed=seed, length=length, share=share)
-    return make, len(records) // batch_size
+    return records.cast_column(kind, datasets.Image(decode=False)) if kind == "image" else records
 
 
-def _record_batch(
-    step: int, *, records: Dataset, tokenize: Callable, size: int, batch_size: int, seed: int, length: int, share: slice
-) -> dict:
-    epoch, start = divmod(step, len(records) // batch_size)
-    rows = _order(len(records), seed, epoch)[start * batch_size : (start + 1) * batch_size][share].copy()
-    draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each takes far longer
-    images, captions, unreadable = np.empty((len(rows), size, size, 3), np.uint8), [], []
+def _record_batch(records, decode, tokenize, length, batch_size, seed, share, step: int) -> dict:
+    """The batch of a step; its `troubles` are one line about each picture that cannot be read."""
+    epoch, place = divmod(step, len(records) // batch_size)
+    rows = _order(len(records), seed, epoch)[place * batch_size : (place + 1) * batch_size][share].copy()
+    draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is far slower
+    images, captions, troubles = [], [], []
     for place, (picture, texts) in enumerate(zip(*records[rows].values(), strict=True)):
         tries = 1
-        while isinstance(pixels := _decoded(picture, size, texts), Exception):
-            unreadable.append(_trouble(picture, pixels))
+        while isinstance(pixels := try_decode(decode, picture, texts := clean_captions(texts)), Exception):
+            troubles.append(trouble(picture, pixels))
             if tries == min(len(records), MOST_UNREADABLE):
-                raise ValueError(f"none of {tries} pictures in a row can be read, the last of them "
-                                 f"{_name(picture)}: are their folders where they were?") from pixels
+                raise ValueError(f"none of {tries} pictures one after the other can be read, the last is "
+                                 f"{picture_name(picture)}: are they still in their folders?") from pixels
             tries += 1
             rows[place] = (rows[place] + 1) % len(records)
             picture, texts = records[int(rows[place])].values()
-        images[place] = pixels
+        images.append(pixels)
         captions.append(texts[int(draws[place] * len(texts))])
-    return {"images": images, "concepts": rows, "unreadable": unreadable, **_texts(captions, tokenize, length)}
+    texts = _texts(captions, tokenize, length)
+    return {"images": np.stack(images), "concepts": rows, "troubles": troubles, **texts}
 
 
-@functools.lru_cache(2)  # made ahead, a batch may be of the next epoch already
+@functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch; Grain's shuffle needs no memory, but far more time a row."""
+    """The rows of an epoch. Grain's shuffle needs no memory, but far more time for each row."""
     order = np.arange(count, dtype=np.int32)
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -242,87 +236,69 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def stream_feed(
     stream: datasets.IterableDataset, tokenize: Callable, image_size: int, batch_size: int, *, seed: int, length: int,
-    columns: tuple[str, str] | None = None, shuffle_window: int = 1000, process_index: int = 0, process_count: int = 1,
+    columns: Sequence[str | None] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
+    process_index: int = 0, process_count: int = 1,
 ) -> Feed:
-    """Batches of a stream, such as `load_dataset("webdataset", data_files=…, split="train", streaming=True)`.
+    """Batches of a stream: `tar_stream(files)`, or `load_dataset("parquet", …, streaming=True)` and its like.
 
-    `columns` names the picture's column and the captions', where `picture_and_captions` does not find them. Each
-    process reads files of its own where they divide evenly, else rows of its own. The files are shuffled each epoch,
-    their rows in windows of `shuffle_window`, held undecoded and read again on resuming. `concepts` are checksums of
-    the pictures. What cannot be read warns and gives its place to the next of its batch; a thousand in a row raise
-    ValueError.
+    `columns` names the picture's column and the captions' column; one that is None is found by its usual names. Each
+    process reads its own files if they divide evenly, else its own rows. The files are shuffled each epoch, and their
+    rows in windows of `shuffle_window`, which are kept undecoded and read again when a run resumes. `concepts` are
+    checksums of the pictures. Rows without a caption or a readable picture are skipped and counted. Raises ValueError
+    if the first thousand rows have no picture with a caption. For `decode` see `records_feed`.
     """
     share = _share(batch_size, process_index, process_count)
-    pool, unreadable, dark = ThreadPoolExecutor(usable_threads()), _Unreadable(), 0
+    stream = stream.decode(False) if stream.features else stream
+    _check_stream(stream, columns)
+    decode, skipped, bad = decode or functools.partial(decode_square, size=image_size), Skipped(), 0
 
     def make(rows: list[tuple[int, dict]]) -> dict[str, np.ndarray] | None:
-        nonlocal dark
+        nonlocal bad
         pictures, texts = zip(*(picture_and_captions(row, columns) for _, row in rows), strict=True)
-        pixels = list(pool.map(_decoded, pictures, [image_size] * len(rows), texts))
+        with ThreadPoolExecutor(usable_threads()) as pool:
+            pixels = list(pool.map(functools.partial(try_decode, decode), pictures, texts))
         good = [place for place, value in enumerate(pixels) if not isinstance(value, Exception)]
-        unreadable.report([_trouble(pictures[place], pixels[place]) for place in range(len(rows)) if place not in good])
-        dark = 0 if good else dark + len(rows)
-        if dark >= MOST_UNREADABLE:
-            raise ValueError(f"none of {dark} rows in a row can be read, the last of them {_name(pictures[-1])}: does "
-                             "the stream hold pictures and captions?") from pixels[-1]
+        skipped.report([trouble(pictures[place], pixels[place]) for place in range(len(rows)) if place not in good])
+        bad = 0 if good else bad + len(rows)
+        if bad >= MOST_UNREADABLE:
+            raise ValueError(f"none of {bad} rows one after the other has a caption and a readable picture, the last "
+                             f"is {picture_name(pictures[-1])}: check the pictures") from pixels[-1]
         if not good:
             return None
-        places = [good[np.searchsorted(good, place) % len(good)] for place in range(len(rows))]
-        sums = np.array([_checksum(pictures[place]) for place in places], np.uint32)
+        sums = np.array([_checksum(source(pictures[place])) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
-                    for place, number in zip(places, sums, strict=True)]
-        return {"images": np.stack([pixels[place] for place in places]), "concepts": sums.view(np.int32),
+                    for place, number in zip(good, sums, strict=True)]
+        return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),
                 **_texts(captions, tokenize, length)}
 
+    count = share.stop - share.start
     rows = grain.experimental.WindowShuffleIterDataset(
         EndlessRows(stream, seed, process_index, process_count), window_size=shuffle_window, seed=_shuffle_seed(seed))
-    made = rows.batch(share.stop - share.start, batch_fn=list).map(make).filter(lambda batch: batch is not None)
-    return Feed(Ahead(made), batch_size, None)
+    made = rows.batch(count, batch_fn=list).map(make).filter(lambda batch: batch is not None)
+    return Feed(Ahead(grain.experimental.RebatchIterDataset(made, count)), batch_size, None)
 
 
-def _texts(captions: list[str], tokenize: Callable, length: int) -> dict[str, np.ndarray]:
-    may_flip = np.array([flip_allowed(caption, [], False) for caption in captions])
-    return {"may_flip": may_flip, **tokenize(captions, length, mark_truncated=True)}
+def _check_stream(stream: datasets.IterableDataset, columns: Sequence[str | None] | None) -> None:
+    """Raises ValueError if none of the first rows of a stream has both a picture and a caption."""
+    names = {}
+    for row in islice(stream, MOST_UNREADABLE):
+        picture, captions = picture_and_captions(row, columns)
+        if captions and source(picture):
+            return
+        names.update(dict.fromkeys(row))
+    raise ValueError(f"no row has both a picture and a caption; the columns are {', '.join(names) or 'none'}: name the "
+                     "two with --image-column and --caption-column (columns=(…, …)), or check the files")
 
 
-def _decoded(picture: str | bytes | dict | None, size: int, captions: list[str]) -> np.ndarray | Exception:
-    """The pixels of a picture, or why there are none, or nothing to say of them."""
-    try:
-        if not captions:
-            raise ValueError("it has no caption")
-        if isinstance(picture, dict):
-            picture = picture["bytes"] or picture["path"]
-        return decode_square(picture, size)
-    except Exception as error:  # a broken file can raise anything
-        return error
+def _texts(captions: list[str], tokenize: Callable, length: int, may_flip: np.ndarray | None = None) -> dict:
+    if may_flip is None:
+        may_flip = np.array([flip_allowed(caption, [], False) for caption in captions])
+    tokens = tokenize(captions, length, mark_truncated=True)
+    return {"may_flip": may_flip, "caption_ids": caption_ids(captions), **tokens}
 
 
-def _name(picture: str | bytes | dict | None) -> str:
-    picture = picture.get("path") if isinstance(picture, dict) else picture
-    return picture if isinstance(picture, str) else "a picture without a name"
-
-
-def _trouble(picture: str | bytes | dict | None, error: Exception) -> str:
-    return f"{_name(picture)} cannot be read ({type(error).__name__})"  # its text may name a place in memory
-
-
-def _checksum(picture: str | bytes | dict) -> int:
-    picture = (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+def _checksum(picture: str | bytes) -> int:
     return zlib.crc32(picture.encode() if isinstance(picture, str) else picture)
-
-
-class _Unreadable:
-    """Warns of pictures that cannot be read, with their number: of the first, the second, the fourth, the eighth, …"""
-
-    def __init__(self):
-        self.seen = set()
-
-    def report(self, messages: list[str]) -> None:
-        for message in set(messages) - self.seen:
-            self.seen.add(message)
-            count = len(self.seen)
-            if count & (count - 1) == 0:
-                warnings.warn(f"{message}: another takes its place ({count} of them so far)", stacklevel=2)
 
 
 def _shuffle_seed(seed: int) -> int:

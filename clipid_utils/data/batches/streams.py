@@ -1,34 +1,124 @@
-"""The rows of a `datasets` stream without end, from a place that a checkpoint can hold."""
+"""Rows of WebDataset tars and other `datasets` streams without end, from a position that a checkpoint can save."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
 
 import datasets
 import grain
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
-# Where rows keep their picture and their captions: Parquet's and JSON's columns, then the endings in WebDataset's tars
-PICTURE_COLUMNS = ("image", "image_path", "jpg", "jpeg", "png", "webp")
+from clipid_utils.files import PICTURE_SUFFIXES
+
+# Names or endings of the columns that have the picture and the captions, the best first
+PICTURE_COLUMNS = ("image", "image_path", "jpg", "jpeg", "png", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "json")
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes of a file
+
+
+def tar_stream(files: Sequence[str | os.PathLike]) -> datasets.IterableDataset:
+    """The samples of WebDataset tars as a stream for `stream_feed`; the columns are the endings of their files.
+
+    A sample is a run of files with one name up to the first dot ("a.input.jpg", "a.outputs.txt"). Samples may differ
+    in their endings.
+    """
+    return datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"files": [os.fspath(file) for file in files]})
+
+
+def _tar_rows(files: list[str]) -> Iterator[dict]:
+    for file in files:
+        for key, sample in itertools.groupby(_members(file), key=lambda member: member[0]):
+            yield {"__key__": f"{file}/{key}", **{ending: content for _, ending, content in sample}}
+
+
+def _members(file: str) -> Iterator[tuple[str, str, bytes]]:
+    """Name up to the first dot, ending and content of each file in a tar. Raises ValueError if the tar is cut off."""
+    try:
+        with open(file, "rb") as raw:
+            opened = OPENERS.get(raw.read(2), open)
+        with opened(file, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
+            for member in tar:
+                tar.members.clear()  # it would keep each of them
+                folder, base = os.path.split(member.name)
+                name, _, ending = base.partition(".")
+                if name and member.isfile():
+                    yield os.path.join(folder, name), ending, tar.extractfile(member).read()
+            unpacked.seek(tar.offset)
+            if unpacked.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end is missing")
+            while unpacked.read(2**20):  # to the checksum of gzip
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{file}: not a tar, or cut off ({error}): fetch it again") from error
+
+
+def picture_and_captions(row: dict, columns: Sequence[str | None] | None = None) -> tuple:
+    """The picture and the captions of a row, from the two `columns`, or for None from those that the lists above name.
+
+    A column fits if its name, or the part after its last dot, is in the list. The picture is a path, bytes, {"bytes",
+    "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of JSON
+    its "captions", "caption" or "text".
+    """
+    pictures, captions = ([name] if name else every for name, every in zip(
+        columns or (None, None), (PICTURE_COLUMNS, CAPTION_COLUMNS), strict=True))
+    name = next((name for name in _fitting(row, pictures) if row[name]), None)
+    picture = row.get(name)
+    if not isinstance(picture, dict) and "__key__" in row:  # a file in a tar
+        picture = {"bytes": picture or b"", "path": row["__key__"] if name is None else f"{row['__key__']}.{name}"}
+    texts = (clean_captions(_parsed(name, row[name])) for name in _fitting(row, captions))
+    return picture, next(filter(None, texts), [])
+
+
+def _fitting(row: dict, wanted: Sequence[str]) -> list[str]:
+    names = {name.lower(): name for name in row}
+    exact = [names[name.lower()] for name in wanted if name.lower() in names]
+    return exact + [name for end in wanted for low, name in names.items() if low.endswith(f".{end.lower()}")]
+
+
+def _parsed(name: str, value: object) -> object:
+    """The captions of a column; bytes are a file in a tar."""
+    if isinstance(value, bytes):
+        try:
+            text = value.decode("utf-8-sig")
+            value = json.loads(text) if name.lower().rpartition(".")[2] == "json" else text.splitlines()
+        except (ValueError, RecursionError):  # neither UTF-8 nor JSON
+            return None
+    if isinstance(value, dict):
+        value = next(filter(None, map(value.get, ("captions", "caption", "text"))), None)
+    return value
+
+
+def clean_captions(texts: object) -> list[str]:
+    """One text or a list of texts as a list without blank ones and nulls."""
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+    return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 class EndlessRows(grain.IterDataset):
     """This process's share of a stream's rows, undecoded, as (epoch, row), one epoch after the other.
 
-    The files come in another order each epoch (with `datasets` 4, which shuffles only by a buffer that it cannot
-    restore, in the same). The state is that of the stream after the last row. Raises ValueError for a stream, or a
-    process's share of one, without rows.
+    The files come in a different order each epoch (with `datasets` 4, which shuffles only by a buffer that it cannot
+    restore, in the same order). The state is that of the stream after the last row. Raises ValueError for a stream, or
+    a process's share of one, without rows.
     """
 
     def __init__(self, stream: datasets.IterableDataset, seed: int, process_index: int = 0, process_count: int = 1):
         super().__init__()
-        self.stream = stream.decode(False) if stream.features else stream
-        self.seed, self.process_index, self.process_count = seed, process_index, process_count
+        self.stream, self.seed, self.process_index, self.process_count = stream, seed, process_index, process_count
 
     def __iter__(self) -> "_RowsIterator":
         return _RowsIterator(self)
 
     def epoch(self, number: int, state: dict | None) -> datasets.IterableDataset:
         """The stream of an epoch, to be read from `state` on."""
-        # Another object each time: a stream remembers its last state, and would go on from there
+        # A new object each time: a stream remembers its last state, and would continue from there
         stream = split_dataset_by_node(self.stream, self.process_index, self.process_count)
         # Not the epoch alone, which shuffles alike for every seed, and not 0, which does not shuffle
         stream.set_epoch(1 + int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
@@ -51,7 +141,7 @@ class _RowsIterator(grain.DatasetIterator):
         if row is None:
             if self.state is None:
                 raise ValueError(f"the stream has no rows for process {self.rows.process_index} of "
-                                 f"{self.rows.process_count}: check its data_files")
+                                 f"{self.rows.process_count}: check its files")
             self.set_state({"epoch": self.number + 1, "stream": None})
             return next(self)
         self.state = self.stream.state_dict()
@@ -63,22 +153,6 @@ class _RowsIterator(grain.DatasetIterator):
     def set_state(self, state: dict) -> None:
         self.number, self.state, self.stream, self.reader = state["epoch"], state["stream"], None, None
 
-
-def picture_and_captions(row: dict, columns: tuple[str, str] | None = None) -> tuple:
-    """What a row holds of the two `columns`, by default the first of the lists above that it has.
-
-    The picture is a path, bytes, {"bytes", "path"} or None, the captions are a list without blank ones and nulls. Of a
-    dict, such as JSON in a tar, they are its "captions" or "caption". Raises ValueError for rows without such columns.
-    """
-    pictures, captions = (PICTURE_COLUMNS, CAPTION_COLUMNS) if columns is None else ([columns[0]], [columns[1]])
-    found = []
-    for names in (pictures, captions):
-        if not any(name in row for name in names):
-            raise ValueError(f"the stream's rows have the columns {', '.join(row)}, none of {', '.join(names)}: "
-                             "name the picture's and the captions' with columns=(…, …)")
-        found.append(next((row[name] for name in names if row.get(name) is not None), None))
-    picture, texts = found
-    if isinstance(texts, dict):
-        texts = texts.get("captions") or texts.get("caption")
-    texts = [texts] if isinstance(texts, str) else texts or []
-    return picture, [text for text in texts if isinstance(text, str) and text.strip()]
+    def close(self) -> None:
+        self.stream = self.reader = None  # closes the file
+        super().close()
