@@ -38,9 +38,21 @@ def _attention(query, key, value, mask):
     scores = jnp.einsum("bhlk,bhmk->bhlm", q / math.sqrt(q.shape[-1]), k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores).astype(q.dtype)  # [B, H, L, M]
-    out = jax.lax.dot_general(v, weights, (((2,), (3,)), ((0, 1), (0, 1))))  # [B, H, K, L]; values first: their
-    return out.transpose(0, 3, 1, 2)  # gradient is then not transposed; [B, L, H, K]
+    weights = _softmax(scores).astype(q.dtype)  # [B, H, L, M]
+    return (weights @ v).transpose(0, 2, 1, 3)  # [B, L, H, K]
+
+
+@jax.custom_jvp
+def _softmax(scores):
+    """jax.nn.softmax; its backward pass keeps the result only."""
+    powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@_softmax.defjvp
+def _softmax_derivative(values, changes):
+    weights = _softmax(*values)
+    return weights, weights * (changes[0] - (weights * changes[0]).sum(axis=-1, keepdims=True))
 
 
 def _flash_attention(query, key, value, mask):

@@ -243,7 +243,8 @@ def test_any_array_comes_back_exactly(tmp_path_factory, array, file, shift):
     else:  # by hand: safetensors' own writer sorts by alignment
         end = shift + array.nbytes
         code = next(code for code, kind in weights._CODES.items() if weights._DTYPES[kind] == array.dtype)
-        header = json.dumps({"b": {"dtype": code, "shape": array.shape, "data_offsets": [shift, end]}}).encode()
+        header = json.dumps({"a": {"dtype": "I8", "shape": [shift], "data_offsets": [0, shift]},
+                             "b": {"dtype": code, "shape": array.shape, "data_offsets": [shift, end]}}).encode()
         (path / file).write_bytes(struct.pack("<Q", len(header)) + header + before.tobytes() + array.tobytes())
     same(read_weights(path)["b"], array)
 
@@ -575,7 +576,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_tensor_that_lies_is_named(tmp_path, lie, write):
     write(tmp_path, {"fine": tensor(), "x": LIES[lie]})
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read \('x' .*\): fetch or save it again"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read \(('x'|storage '0') .*\): fetch or save"):
         read_weights(tmp_path)
 
 
@@ -699,29 +700,26 @@ def test_other_zips_under_that_name(tmp_path):
 
 
 def safetensors_bytes(entry, size=24) -> bytes:
-    header = json.dumps({"fine": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "x": entry}).encode()
+    header = json.dumps({"x": entry}).encode()
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
 @pytest.mark.parametrize(
     "entry",
     [
-        {"dtype": "F32", "shape": [2, 3], "data_offsets": [4, 28]},  # beyond the file
+        {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]},  # beyond the file
         {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]},
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 24]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]},  # in the header
-        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [7], "data_offsets": [-4, 24]},  # in the header
+        {"dtype": "F32", "shape": [6], "data_offsets": [24, 0]},
         {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]},
         {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]},
-        {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]},
-        {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]},
-        {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
-        {"dtype": "F32", "shape": [1]},
-        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [6.0], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": 6, "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [6], "data_offsets": ["0", "24"]},
+        {"dtype": "F32", "shape": [6], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [6]},
+        {"dtype": ["F32"], "shape": [6], "data_offsets": [0, 24]},
         [],
     ],
 )
@@ -742,7 +740,7 @@ def test_safetensors_without_a_header(tmp_path, content):
 
 def test_types_that_numpy_lacks_are_named(tmp_path):
     entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
-    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(entry))
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(entry, 4))
     with pytest.raises(ValueError, match=r"model\.safetensors has 'x' as F8_E4M3, not as one of .*: save it as"):
         read_weights(tmp_path)
 

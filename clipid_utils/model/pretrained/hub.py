@@ -54,7 +54,8 @@ def fetch_checkpoint(path_or_id: str | os.PathLike, *, revision: str | None = No
 
 
 def _local(path: Path, name: str) -> Path | None:
-    for folder in (path, path / "model", CHECKPOINTS / name):
+    shipped = [CHECKPOINTS / name] if Path(name).name == name else []
+    for folder in (path, path / "model", *shipped):
         if (folder / "config.json").is_file():
             return folder
     return path if path.is_dir() else None

@@ -81,27 +81,29 @@ def _read(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
 
 
 def _view(path: Path, name: str, dtype: str, shape, start: int, numel: int, offset: int = 0, strides=None):
-    """What makes an array in the `numel` numbers at byte `start`; offset and strides count numbers, as torch has them.
+    """A function that makes an array in the `numel` numbers at byte `start`; offset and strides count numbers.
 
-    Makes it once, so that numpy raises ValueError here if it does not fit.
+    It is called once here, so that numpy raises ValueError if something does not fit.
     """
     if dtype not in _DTYPES:
         raise Refusal(f"has {name!r} as {dtype}, not as one of {', '.join(_DTYPES)}: save it as float32")
     kind, numbers = _DTYPES[dtype], [start, numel, offset, *shape, *(strides or ())]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    same_rank = strides is None or len(strides) == len(shape)
+    if not same_rank or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{name!r} has a shape, strides or a place that no array has")
-    if strides is not None:
-        strides = tuple(step * kind.itemsize if n > 1 else 0 for n, step in zip(shape, strides, strict=True))
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))] if strides is None else strides
+    reach = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    steps = tuple(step * kind.itemsize if n > 1 else 0 for n, step in zip(shape, steps, strict=True))
 
     def array() -> np.ndarray:
         if 0 in shape:
             return np.empty(shape, kind)
         data = np.memmap(path, np.uint8, "r", start, (numel * kind.itemsize,))
-        return np.ndarray(shape, kind, data, offset * kind.itemsize, strides)
+        return np.ndarray(shape, kind, data, offset * kind.itemsize, steps)
 
     try:
-        if offset > numel or 0 in shape and math.prod(n or 1 for n in shape) * kind.itemsize >= 2**63:
-            raise ValueError("an empty array has a place and a size, too")
+        if offset + reach > numel or math.prod(n or 1 for n in shape) * kind.itemsize >= 2**63:
+            raise ValueError(f"it would reach element {offset + reach} of {numel}")
         array()
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name!r} of shape {tuple(shape)} does not fit its bytes ({error})") from error
