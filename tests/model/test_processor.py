@@ -115,6 +115,12 @@ def test_every_way_to_give_a_picture_makes_the_same_pixels(tmp_path, kind, file)
     assert np.abs(opened - decoder(path)).max() <= (24 if file.endswith("jpg") else 1)  # decoded at 1/2 or 1/8
 
 
+def test_a_stretch_is_to_height_and_width():
+    image = noise(30, 50)
+    expected = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16)))
+    np.testing.assert_array_equal(decode_square(image, 16, resize=(16, 20)), expected)
+
+
 def test_the_decoder_is_that_of_its_processor():
     image = noise(40, 20)
     for options in KINDS.values():
