@@ -170,7 +170,7 @@ class CLIPProcessor:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         room = limit - self.tokenizer.num_special_tokens_to_add(False)
         if room < 1:
-            raise ValueError(f"{limit} tokens leave no room for a text: allow {limit - room + 1} or more")
+            raise ValueError(f"{limit} tokens leave no room for a text: give {limit - room + 1} or more")
         encoding.truncate(room, direction=self.truncation_side)
         return self.tokenizer.post_process(encoding).ids
 

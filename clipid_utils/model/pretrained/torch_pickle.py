@@ -139,7 +139,7 @@ class _Unpickler(pickle.Unpickler):
         return made
 
 
-def _size(values: tuple) -> tuple:
+def _size(values: Any) -> tuple:
     if type(values) is not tuple or len(values) > MAX_AXES:
         raise ValueError("a torch.Size is not a tuple of a tensor's few axes")
     return values
