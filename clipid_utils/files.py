@@ -321,18 +321,31 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
 
 
-def decode_square(file: str | os.PathLike | bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The middle square of a picture file, its short side brought to `size` pixels (bicubic), as CLIP does.
+MAX_PIXELS = 2**24  # of a picture on its way to a square
 
-    What the processor makes of the same picture, to a rounding: here only the square is resized. A JPEG of at least
-    twice the size is decoded at 1/2, 1/4 or 1/8 of its own, the least that is not below `size`, which is several times
-    faster; its pixels then differ by a few levels. Raises what Pillow raises for a file that is no picture.
+
+def decode_square(
+    file: str | os.PathLike | bytes | dict | Image.Image, size: int, *, resize: int | tuple[int, int] | None = None,
+    resample: int = Image.Resampling.BICUBIC,
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The middle square of a picture after its short side is brought to `size` pixels, like CLIP.
+
+    `resize` is a different length for the short side, or the (height, width) to which the picture is stretched, as for
+    ViT; where that is less than `size`, the rest is black. An open RGB picture gives the same bytes as transformers'
+    CLIPImageProcessor. A file gives them to one level, since only the square is resized; if it is a JPEG of at least
+    twice the size, it is decoded at a fraction of its size, and pixels can differ by a few levels. Raises the errors of
+    `open_picture`.
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        image.draft(None, (size, size))
-        image = to_rgb(image)
-    width, height = (int(side * size / min(image.size)) for side in image.size)
+    resize = size if resize is None else resize
+    image = open_picture(file, draft=resize if isinstance(resize, int) else max(resize))
+    if isinstance(resize, int):
+        width, height = (int(side * resize / min(image.size)) for side in image.size)
+    else:
+        height, width = resize
     left, top = (width - size) // 2, (height - size) // 2
+    whole = isinstance(file, Image.Image) and width * height <= MAX_PIXELS
+    if whole or left < 0 or top < 0:
+        return np.asarray(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.resize((size, size), resample, box=box))

@@ -1,14 +1,15 @@
-"""Live parity with PyTorch at true sizes: every stage and every gradient, one Hugging Face key after the other.
+"""Compares the model with PyTorch at full size: every stage and every gradient, one Hugging Face key after the other.
 
-    make parity    # python scripts/parity.py [pair …] [--out build/parity] where torch and transformers 5 are installed
+    make parity    # python scripts/parity.py [pair …] [--out build/parity]; needs torch and transformers 5
 
-For each pair of towers a VisionTextDualEncoderModel of transformers with random weights is written by save_pretrained
-and read by load_clip. Both sides then run the same batch, forward and backward through the contrastive loss, and torch
-once more in float64, which says how much of a difference is theirs and how much ours: two float32 programs that add in
-another order agree no better than each agrees with the exact value. Then back: what save_clip exports is opened by
-transformers' own model and processor, and by load_clip again.
+For each pair of towers, save_pretrained writes a VisionTextDualEncoderModel of transformers with random weights, and
+load_clip reads it. Both sides run the same batch, forward and backward through the contrastive loss. torch also runs it
+in float64, which shows the rounding of each side: two float32 programs that add in different orders agree no better
+than each agrees with the exact value. Then the way back: transformers' own model and processor, and load_clip, open the
+export of save_clip.
 
-Writes parity.json and parity.csv (the key table with its errors) to --out; exit status 1 if a limit below is passed.
+Writes parity.json and parity.csv (the key table with its errors) to --out. The exit status is 1 if a limit below is
+exceeded.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
 from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
-from clipid_utils.model.pretrained.convert import flatten_params
 from clipid_utils.model.pretrained.families import TRANSFORMS, key_table
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.model.processor import train_wordpiece
 from clipid_utils.training.loss import clip_loss
 
@@ -42,28 +43,27 @@ PAIRS = {  # the sizes of openai/clip-vit-base-patch32 with those of BERT base a
 }
 BATCH, TOKENS = 4, 16
 CAPTIONS = ["seekor kucing tidur di atas meja", "sebuah mobil merah", "anak-anak bermain bola", "gunung dan laut biru"]
-# Unit vectors, logits and features absolutely; hidden states, which have no unit, and gradients relative to the largest
-# number of the array. A gradient is a sum over every token of the batch through 24 layers: float32 leaves 1e-6 to 1e-5
-# of it, so 1e-4 is passed by no rounding and by every wrong term. Random weights let the last text layers attend to all
-# tokens alike, which leaves the gradients of their queries and keys a ten thousandth of the others': there float32 has
-# few digits left, in torch too, and ours may be FURTHER times as far from float64 as torch is.
+# Unit vectors, logits and features are compared absolutely; hidden states and gradients relative to the largest number
+# of the array. A gradient is a sum over every token of the batch through 24 layers, with rounding of 1e-6 to 1e-5
+# in float32: rounding never exceeds 1e-4, and a wrong term always does. With random weights the last text layers attend
+# to all tokens equally, so the gradients of their queries and keys are ten thousand times smaller than the others.
+# float32 has few digits left there, in torch too, and ours may be FURTHER times as far from float64 as torch's.
 FURTHER = 4
 LIMITS = {"outputs": 1e-5, "hidden states": 1e-5, "gradients": 1e-4}
-FORGOTTEN = "key.bias", "k_proj.bias"  # softmax takes no notice of them: their gradient is 0, and what is left rounding
+FORGOTTEN = "key.bias", "k_proj.bias"  # softmax ignores them: their gradient is 0, plus rounding
 
 
 class Side(NamedTuple):
-    """What one program made of the batch."""
+    """The results of one program for the batch."""
 
     stages: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
-
+# torch
 
 def random_dual_encoder(pair: str) -> torch.nn.Module:
-    """Random weights as transformers draws them, but biases and norms too, so that a forgotten one shows."""
+    """Random weights as transformers draws them, also for biases and norms, so that a forgotten one shows."""
     vision, text, sizes = PAIRS[pair]
     torch.manual_seed(0)
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision(), text(**sizes))
@@ -73,7 +73,7 @@ def random_dual_encoder(pair: str) -> torch.nn.Module:
             if weight.ndim == 1:
                 weight.add_(torch.randn_like(weight) * (0.1 if name.endswith("weight") else 0.05))
             elif weight.ndim == 2 and "embedding" not in name:
-                weight.mul_(2)  # 0.02 leaves attention nearly even
+                weight.mul_(2)  # with a deviation of 0.02 attention would be nearly uniform
     return model.eval()
 
 
@@ -105,8 +105,7 @@ def theirs(model: torch.nn.Module, batch: dict[str, np.ndarray], dtype: torch.dt
     return Side({name: stage.detach().numpy() for name, stage in stages.items()}, gradients)
 
 
-# --- Ours -------------------------------------------------------------------------------------------------------------
-
+# Ours
 
 def stages_of(model: HybridCLIP, pixel_values, input_ids, attention_mask) -> dict[str, jax.Array]:
     vision, text = model.vision, model.text
@@ -147,8 +146,7 @@ def by_hf_name(model: HybridCLIP, arrays: dict[str, jax.Array]) -> dict[str, np.
             for key in table}
 
 
-# --- Comparing --------------------------------------------------------------------------------------------------------
-
+# Comparing
 
 class Row(NamedTuple):
     """One array: the largest number in it, and the largest differences."""
@@ -163,10 +161,10 @@ class Row(NamedTuple):
     error_of_torch: float  # from float64
 
     def passes(self) -> bool:
-        if self.kind == "gradients":  # what softmax forgets is held to the size of all others
+        if self.kind == "gradients":
             rounding = self.name.endswith(FORGOTTEN) and self.error < 1e-7
             as_torch = self.error_of_ours <= FURTHER * self.error_of_torch
-            limit = LIMITS[self.kind] * (10 if self.name == "logit_scale" else 1)  # one sum of terms of both signs
+            limit = LIMITS[self.kind] * (10 if self.name == "logit_scale" else 1)  # a single sum of terms of both signs
             return rounding or as_torch or self.relative <= limit
         return (self.relative if self.kind == "hidden states" else self.error) <= LIMITS[self.kind]
 
@@ -176,7 +174,7 @@ def compare(pair: str, sides: tuple[Side, Side, Side], mask: np.ndarray) -> Iter
     assert ours.stages.keys() == theirs.stages.keys() and ours.gradients.keys() == theirs.gradients.keys()
     for name in ours.stages:
         kind = "hidden states" if "hidden" in name else "outputs"
-        used = mask.astype(bool) if "text hidden" in name else ...  # what stands at a padded place is never used
+        used = mask.astype(bool) if "text hidden" in name else ...  # values at padded places are never used
         yield row(pair, kind, name, *(side.stages[name][used] for side in sides))
     for name in ours.gradients:
         yield row(pair, "gradients", name, *(side.gradients[name] for side in sides))
@@ -207,8 +205,7 @@ def summary(rows: list[Row]) -> None:
               f"{nearer} of {len(some)} nearer to float64 than torch")
 
 
-# --- The way out ------------------------------------------------------------------------------------------------------
-
+# The way out
 
 def processor_for(pair: str) -> CLIPProcessor:
     if pair == "clip_bert":
@@ -222,20 +219,20 @@ def processor_for(pair: str) -> CLIPProcessor:
 
 
 def check_export(pair: str, folder: Path, model: HybridCLIP, source: dict[str, torch.Tensor]) -> list[str]:
-    """Saves for transformers, opens it with transformers, compares; what is wrong, in words."""
+    """Saves for transformers, opens it with transformers, and compares. Returns what is wrong, in words."""
     processor = processor_for(pair)
     save_clip(model, processor, folder, format="vision-text-dual-encoder")
     wrong = []
     again, _ = load_clip(folder)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
     if not all(jax.tree.leaves(same)):
-        wrong.append("what load_clip reads back is not what save_clip was given")
+        wrong.append("load_clip does not read back the parameters that save_clip was given")
     del again
     exported, told = transformers.VisionTextDualEncoderModel.from_pretrained(folder, output_loading_info=True)
     if any(told.values()):
-        wrong.append(f"transformers misses something in the export: {told}")
+        wrong.append(f"transformers reports problems with the export: {told}")
     state = exported.state_dict()
-    wrong += [f"{key} has changed on its way" for key in source if not torch.equal(state[key], source[key])]
+    wrong += [f"{key} was changed on the way" for key in source if not torch.equal(state[key], source[key])]
     their_processor = transformers.VisionTextDualEncoderProcessor.from_pretrained(folder)
     pictures = [Image.effect_mandelbrot((300 + 50 * i, 260), (-3, -2.5, 2, 2.5), 20 + i) for i in range(len(CAPTIONS))]
     mine = processor(images=pictures, text=CAPTIONS)
@@ -243,7 +240,7 @@ def check_export(pair: str, folder: Path, model: HybridCLIP, source: dict[str, t
                             padding=True)
     for key in ("input_ids", "attention_mask"):
         if not np.array_equal(mine[key], other[key].numpy()):
-            wrong.append(f"the exported processor makes other {key}")
+            wrong.append(f"the exported processor makes different {key}")
     with torch.no_grad():
         out = exported.eval()(**{key: other[key] for key in ("pixel_values", "input_ids", "attention_mask")})
     jitted = nnx.jit(lambda model, batch: model(**batch))(model, mine)
@@ -272,7 +269,7 @@ def run(pair: str, folder: Path) -> tuple[list[Row], list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", nargs="*", metavar="pair", help=f"of {', '.join(PAIRS)}; all where none is named")
+    parser.add_argument("pairs", nargs="*", metavar="pair", help=f"of {', '.join(PAIRS)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("build/parity"))
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -4,9 +4,10 @@ import numpy as np
 from datasets import Dataset
 
 from clipid_utils import metrics
+from clipid_utils.files import to_rgb
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_images, embed_texts
-from clipid_utils.model.processor import CLIPProcessor, to_rgb
+from clipid_utils.model.processor import CLIPProcessor
 
 KS = (1, 5, 10)
 Ranks = list[np.ndarray]  # of each seed, a rank for each query

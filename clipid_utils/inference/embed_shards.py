@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from clipid_utils.model.embed import embed_images
-from clipid_utils.model.pretrained.convert import load_clip
+from clipid_utils.model.pretrained.load import load_clip
 
 
 class EmbedPictures:

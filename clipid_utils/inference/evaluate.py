@@ -16,11 +16,11 @@ from jaxtyping import Float
 from PIL import Image
 
 import clipid_utils
+from clipid_utils.files import to_rgb
 from clipid_utils.inference.index import fingerprint, write_whole
 from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts
-from clipid_utils.model.processor import to_rgb
 from clipid_utils.wording import group_phrase, load_wording
 
 SPLITS = ("validation", "unseen_artist", "unseen_concept", "photographs")

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tqdm.auto import tqdm
 
+from clipid_utils.files import to_rgb
 from clipid_utils.model.embed import embed_images
-from clipid_utils.model.processor import to_rgb
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".svg"}
 SHORT_SIDE = 512  # larger pictures are reduced to this when opened: 64 photographs of a phone are 2 GB otherwise

@@ -1,4 +1,4 @@
-"""The sizes and forms of a hybrid CLIP, as frozen dataclasses, and the presets of the course."""
+"""The configs of a hybrid CLIP, frozen dataclasses, and the presets of the course."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     ln_pre: bool = True  # these three are CLIP's; ViT has no norm before its blocks, a bias in its patches, a pooler
     patch_bias: bool = False
-    pooling: str = "class"  # the class token as ln_post leaves it, or "pooler": through tanh(linear) too
+    pooling: str = "class"  # the class token after ln_post, or "pooler": tanh(linear) of that
 
     @property
     def grid(self) -> int:
@@ -42,7 +42,7 @@ class TextConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-12
     token_types: int = 2
-    position_offset: int = 0  # RoBERTa counts positions from its padding's id + 1 = 2 and skips padding
+    position_offset: int = 0  # 2 for RoBERTa: it counts positions from its padding's id + 1, and skips padding
     pooling: str = "pooler"  # tanh(linear) of the first token, or "mean" over the tokens that are not padding
 
 
@@ -50,7 +50,7 @@ class TextConfig:
 class CLIPConfig:
     """A whole hybrid CLIP; `logit_bias` is None for the softmax loss and a number for SigLIP's.
 
-    `logit_scale` is where training starts from, `max_logit_scale` what it may not pass.
+    Training starts with `logit_scale`, which stays at most `max_logit_scale`.
     """
 
     vision: VisionConfig = VisionConfig()

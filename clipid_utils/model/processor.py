@@ -1,12 +1,13 @@
-"""From pictures and texts to the arrays the model takes: `CLIPProcessor(images=…, text=…)`.
+"""From pictures and texts to the arrays that the model takes: `CLIPProcessor(images=…, text=…)`.
 
-The folder is a standard one: `transformers.AutoTokenizer` and `CLIPImageProcessor` open what `save` writes, and `load`
-opens theirs of CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa.
+Its folder is a standard one: `transformers.AutoTokenizer` and `CLIPImageProcessor` open it, and `load` opens theirs for
+CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa.
 """
 
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipid_utils.files import to_rgb
+from clipid_utils.files import decode_square, whole_file, write_json
+from clipid_utils.model.pretrained import processor_files
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
-from clipid_utils.model.pretrained.processor_files import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    NO_LENGTH,
-    TOKENIZER_FILES,
-    read_preprocessor,
-    read_tokenizer,
-    write_json,
-)
+from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, TOKENIZER_FILES
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MOST_PIXELS = 2**24
+Picture = Image.Image | str | os.PathLike | bytes | dict  # an open picture, a path, a file's bytes, {"bytes", "path"}
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int = 4000) -> Tokenizer:
@@ -39,7 +33,7 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int = 4000) -> Tokenize
     captions = list(captions)
     learner = _bert_tokenizer(models.WordPiece(unk_token="[UNK]"))
     letters = sorted({c for caption in captions for c in learner.normalizer.normalize_str(caption) if not c.isspace()})
-    # The trainer numbers letters inside words in the order of a hash table and breaks ties by number: name them first
+    # The trainer numbers letters inside words in random order, and breaks ties by number: so they are named first
     learner.train_from_iterator(captions, trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *("##" + c for c in letters)], show_progress=False
     ))
@@ -58,36 +52,12 @@ def _bert_tokenizer(model: models.WordPiece) -> Tokenizer:
     return tokenizer
 
 
-def resize_and_crop(
-    image: Image.Image, size: int, resize: int | tuple[int, int] | None = None,
-    resample: int = Image.Resampling.BICUBIC,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """The middle square of a picture whose short side was brought to `size` pixels (bicubic), as CLIP does.
-
-    `resize` is another length for the short side, or the (height, width) to which the picture is stretched, as for ViT;
-    where that is less than `size` the rest is black. For RGB pictures the same bytes as CLIPImageProcessor's (PIL), but
-    where that would build a picture of over 2**24 pixels (at 224 of one 335 times as long as wide): the square alone is
-    built then, whose values may be rounded otherwise.
-    """
-    image, resize = to_rgb(image), size if resize is None else resize
-    if isinstance(resize, int):
-        width, height = (int(side * resize / min(image.size)) for side in image.size)
-    else:
-        height, width = resize
-    left, top = (width - size) // 2, (height - size) // 2
-    if width * height > MOST_PIXELS and left >= 0 and top >= 0:
-        across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return np.asarray(image.resize((size, size), resample, box=box))
-    return np.asarray(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
-
-
 class CLIPProcessor:
-    """Images and texts to numpy arrays.
+    """Pictures and texts to numpy arrays.
 
-    `tokenizer` is one of `tokenizers` (with its `special_tokens` where they are not BERT's), one of transformers, which
-    brings them along, or None, which refuses texts. `truncated` counts the texts cut to `max_length` tokens since the
-    processor was made; the first cut warns. For `resize` and `resample` see `resize_and_crop`.
+    `tokenizer` is one of `tokenizers` (with its `special_tokens` if they are not BERT's), one of transformers, which
+    knows its special tokens, or None: then texts raise ValueError. `truncated` counts the texts that were cut to
+    `max_length` tokens; the first cut warns. `resize` and `resample` are those of `files.decode_square`.
     """
 
     def __init__(
@@ -116,29 +86,36 @@ class CLIPProcessor:
             raise ValueError(f"the tokenizer has no padding token {self.pad_token!r}: name the one it has, "
                              "special_tokens={'pad_token': …}")
 
+    @property
+    def decoder(self) -> Callable[[Picture], UInt8[np.ndarray, "S S 3"]]:
+        """From a picture to its pixels, for training and use alike. It can be sent to other processes."""
+        return functools.partial(decode_square, size=self.image_size, resize=self.resize, resample=self.resample)
+
     def __call__(
-        self, images: Sequence[Image.Image] | Image.Image | None = None, text: Sequence[str] | str | None = None
+        self, images: Sequence[Picture] | Picture | None = None, text: Sequence[str] | str | None = None
     ) -> dict:
-        """`pixel_values` [B, H, W, 3] float32 for images; `input_ids` and `attention_mask` [B, L] int32 for text."""
+        """`pixel_values` [B, H, W, 3] float32 for images; `input_ids` and `attention_mask` [B, L] int32 for text.
+
+        Raises PictureError or FileNotFoundError for pictures that cannot be read, and ValueError for empty texts.
+        """
         if images is None and text is None:
-            raise ValueError("give the processor images=[PIL pictures], text=[strings], or both")
+            raise ValueError("give the processor images=[pictures or paths], text=[strings], or both")
         batch = {}
         if images is not None:
-            images = [images] if isinstance(images, Image.Image) else list(images)
+            images = [images] if isinstance(images, Picture) else list(images)
             if not images:
                 raise ValueError("images is empty: give the processor at least one picture")
-            pixels = [resize_and_crop(image, self.image_size, self.resize, self.resample) for image in images]
-            batch["pixel_values"] = self.normalize(np.stack(pixels))
+            batch["pixel_values"] = self.normalize(np.stack([self.decoder(image) for image in images]))
         if text is not None:
             batch.update(self.tokenize([text] if isinstance(text, str) else list(text)))
         return batch
 
     def normalize(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B H W 3"]:
-        """uint8 pixels to float32 with CLIP's mean and standard deviation."""
-        wide = pixels.shape[:2] + (3 * pixels.shape[2],)  # colours side by side: long rows are what numpy is fast at
+        """uint8 pixels to float32 with the processor's mean and standard deviation."""
+        wide = pixels.shape[:2] + (3 * pixels.shape[2],)  # colours side by side: numpy is fast at long rows
         mean, std = (np.tile(np.asarray(v, np.float32), pixels.shape[2]) for v in (self.image_mean, self.image_std))
         out = np.empty(wide, np.float32)
-        for picture, row in zip(pixels.reshape(wide), out, strict=True):  # one at a time stays in the cache
+        for picture, row in zip(pixels.reshape(wide), out, strict=True):  # one picture fits the processor's cache
             np.divide(picture, np.float32(255), out=row)
             row -= mean
             row /= std
@@ -149,11 +126,11 @@ class CLIPProcessor:
     ) -> dict[str, Int[np.ndarray, "B L"] | Bool[np.ndarray, " B"]]:
         """Token ids and mask, padded to the longest text, rounded up to a `multiple`, or to `length`.
 
-        The ids are AutoTokenizer's, padded and cut on the sides it would; an empty text raises ValueError. With
-        `mark_truncated` a third array, `truncated`, says which texts were cut.
+        The ids, the padding and the cuts are AutoTokenizer's. An empty text raises ValueError. With `mark_truncated` a
+        third array, `truncated`, is True for the texts that were cut.
         """
         if self.tokenizer is None:
-            raise ValueError("this checkpoint came without a tokenizer: name where its is, load_clip(…, tokenizer=…)")
+            raise ValueError("this checkpoint came without a tokenizer: name its folder, load_clip(…, tokenizer=…)")
         if not len(texts):
             raise ValueError("text is empty: give the processor at least one string")
         for row, text in enumerate(texts):
@@ -164,7 +141,7 @@ class CLIPProcessor:
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
         if long and not self.truncated:
             longest = max(map(len, ids))
-            warnings.warn_explicit(  # the file as the repository names it: a notebook holds no machine's path
+            warnings.warn_explicit(  # with the file's path in the repository, not on this machine, for the notebooks
                 f"{len(long)} of {len(ids)} texts are cut to {limit} tokens (the longest has {longest}); further cuts "
                 "are counted in processor.truncated", UserWarning, "clipid_utils/model/processor.py", 0)
         self.truncated += len(long)
@@ -181,15 +158,15 @@ class CLIPProcessor:
         return {"input_ids": input_ids, "attention_mask": attention_mask, **marks}
 
     def _whole(self) -> Tokenizer:
-        """The tokenizer, neither cutting nor padding, whatever its file or another of its users has set."""
-        if self.tokenizer.truncation is not None:  # asked first: no change under another thread's use
+        """The tokenizer without cutting and padding, whatever its file or a different user of it has set."""
+        if self.tokenizer.truncation is not None:  # asked first: a different thread may be using it
             self.tokenizer.no_truncation()
         if self.tokenizer.padding is not None:
             self.tokenizer.no_padding()
         return self.tokenizer
 
     def _cut(self, text: str, limit: int) -> list[int]:
-        """`limit` ids: the special tokens all stay, the text gives way."""
+        """`limit` ids: all special tokens stay, and the text is cut."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         room = limit - self.tokenizer.num_special_tokens_to_add(False)
         if room < 1:
@@ -202,19 +179,18 @@ class CLIPProcessor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is None:
-            for name in (*TOKENIZER_FILES, "tokenizer_config.json"):  # another's would be taken for this one's
+            for name in (*TOKENIZER_FILES, "tokenizer_config.json"):  # an older one would be taken for this one's
                 (folder / name).unlink(missing_ok=True)
         else:
-            partial = folder / "tokenizer.json.partial"
-            self._whole().save(str(partial))
-            partial.replace(folder / "tokenizer.json")
+            with whole_file(folder / "tokenizer.json") as file:
+                file.write(self._whole().to_str(pretty=True).encode())
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
                 "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,
             })
         stretched = not isinstance(self.resize, int)
         size = {"height": self.resize[0], "width": self.resize[1]} if stretched else {"shortest_edge": self.resize}
-        (folder / "processor_config.json").unlink(missing_ok=True)  # an older save's, by transformers, which prefers it
+        (folder / "processor_config.json").unlink(missing_ok=True)  # transformers would prefer an older one
         write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
             "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": int(self.resample),
@@ -226,24 +202,24 @@ class CLIPProcessor:
     def load(
         cls, folder: Path, text_folder: Path | None = None, *, needs_tokenizer: bool = True
     ) -> "CLIPProcessor":
-        """The processor of a checkpoint folder: what `save` wrote, or one of transformers with its own tokenizer.
+        """The processor of a checkpoint folder, of this project or of transformers.
 
-        `text_folder` holds the tokenizer where the two towers come from two folders. Without preprocessor_config.json
-        pictures are made as CLIP's, at the size that config.json states. A missing file raises FileNotFoundError and
-        one that cannot be followed ValueError; both name it. Where no tokenizer is there and `needs_tokenizer` is
-        False, only texts will be refused.
+        `text_folder` has the tokenizer if it is in a different folder. Without preprocessor_config.json, pictures are
+        prepared like CLIP's, at the size in config.json. Raises FileNotFoundError for a missing file and ValueError for
+        an unsupported one, with its name. If there is no tokenizer and `needs_tokenizer` is False, the processor takes
+        pictures only.
         """
         folder, text_folder = Path(folder), Path(folder if text_folder is None else text_folder)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
-            return cls(None, max_length=NO_LENGTH, **read_preprocessor(folder))
-        return cls(**read_tokenizer(text_folder), **read_preprocessor(folder))
+            return cls(None, max_length=processor_files.NO_LENGTH, **processor_files.read_preprocessor(folder))
+        return cls(**processor_files.read_tokenizer(text_folder), **processor_files.read_preprocessor(folder))
 
     @classmethod
     def from_towers(
         cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None,
         vision_revision: str | None = None, text_revision: str | None = None,
     ) -> "CLIPProcessor":
-        """The processor to `HybridCLIP.from_towers`: pictures as the one tower takes them, texts as the other."""
+        """The processor of `load_towers`: pictures for the one tower, texts for the other."""
         folder = fetch_checkpoint(vision, revision=vision_revision, weights=False)
         processor = cls.load(folder, fetch_checkpoint(text, revision=text_revision, weights=False))
         if image_size is not None:

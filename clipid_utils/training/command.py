@@ -23,7 +23,8 @@ from clipid_utils.data.batches.loader import Feed, load_pairs, load_records, rec
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.pretrained.convert import load_clip, save_clip
+from clipid_utils.model.pretrained.load import load_clip
+from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form

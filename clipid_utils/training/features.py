@@ -31,7 +31,7 @@ from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.data.captions import sample_caption
 from clipid_utils.files import usable_threads
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.processor import CLIPProcessor, resize_and_crop
+from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.optimizers import dotted
 
 CHUNK = 4096  # rows between two writes: what an interruption costs at most
@@ -289,7 +289,7 @@ def _opener(data: PicturePairs | Dataset, processor: CLIPProcessor) -> Callable[
         content, path = (picture["bytes"], picture["path"]) if isinstance(picture, dict) else (None, picture)
         try:
             with Image.open(path if content is None else io.BytesIO(content)) as image:
-                return resize_and_crop(image, processor.image_size, processor.resize, processor.resample)
+                return processor.decoder(image)
         except Exception as error:  # a broken file can raise anything
             return f"{path or f'the picture of row {row}'} cannot be read ({type(error).__name__})"
 

@@ -20,7 +20,7 @@ from clipid_utils.data.batches.loader import PicturePairs, load_pairs
 from clipid_utils.data.captions import TEMPLATES
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
-from clipid_utils.model.pretrained.convert import save_clip
+from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
 from clipid_utils.training.fit import FitConfig, FitResult, fit
 from clipid_utils.training.optimizers import muon

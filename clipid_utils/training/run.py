@@ -17,7 +17,8 @@ from clipid_utils import metrics as scores
 from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_pixels, embed_texts
-from clipid_utils.model.pretrained.convert import load_clip, save_clip
+from clipid_utils.model.pretrained.load import load_clip
+from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.checkpoint import Checkpoints
 from clipid_utils.training.distributed import Placed

@@ -26,7 +26,7 @@ from clipid_utils.data.translation.on_ray import (
 from clipid_utils.data.translation.translate import Translator, translate_rows
 from clipid_utils.inference.embed_shards import EmbedPictures
 from clipid_utils.model.embed import embed_images
-from clipid_utils.model.pretrained.convert import save_clip
+from clipid_utils.model.pretrained.save import save_clip
 
 try:
     import ray

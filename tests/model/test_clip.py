@@ -11,8 +11,10 @@ from flax import nnx
 from hypothesis import given, settings
 from tiny import CONFIG, SIZE, tiny_batch, tiny_clip, tiny_processor
 
-from clipid_utils.model.clip import HybridCLIP, TextEncoder, VisionTransformer, normalize
+from clipid_utils.model.clip import HybridCLIP, normalize
 from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS, CLIPConfig, VisionConfig
+from clipid_utils.model.text import TextEncoder
+from clipid_utils.model.vision import VisionTransformer
 
 # --- Shapes, units and errors -----------------------------------------------------------------------------------------
 
@@ -107,8 +109,37 @@ def test_a_patch_must_divide_the_picture():
 
 
 def test_too_many_tokens_are_refused(clip):
-    with pytest.raises(ValueError, match="have 17 tokens; this text tower holds 16: truncate in the processor"):
+    with pytest.raises(ValueError, match="have 17 tokens; this text tower takes 16: truncate in the processor"):
         clip[0].encode_text(jnp.ones((1, 17), jnp.int32), jnp.ones((1, 17), jnp.int32))
+
+
+@pytest.mark.parametrize("bad", [-1, CONFIG.text.vocab_size])
+def test_ids_beyond_the_table_are_refused(clip, bad):
+    """JAX alone would take the last row for one that is too large."""
+    ids, mask = np.array([[2, bad, 3]], np.int32), np.ones((1, 3), np.int32)
+    for kind in (np.asarray, jnp.asarray):
+        with pytest.raises(ValueError, match=f"have the id {bad}; the embedding table of this text tower has 300 rows"):
+            clip[0].encode_text(kind(ids), mask)
+    ids[0, 1] = CONFIG.text.vocab_size - 1
+    assert_unit(clip[0].encode_text(ids, mask), 1, 8)
+
+
+def test_logits_are_computed_at_full_precision(clip, batch):
+    """On a TPU the default would round the vectors to bfloat16."""
+    products = [equation for equation in jax.make_jaxpr(lambda inputs: clip[0](**inputs).logits_per_image)(batch).eqns
+                if equation.primitive.name == "dot_general"]
+    assert products[-1].outvars[0].aval.shape == (6, 6)
+    assert products[-1].params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_forward_mode_reaches_every_parameter(clip, batch):
+    graph, params = nnx.split(clip[0], nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, params)
+    def logits(params):
+        return nnx.merge(graph, params)(**batch).logits_per_image
+    _, change = jax.jvp(logits, (params,), (ones,))
+    by_hand = [logits(jax.tree.map(lambda p, step=step: p + step, params)) for step in (1e-3, -1e-3)]
+    np.testing.assert_allclose(change, (by_hand[0] - by_hand[1]) / 2e-3, atol=0.05 * float(jnp.abs(change).max()))
 
 
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, logit_bias=-10.0), *PRESETS.values()])
@@ -156,6 +187,15 @@ def test_padding_does_not_change_a_text(change):
     grown = jnp.concatenate([ids, jnp.asarray(rng.integers(5, 50, (3, 4)), jnp.int32)], axis=1)
     mask = jnp.concatenate([jnp.ones((3, 6), jnp.int32), jnp.zeros((3, 4), jnp.int32)], axis=1)
     np.testing.assert_allclose(tower(grown, mask), tower(ids, mask[:, :6]), atol=1e-5)
+
+
+def test_the_mean_counts_more_tokens_than_bfloat16_can():
+    config = dataclasses.replace(CONFIG.text, pooling="mean", max_length=400, layers=0)
+    tower = TextEncoder(config, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    ids, mask = np.full((1, 400), 7), (np.arange(400)[None] < 257).astype(int)
+    tokens = np.asarray(tower.tokens(ids, mask), np.float32)[0, :257]
+    expected = jnp.asarray(tokens.mean(0), jnp.bfloat16)
+    np.testing.assert_array_equal(tower.pooled(ids, mask)[0], expected)
 
 
 def test_mean_pooling_is_another_pooling(batch):
@@ -239,9 +279,9 @@ def test_stochastic_depth(clip, batch):
 
 
 def test_a_skipped_branch_is_skipped_for_that_row_and_the_others_are_scaled_up(clip):
-    from clipid_utils.model.clip import _survivals
+    from clipid_utils.model.layers import survivals
 
-    scales = np.stack(_survivals(keys_of(0, 2000), 0.5, 4, jnp.float32))  # [layers, 2, B, 1, 1]
+    scales = np.stack(survivals(keys_of(0, 2000), 0.5, 4, jnp.float32))  # [layers, 2, B, 1, 1]
     for layer, keep in enumerate([0.875, 0.75, 0.625, 0.5]):
         assert set(np.unique(scales[layer]).round(4)) == {0, np.float32(1 / keep).round(4)}
         assert abs(float(scales[layer].mean()) - 1) < 0.06  # so that inference needs no other scale

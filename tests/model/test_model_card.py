@@ -13,7 +13,7 @@ from tiny import tiny_clip
 
 from clipid_utils import save_clip
 from clipid_utils.inference.evaluate import evaluate_checkpoint
-from clipid_utils.model.pretrained.card import RECIPES, model_card, write_model_card
+from clipid_utils.model.pretrained.card import model_card, write_model_card
 from clipid_utils.paths import CHECKPOINTS
 
 SECTIONS = ["Use", "Intended use", "Training", "Results", "Limits and bias", "Licence"]
@@ -78,7 +78,7 @@ def test_the_hub_is_given_the_measured_values():
         for way, figure in figures.items():
             for metric in ("R@1", "R@5", "R@10", "MRR@10"):
                 assert found[split, way.replace("_", "-") + "-retrieval", metric] == figure[metric]["value"]
-    assert found["photographs", "zero-shot-image-classification", "Top-1, which group"] == (
+    assert found["photographs", "zero-shot-image-classification", "Top-1, group"] == (
         metrics["zero_shot"]["photographs"]["group"]["templates"]["top1"]["value"])
 
 
@@ -94,7 +94,7 @@ def test_every_number_is_the_runs_own():
 
 
 def test_the_prose_of_every_recipe_holds_no_number():
-    for recipe in RECIPES:
+    for recipe in ("mini", "another"):
         text = model_card("a", {"model_type": "clip-indonesian"} | read("config"), recipe={"recipe": recipe})
         first = body(text).split("## Use")[0]
         assert not re.search(r"\d", body(text).replace(first, ""))
@@ -125,7 +125,7 @@ def test_without_metrics_the_card_says_that_nothing_was_measured(folder):
     card = ModelCard.load(write_model_card(folder))
     assert card.data.eval_results is None and card.data.model_name is None
     assert card.data.license is None and "None is stated" in card.text
-    assert "Nothing was measured" in card.text and "**Unmeasured.**" in card.text
+    assert "Nothing was measured" in card.text and "**Not measured.**" in card.text
     assert "not recorded" in card.text and "emoji" not in card.text
     assert "# a-clip\n" in card.text and 'load_clip("a-clip")' in card.text
 
@@ -134,7 +134,8 @@ def test_what_the_caller_knows_goes_in(folder):
     path = write_model_card(folder, name="satu", base_model=["a/vision", "b/text"], training_data="Gambar pasar.")
     card = ModelCard.load(path)
     assert card.data.base_model == ["a/vision", "b/text"]
-    assert "Gambar pasar." in card.text and "a/vision and b/text, and has their biases" in card.text
+    assert "Gambar pasar." in card.text
+    assert "started from a/vision and b/text, so the model has their biases" in card.text
     assert "not recorded" not in card.text and "# satu\n" in card.text
 
 
@@ -168,7 +169,7 @@ def test_an_evaluation_becomes_a_card():
 
 def test_a_card_that_is_there_is_kept(folder):
     (folder / "README.md").write_text("written by hand")
-    with pytest.raises(FileExistsError, match="README.md is there already.*overwrite=True"):
+    with pytest.raises(FileExistsError, match="README.md exists.*overwrite=True"):
         write_model_card(folder)
     assert (folder / "README.md").read_text() == "written by hand"
     assert "# a-clip" in write_model_card(folder, overwrite=True).read_text()
@@ -188,5 +189,5 @@ def test_metrics_that_cannot_be_read_are_named(folder, content):
 
 
 def test_metrics_of_another_kind():
-    with pytest.raises(ValueError, match="have no checkpoint, data, retrieval.*evaluate` writes"):
+    with pytest.raises(ValueError, match="have no checkpoint, data, retrieval.*clipid evaluate` writes"):
         mini_card(metrics={"seed": 1, "versions": {}, "accuracy": 0.9})

@@ -1,6 +1,7 @@
 """Pictures and texts to arrays, the tokenizer learned from captions, and the folder that `transformers` opens too."""
 
 import json
+import pickle
 import warnings
 
 import hypothesis.strategies as st
@@ -10,15 +11,8 @@ from hypothesis import given, settings
 from PIL import Image
 from tiny import NAMES, SIZE, tiny_processor
 
-from clipid_utils.model.processor import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    SPECIAL_TOKENS,
-    CLIPProcessor,
-    resize_and_crop,
-    to_rgb,
-    train_wordpiece,
-)
+from clipid_utils.files import decode_square, to_rgb
+from clipid_utils.model.processor import IMAGE_MEAN, IMAGE_STD, SPECIAL_TOKENS, CLIPProcessor, train_wordpiece
 
 
 @pytest.fixture
@@ -46,34 +40,33 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
 
-# --- Pictures ------------------------------------------------------------------------------------------------------
-
+# Pictures
 
 @settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["RGB", "L", "P", "RGBA", "1", "CMYK", "LA", "I;16"]))
 def test_any_picture_becomes_the_same_shape(width, height, mode):
     image = Image.new("I;16", (width, height)) if mode == "I;16" else noise(width, height, mode)
-    pixels = resize_and_crop(image, SIZE)
+    pixels = decode_square(image, SIZE)
     assert pixels.shape == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
 
 
 @settings(max_examples=20)
 @given(st.sampled_from(["red", "white", "#123456"]), st.integers(1, 60), st.integers(1, 60))
 def test_one_colour_stays_one_colour(colour, width, height):
-    pixels = resize_and_crop(Image.new("RGB", (width, height), colour), SIZE)
+    pixels = decode_square(Image.new("RGB", (width, height), colour), SIZE)
     assert (pixels == np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]).all()
 
 
 def test_the_middle_square_is_kept():
     wide = Image.new("RGB", (4 * SIZE, SIZE), "red")
     wide.paste("blue", (SIZE + SIZE // 2, 0, 2 * SIZE + SIZE // 2, SIZE))
-    assert (resize_and_crop(wide, SIZE) == [0, 0, 255]).all()
-    assert (resize_and_crop(wide.rotate(90, expand=True), SIZE) == [0, 0, 255]).all()
+    assert (decode_square(wide, SIZE) == [0, 0, 255]).all()
+    assert (decode_square(wide.rotate(90, expand=True), SIZE) == [0, 0, 255]).all()
 
 
 def test_a_picture_of_the_right_size_is_left_alone():
     image = noise(SIZE, SIZE)
-    np.testing.assert_array_equal(resize_and_crop(image, SIZE), np.asarray(image))
+    np.testing.assert_array_equal(decode_square(image, SIZE), np.asarray(image))
 
 
 def test_transparent_is_white():
@@ -95,15 +88,47 @@ def test_normalised_by_clips_mean_and_deviation(processor):
     np.testing.assert_allclose(pixels[1, 3, 3], -np.array(IMAGE_MEAN) / IMAGE_STD, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(40, 25), (25, 40), (SIZE, SIZE), (11, 13), (128, 128)])
-def test_transformers_makes_the_same_pixels_from_the_same_folder(processor, folder, size):
-    from transformers import CLIPImageProcessor
+KINDS = {  # of processors: CLIP's, one that crops more, one that crops less, ViT's
+    "CLIP": {}, "crop smaller": {"resize": 20}, "crop larger": {"resize": 11},
+    "ViT": {"resize": (SIZE, SIZE), "resample": Image.Resampling.BILINEAR},
+    "ViT, then a crop": {"resize": (20, 24), "resample": Image.Resampling.BILINEAR},
+}
 
-    theirs = CLIPImageProcessor.from_pretrained(folder)
-    image = noise(*size)
-    pixels = np.asarray(theirs(images=[image], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
-    # Where torchvision is installed, transformers resizes with it, which rounds a step differently
-    np.testing.assert_allclose(processor(images=[image])["pixel_values"][0], pixels, atol=0.04)
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", ["wide.png", "wide.jpg", "large.jpg", "tall.png"])
+def test_every_way_to_give_a_picture_makes_the_same_pixels(tmp_path, kind, file):
+    """Path, bytes and dict are one, in use and, through the decoder, in training; an open picture is within a level."""
+    size = {"wide": (64, 36), "large": (400, 300), "tall": (21, 50)}[file.split(".")[0]]
+    smooth = noise(7, 5).resize(size, Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / file, quality=95)
+    processor = CLIPProcessor(None, SIZE, 16, **KINDS[kind])
+    path, content = str(tmp_path / file), (tmp_path / file).read_bytes()
+    given = [path, tmp_path / file, content, {"bytes": content, "path": None}, {"bytes": None, "path": path}]
+    expected = processor(images=given[0])["pixel_values"]
+    assert expected.shape == (1, SIZE, SIZE, 3)
+    for pixels in processor(images=given)["pixel_values"]:
+        np.testing.assert_array_equal(pixels, expected[0])
+    decoder = pickle.loads(pickle.dumps(processor.decoder))
+    np.testing.assert_array_equal(processor.normalize(np.stack([decoder(one) for one in given])[:1]), expected)
+    opened = decoder(Image.open(path)).astype(int)
+    assert np.abs(opened - decoder(path)).max() <= (24 if file.endswith("jpg") else 1)  # decoded at 1/2 or 1/8
+
+
+def test_a_stretch_is_to_height_and_width():
+    image = noise(30, 50)
+    expected = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16)))
+    np.testing.assert_array_equal(decode_square(image, 16, resize=(16, 20)), expected)
+
+
+def test_the_decoder_is_that_of_its_processor():
+    image = noise(40, 20)
+    for options in KINDS.values():
+        processor = CLIPProcessor(None, SIZE, 16, **options)
+        expected = decode_square(image, SIZE, **options)
+        np.testing.assert_array_equal(processor.decoder(image), expected)
+    assert len({processor_pixels.tobytes() for processor_pixels in (
+        CLIPProcessor(None, SIZE, 16, **options).decoder(image) for options in KINDS.values())}) == len(KINDS)
 
 
 def test_one_picture_or_one_text_is_a_batch_of_one(processor):
@@ -116,8 +141,7 @@ def test_nothing_to_do_is_an_error(processor):
         processor()
 
 
-# --- Texts ---------------------------------------------------------------------------------------------------------
-
+# Texts
 
 def test_the_tokenizer_is_learned_from_the_captions():
     tokenizer = train_wordpiece(NAMES, 200)
@@ -183,8 +207,7 @@ def test_a_fixed_length_pads_and_never_exceeds_the_towers(processor):
     assert wide["attention_mask"].sum() == 16
 
 
-# --- The folder ----------------------------------------------------------------------------------------------------
-
+# The folder
 
 def test_a_saved_processor_is_the_same_one(processor, folder):
     again, image, texts = CLIPProcessor.load(folder), noise(33, 21), ["kupu-kupu biru", "anjing laut kecil"]

@@ -21,9 +21,10 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from clipid_utils.files import decode_square, to_rgb
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_texts
-from clipid_utils.model.processor import IMAGE_MEAN, IMAGE_STD, CLIPProcessor, resize_and_crop, to_rgb
+from clipid_utils.model.processor import IMAGE_MEAN, IMAGE_STD, CLIPProcessor
 
 SIZE = 24
 LEVEL = 1 / 255 / min(IMAGE_STD)  # one step of an 8-bit picture, in pixel values
@@ -38,8 +39,7 @@ def write(folder: Path, **files) -> Path:
     return folder
 
 
-# --- Pictures ------------------------------------------------------------------------------------------------------
-
+# Pictures
 
 @pytest.fixture(scope="module")
 def processor():
@@ -121,23 +121,22 @@ def test_the_same_bytes_at_any_size(width, height, size):
     short = min(width, height)
     whole = image.resize((int(width * size / short), int(height * size / short)), Image.Resampling.BICUBIC)
     left, top = (whole.width - size) // 2, (whole.height - size) // 2
-    np.testing.assert_array_equal(resize_and_crop(image, size), whole.crop((left, top, left + size, top + size)))
+    np.testing.assert_array_equal(decode_square(image, size), whole.crop((left, top, left + size, top + size)))
 
 
 @pytest.mark.parametrize("size", [(1999, 2), (701, 7), (3000, 1), (1, 3000), (31, 1999)])
 def test_where_only_the_square_is_built_it_is_the_same_within_one_level(monkeypatch, processor, theirs, size):
-    monkeypatch.setattr("clipid_utils.model.processor.MOST_PIXELS", 0)
+    monkeypatch.setattr("clipid_utils.files.MAX_PIXELS", 0)
     image = noise(*size)
     ours = processor(images=[image])["pixel_values"][0]
     np.testing.assert_allclose(ours, pixels_of(theirs, image), atol=1.01 * LEVEL)
 
 
 def test_a_picture_too_long_for_them_costs_no_memory():
-    assert resize_and_crop(noise(60000, 1), 224).shape == (224, 224, 3)  # built whole it is 12 GB
+    assert decode_square(noise(60000, 1), 224).shape == (224, 224, 3)  # built whole it is 12 GB
 
 
-# --- Pictures that differ on purpose -------------------------------------------------------------------------------
-
+# Pictures that differ on purpose
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_camera_is_turned_back(processor, theirs, orientation):
@@ -196,7 +195,7 @@ def test_a_16_bit_grey_that_is_transparent_is_white():
     assert [to_rgb(image).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 156]
 
 
-# --- Preprocessor configs ------------------------------------------------------------------------------------------
+# Preprocessor configs
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP_STATS = {"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
@@ -309,7 +308,7 @@ def test_a_broken_json_file_is_named(tmp_path):
         CLIPProcessor.load(tmp_path)
 
 
-# --- Texts ---------------------------------------------------------------------------------------------------------
+# Texts
 
 TEXTS = [
     "Seekor kucing sedang tidur di atas kursi merah.", "kupu-kupu", "Anak-anak bermain layang-layang di sawah",

@@ -1,4 +1,4 @@
-"""Towers in every wrapping that they come in, and what does not fit them named; the models that they join back out."""
+"""Towers in all the forms that they are published in; errors that name what does not fit; and the way out again."""
 
 import json
 import re
@@ -14,13 +14,15 @@ from flax import nnx, serialization
 from reference import GOLDEN, config_of, unpack, weights_of, write_folder
 from safetensors.numpy import load_file, save_file
 from test_weights import nested, stored, tensor, write_zip
-from tiny import tiny_processor
+from tokenizers import Tokenizer, models
 
-from clipid_utils import HybridCLIP, load_clip, save_clip
-from clipid_utils.model.pretrained.convert import flatten_params, key_table
+from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, load_towers, save_clip
+from clipid_utils.model.pretrained.families import key_table
+from clipid_utils.model.pretrained.parameters import flatten_params
 
 VISION, TEXT = "clip_vision_gelu", "xlm_roberta"  # the smallest of each side
 DUAL = ["dual_clip_bert", "dual_vit_roberta"]
+PICTURES_ONLY = CLIPProcessor(None, 16, 10)  # no tokenizer has as few ids as the tables of the references
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,7 @@ def renamed(name: str, *substitutions: tuple[str, str]) -> dict[str, np.ndarray]
     return weights
 
 
-# --- The table --------------------------------------------------------------------------------------------------------
-
+# The table
 
 @pytest.mark.parametrize("name", DUAL)
 def test_the_table_names_every_key_of_transformers_and_every_parameter_once(folders, name):
@@ -92,8 +93,7 @@ def test_two_towers_are_the_two_towers_of_the_whole(tmp_path, folders, towers):
         assert_same(pretrained(joined, side), pretrained(whole, side))
 
 
-# --- Prefixes, heads, old names, buffers ------------------------------------------------------------------------------
-
+# Prefixes, heads, old names, buffers
 
 @pytest.mark.parametrize(
     "name, prefixes",
@@ -167,7 +167,7 @@ def test_heads_are_left_out_and_a_missing_pooler_is_new(tmp_path, towers, kind, 
         model = towers(**{side: folder})
     ours, told = pretrained(model, side), [str(w.message) for w in caught if "pooler" in str(w.message)]
     if pooler is False:
-        assert len(told) == 1 and "newly initialised" in told[0] and "pooling='mean'" in told[0]
+        assert len(told) == 1 and "A new one is initialised" in told[0] and "pooling='mean'" in told[0]
         for part in ("kernel", "bias"):
             assert ours.pop(f"text.pooler.{part}").tobytes() != expected.pop(f"text.pooler.{part}").tobytes()
     else:
@@ -182,7 +182,7 @@ def test_the_mean_needs_no_pooler(folders, towers):
         for text in ("bert_masked_lm", "bert"):
             model = towers(text=text, pooling="mean")
             assert model.text.pooler is None and not [key for key in leaves(model) if "pooler" in key]
-    with pytest.raises(ValueError, match="pooling is 'max', not one of pooler, mean"):
+    with pytest.raises(ValueError, match="pooling is 'max': it must be pooler or mean"):
         towers(pooling="max")
 
 
@@ -199,8 +199,7 @@ def test_names_of_the_first_berts_and_buffers_of_positions(tmp_path, towers):
     assert_same(pretrained(towers(vision=folder), "vision"), pretrained(towers(), "vision"))
 
 
-# --- Files of every kind ----------------------------------------------------------------------------------------------
-
+# Files of every kind
 
 def as_flax(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Torch's names and shapes as Flax has them: kernels transposed, convolutions [rows, columns, in, out]."""
@@ -269,8 +268,7 @@ def test_files_in_half_precision_are_held_in_float32(tmp_path, kind):
         np.testing.assert_array_equal(value, expected[key].astype(kind).astype(np.float32))
 
 
-# --- Keys that do not fit ---------------------------------------------------------------------------------------------
-
+# Keys that do not fit
 
 def drop(key):
     return lambda weights: weights.pop(key)
@@ -339,8 +337,7 @@ def test_legacy_keys_that_do_not_fit_are_listed(tmp_path):
         load_clip(tmp_path / "legacy")
 
 
-# --- Configs that do not fit ------------------------------------------------------------------------------------------
-
+# Configs that do not fit
 
 @pytest.mark.parametrize(
     "name, change, message",
@@ -398,12 +395,11 @@ def test_a_tower_that_is_not_there(tmp_path, towers):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         towers(text=tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps(config_of("bert")))
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         towers(text=tmp_path)
 
 
-# --- What is new ------------------------------------------------------------------------------------------------------
-
+# What is new
 
 def test_the_projections(towers):
     """CLIP's own image projection is kept where it fits; another is drawn, and so is the texts'."""
@@ -447,8 +443,7 @@ def test_another_picture_size(towers, vision):
         towers(vision=vision, image_size=18)
 
 
-# --- Types ------------------------------------------------------------------------------------------------------------
-
+# Types
 
 def test_bfloat16_parameters_halve_the_bytes_and_stay_near():
     with np.load(GOLDEN / "legacy_bert" / "expected.npz") as inputs:
@@ -457,9 +452,9 @@ def test_bfloat16_parameters_halve_the_bytes_and_stay_near():
     exact, _ = load_clip(GOLDEN / "legacy_bert")
     for dtype in (jnp.float32, jnp.bfloat16):
         half, _ = load_clip(GOLDEN / "legacy_bert", dtype=dtype, param_dtype=jnp.bfloat16)
-        assert {leaf.dtype for leaf in leaves(half).values()} == {np.dtype(ml_dtypes.bfloat16)}
+        assert all((leaf.dtype == jnp.float32) == (path == "logit_scale") for path, leaf in leaves(half).items())
         size, full = (sum(leaf.nbytes for leaf in leaves(model).values()) for model in (half, exact))
-        assert 2 * size == full
+        assert 2 * (size - 4) == full - 4
         assert jax.eval_shape(half.vision.tokens, pixels).dtype == dtype
         for ours, theirs in zip(embed(half), embed(exact), strict=True):
             assert ours.dtype == jnp.float32
@@ -469,7 +464,7 @@ def test_bfloat16_parameters_halve_the_bytes_and_stay_near():
 
 def test_towers_in_bfloat16(towers):
     model = towers("vit", "bert_masked_lm", pooling="mean", image_size=24, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in leaves(model).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert all((leaf.dtype == jnp.float32) == (path == "logit_scale") for path, leaf in leaves(model).items())
     assert jax.eval_shape(model.vision.tokens, np.zeros((1, 24, 24, 3), np.float32)).dtype == jnp.bfloat16
 
 
@@ -483,14 +478,13 @@ def test_the_model_owns_its_parameters(tmp_path):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-# --- Out again --------------------------------------------------------------------------------------------------------
-
+# Out again
 
 @pytest.mark.parametrize("name", DUAL)
 def test_a_dual_encoder_goes_out_as_it_came_in(tmp_path, folders, name):
     """Bit for bit, key for key, and with the fields of the config that shape a model."""
     model, _ = load_clip(folders[name])
-    save_clip(model, tiny_processor(), tmp_path, format="vision-text-dual-encoder")
+    save_clip(model, PICTURES_ONLY, tmp_path, format="vision-text-dual-encoder")
     read = weights_of(name)  # the names of transformers 5; those of 4 have CLIP's image tower twice, and 5 takes them
     written = {key.replace("vision_model.vision_model.", "vision_model."): value
                for key, value in load_file(tmp_path / "model.safetensors").items()}
@@ -508,7 +502,7 @@ def test_a_dual_encoder_goes_out_as_it_came_in(tmp_path, folders, name):
 @pytest.mark.parametrize("name", [*DUAL, "legacy_bert", "legacy_roberta"])
 def test_what_was_loaded_is_saved_natively_and_comes_back(tmp_path, folders, name):
     model, processor = load_clip(folders.get(name, GOLDEN / name))
-    save_clip(model, tiny_processor(), tmp_path)
+    save_clip(model, PICTURES_ONLY, tmp_path)
     again, _ = load_clip(tmp_path)
     assert again.config == model.config
     assert_same(leaves(again), leaves(model))
@@ -518,7 +512,7 @@ def test_what_was_loaded_is_saved_natively_and_comes_back(tmp_path, folders, nam
 def test_a_legacy_checkpoint_goes_out_as_a_dual_encoder(tmp_path, name):
     """RoBERTa with positions 0, 1, 2, … is BERT to transformers, and must stay so."""
     model, _ = load_clip(GOLDEN / name)
-    save_clip(model, tiny_processor(), tmp_path, format="vision-text-dual-encoder")
+    save_clip(model, PICTURES_ONLY, tmp_path, format="vision-text-dual-encoder")
     assert json.loads((tmp_path / "config.json").read_text())["text_config"]["model_type"] == "bert"
     again, _ = load_clip(tmp_path)
     assert again.config.text == model.config.text and again.config.vision == model.config.vision
@@ -528,7 +522,7 @@ def test_a_legacy_checkpoint_goes_out_as_a_dual_encoder(tmp_path, name):
 def test_models_that_a_dual_encoder_cannot_hold_are_refused(tmp_path, towers):
     for options in ({"pooling": "mean"}, {"vision": "vit_no_pooler"}):
         with pytest.raises(ValueError, match="save it as format='native'"):
-            save_clip(towers(**options), tiny_processor(), tmp_path / "out", format="vision-text-dual-encoder")
+            save_clip(towers(**options), PICTURES_ONLY, tmp_path / "out", format="vision-text-dual-encoder")
     assert not (tmp_path / "out").exists()
 
 
@@ -540,7 +534,7 @@ def test_a_scale_above_100_is_the_one_it_was_trained_with(tmp_path):
     (tmp_path / "legacy" / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
     model, _ = load_clip(tmp_path / "legacy")
     assert float(model.scale()) == pytest.approx(200, rel=1e-6)
-    save_clip(model, tiny_processor(), tmp_path / "native")
+    save_clip(model, PICTURES_ONLY, tmp_path / "native")
     assert float(load_clip(tmp_path / "native")[0].scale()) == pytest.approx(200, rel=1e-6)
 
 
@@ -549,3 +543,60 @@ def test_a_config_of_2020_may_lack_its_model_type(tmp_path, folders, towers):
     del config["model_type"]
     folder = write_folder(tmp_path, config, weights_of("bert"))
     assert_same(pretrained(towers(text=folder), "text"), pretrained(towers(text="bert"), "text"))
+
+
+CHANGES = {"num_hidden_layers": 1, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize("old", [
+    {"vision_config_dict": CHANGES}, {"vision_config_dict": {}}, {"vision_config_dict": None},
+    {"vision_config_dict": CHANGES, "vision_config": None}, {"vision_config_dict": None, "vision_config": None},
+])
+def test_old_configs_are_read_as_transformers_reads_them(old):
+    """`vision_config_dict`, if it is there, overrides `vision_config` with its fields and with their defaults."""
+    from transformers import CLIPConfig
+
+    from clipid_utils.model.pretrained.families import vision_config
+
+    values = {"model_type": "clip", "vision_config": {"num_hidden_layers": 3, "hidden_size": 24, "image_size": 32,
+                                                      "patch_size": 8, "num_attention_heads": 4}} | old
+    ours, theirs = vision_config(dict(values), False), CLIPConfig(**values).vision_config
+    assert (ours.layers, ours.width, ours.heads, ours.mlp_dim, ours.activation, ours.norm_eps) == (
+        theirs.num_hidden_layers, theirs.hidden_size, theirs.num_attention_heads, theirs.intermediate_size,
+        theirs.hidden_act, theirs.layer_norm_eps)
+    assert (ours.image_size, ours.patch_size) == (theirs.image_size, theirs.patch_size)
+
+
+# load_towers: the model and its processor together
+
+@pytest.fixture
+def with_processor(tmp_path):
+    """The smallest towers, with a tokenizer of `size` tokens and pictures resized to 20 and cut to 16."""
+
+    def write(size=40):
+        vision, text = unpack(VISION, tmp_path / "vision"), unpack(TEXT, tmp_path / "text")
+        (vision / "preprocessor_config.json").write_text(json.dumps({
+            "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}, "crop_size": 16}))
+        tokenizer = Tokenizer(models.WordLevel({f"[{i}]": i for i in range(size)}, "[0]"))
+        tokenizer.save(str(text / "tokenizer.json"))
+        (text / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[1]", "model_max_length": 99}))
+        return {"vision": vision, "text": text}
+
+    return write
+
+
+def test_two_towers_and_their_processor_come_together(with_processor):
+    towers = with_processor()
+    model, processor = load_towers(**towers, embed_dim=8, image_size=32, rngs=nnx.Rngs(3))
+    assert_same(leaves(model), leaves(HybridCLIP.from_towers(**towers, embed_dim=8, image_size=32, rngs=nnx.Rngs(3))))
+    assert (processor.image_size, processor.resize, processor.max_length) == (32, 40, model.config.text.max_length)
+    own = CLIPProcessor.from_towers(**towers)
+    assert (own.image_size, own.resize) == (16, 20)
+    with pytest.raises(TypeError, match="picture_size"):
+        load_towers(**towers, picture_size=32)
+
+
+def test_towers_whose_tokenizer_has_more_ids_are_refused(with_processor):
+    with pytest.raises(ValueError, match=r"text has 41 tokens with ids up to 40, .* table has 40 rows"):
+        load_towers(**with_processor(41))

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from tiny import CONFIG, NAMES, tiny_clip, tiny_processor
 
+from clipid_utils import load_clip, save_clip
 from clipid_utils.model.clip import TextEncoder
-from clipid_utils.model.pretrained.convert import flatten_params, load_clip, save_clip
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training import distill as module
 from clipid_utils.training.distill import (
     DistillConfig,

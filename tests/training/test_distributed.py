@@ -20,7 +20,7 @@ from tiny import CONFIG, tiny_batch, tiny_clip
 
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training import distributed
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import Placed, jit_form, leaf_spec, make_mesh, pmap_form, shard_map_form

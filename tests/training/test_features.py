@@ -15,7 +15,7 @@ from tiny import SIZE, tiny_clip, tiny_pairs
 
 from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.data.captions import sample_caption
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training import features as module
 from clipid_utils.training.features import cache_features
 from clipid_utils.training.heads import ProjectionConfig, feature_batches, train_projections

@@ -13,7 +13,7 @@ from flax import nnx
 from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 from clipid_utils import load_clip
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training import run as module
 from clipid_utils.training.distributed import jit_form, make_mesh
 from clipid_utils.training.fit import FitConfig, fit

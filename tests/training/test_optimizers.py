@@ -15,7 +15,7 @@ from tiny import CONFIG, tiny_batch, tiny_clip
 
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training.optimizers import (
     adabelief,
     adamw,

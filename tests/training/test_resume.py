@@ -31,7 +31,7 @@ from tiny import tiny_clip, tiny_pairs
 
 from clipid_utils import load_clip
 from clipid_utils.data.batches.loader import dictionary_feed
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form
 from clipid_utils.training.fit import fit
 from clipid_utils.training.optimizers import muon

@@ -12,7 +12,7 @@ from tiny import CONFIG, tiny_batch, tiny_clip
 
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.loss import clip_loss, same_concept, siglip_loss
 from clipid_utils.training.optimizers import adamw, decayed, muon, warmup_cosine

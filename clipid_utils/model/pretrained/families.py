@@ -1,8 +1,8 @@
-"""Which towers of Hugging Face's fit the model, and under which names: configs and weights in their words and in ours.
+"""The families of Hugging Face models that fit the towers: their configs and their keys, here and there.
 
-One table, `key_table`, holds every weight: its name in transformers' VisionTextDualEncoderModel, its nnx path here, and
-how the one array becomes the other. A tower on its own, with a head, of an older version or of Flax has the same names
-but for prefixes and suffixes, which `canonical` brings to those of the table.
+One table, `key_table`, has every weight: its name in transformers' VisionTextDualEncoderModel, its nnx path here, and
+how one array becomes the other. A tower on its own, with a head, of an older version or of Flax has the same names with
+different prefixes and suffixes; `canonical` brings them to those of the table.
 """
 
 import math
@@ -14,10 +14,9 @@ import numpy as np
 
 from clipid_utils.model import ops
 from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
-from clipid_utils.model.pretrained.processor_files import model_type
+from clipid_utils.model.pretrained.processor_files import model_type, part
 
-# --- Weights ----------------------------------------------------------------------------------------------------------
-
+# Weights
 
 class Key(NamedTuple):
     """A weight: its name in VisionTextDualEncoderModel, its path in HybridCLIP, the name of its transform."""
@@ -28,7 +27,7 @@ class Key(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """From torch's array and from Flax's to ours, and from ours to torch's; `vision` says how large a patch is."""
+    """From torch's array and from Flax's to ours, and from ours to torch's; `vision` has the size of a patch."""
 
     from_torch: Callable[[np.ndarray], np.ndarray]
     from_flax: Callable[[np.ndarray], np.ndarray]
@@ -47,7 +46,7 @@ def _to_convolution(kernel: np.ndarray, vision: VisionConfig) -> np.ndarray:
 TRANSFORMS = {
     "same": Transform(_same, _same, _same),
     "transpose": Transform(lambda x: x.T, _same, lambda x, vision: x.T),  # torch's linear layers are [out, in]
-    # the convolution that makes patches is, torch's [D, 3, rows, columns], a linear layer over (row, column, channel)
+    # the convolution over patches, torch's [D, 3, rows, columns], is a linear layer over (row, column, channel)
     "patches": Transform(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
                          lambda x: x.reshape(-1, x.shape[-1]), _to_convolution),
     # ViT keeps an axis for the batch: [1, 1, D] and [1, 1 + P, D]
@@ -56,7 +55,7 @@ TRANSFORMS = {
     "batch axis": Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(x.shape[-2:]),
                             lambda x, vision: x[None]),
 }
-# What a part consists of: the suffixes in torch and here, and the transform
+# The arrays of a part: suffix in torch, suffix here, transform
 _PARTS = {
     "linear": ((".weight", ".kernel", "transpose"), (".bias", ".bias", "same")),
     "kernel": ((".weight", ".kernel", "transpose"),),
@@ -68,7 +67,7 @@ _PARTS = {
     "patches": ((".weight", ".kernel", "patches"),),
     "patches+": ((".weight", ".kernel", "patches"), (".bias", ".bias", "same")),
 }
-# transformers' name of a part, ours, and what it consists of; # is the number of a layer
+# transformers' name of a part, our name, and its arrays in _PARTS; # is the number of a layer
 _CLIP = """
     embeddings.class_embedding              class_embedding         array
     embeddings.position_embedding           position_embedding      table
@@ -114,15 +113,15 @@ _BERT = """
     encoder.layer.#.output.LayerNorm            blocks.#.ln_2           norm
     pooler.dense                                pooler                  linear
 """
-# Source keys that no model here has a place for
+# Source keys that no model here uses
 _UNUSED = (
     (r".*\.position_ids|text_model\.embeddings\.token_type_ids", "a buffer that counts 0, 1, 2, …"),
-    (r"cls\..*|lm_head\..*|classifier\..*|decoder\..*|qa_outputs\..*", "the head of another task"),
+    (r"cls\..*|lm_head\..*|classifier\..*|decoder\..*|qa_outputs\..*", "the head of a different task"),
     (r"vision_model\.embeddings\.mask_token", "for masked pictures only"),
 )
-_FOREIGN = {  # of a whole model, when one tower of it is wanted
-    "vision": (r"(text_model|text_projection)\..*|logit_scale", "another text tower's"),
-    "text": (r"(vision_model|visual_projection)\..*|logit_scale", "another image tower's"),
+_FOREIGN = {  # in a whole model of which one tower is used
+    "vision": (r"(text_model|text_projection)\..*|logit_scale", "of the text tower, which is not used"),
+    "text": (r"(vision_model|visual_projection)\..*|logit_scale", "of the image tower, which is not used"),
 }
 _PREFIXES = {"vision": ("vision_model.vision_model.", "vision_model.", "vit."),
              "text": ("text_model.", "bert.", "roberta.")}
@@ -156,9 +155,9 @@ def _tower(side: str, table: str, layers: int, pooler: bool) -> list[Key]:
 
 
 def canonical(name: str, sides: tuple[str, ...] = ("vision", "text")) -> tuple[str, bool]:
-    """A source key as `key_table` would name it, and whether its array lies as Flax has it.
+    """A source key under its name in `key_table`, and whether its array has Flax's layout.
 
-    `sides` are the towers that the source may hold; of one tower alone the keys have its own prefix or none.
+    `sides` are the towers that the source may have. The keys of a single tower have its own prefix or none.
     """
     flax = False
     for old, new in (_SUFFIXES | _FLAX_SUFFIXES).items():
@@ -173,17 +172,17 @@ def canonical(name: str, sides: tuple[str, ...] = ("vision", "text")) -> tuple[s
 
 
 def unused(name: str, config: CLIPConfig, sides: tuple[str, ...] = ("vision", "text")) -> str | None:
-    """Why a source key, named as in the table, is knowingly left out; None where it is not."""
+    """Why a source key, named as in the table, is known to be unused; None if it is not known."""
     reasons = [*_UNUSED, *(_FOREIGN[side] for side in sides if len(sides) == 1)]
     if config.text.pooling == "mean":
-        reasons.append((r"text_model\.pooler\..*", "the mean needs no pooler"))
+        reasons.append((r"text_model\.pooler\..*", "pooling by the mean needs no pooler"))
     return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
 
 
 def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
     """Position embeddings [1 + P, D] for a picture of `grid` x `grid` patches; the class token's row stays.
 
-    Bicubic (Keys 1981, a = -0.75), as transformers' interpolate_pos_encoding has it of torch.
+    Bicubic (Keys 1981, a = -0.75), like torch's in transformers' interpolate_pos_encoding.
     """
     old = math.isqrt(len(table) - 1)
     if old == grid:
@@ -201,15 +200,14 @@ def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
     return np.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
 
 
-# --- Configs ----------------------------------------------------------------------------------------------------------
-
+# Configs
 
 class ConfigError(ValueError):
-    """A config that the towers cannot follow; the message begins with the field."""
+    """A config that the towers do not support; the message begins with the field."""
 
 
 def _settings(values: dict, kind: str) -> Any:
-    """The fields that the towers have, and transformers' defaults for those that the file leaves out."""
+    """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     from transformers import BertConfig, CLIPVisionConfig, RobertaConfig, ViTConfig, XLMRobertaConfig
 
     known = {"clip": CLIPVisionConfig, "clip_vision_model": CLIPVisionConfig, "vit": ViTConfig, "bert": BertConfig,
@@ -220,41 +218,44 @@ def _settings(values: dict, kind: str) -> Any:
     sizes = {field: values[field] for field in fields if field.endswith(("_size", "_layers", "_heads", "_embeddings"))
              and isinstance(values.get(field), str | float)}
     if sizes:
-        raise ConfigError(f"{', '.join(f'{field} is {value!r}' for field, value in sizes.items())}: whole numbers only")
+        raise ConfigError(f"{', '.join(f'{field} is {value!r}' for field, value in sizes.items())}: use whole numbers")
     settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
     for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
                           settings.hidden_size}.items():
         if getattr(settings, field, wanted) not in (wanted, None):
-            raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here have {wanted!r} only")
+            raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here support {wanted!r} only")
     if settings.hidden_size % settings.num_attention_heads:
-        raise ConfigError(f"hidden_size {settings.hidden_size} is no multiple of num_attention_heads "
+        raise ConfigError(f"hidden_size {settings.hidden_size} is not a multiple of num_attention_heads "
                           f"{settings.num_attention_heads}")
     if settings.hidden_act not in ops.ACTIVATIONS:
         raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
     return settings
 
 
+_SIZES = {  # our field: Hugging Face's
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
+}
+
+
 def _sizes(settings: Any) -> dict:
-    return {"width": settings.hidden_size, "layers": settings.num_hidden_layers, "heads": settings.num_attention_heads,
-            "mlp_dim": settings.intermediate_size, "activation": settings.hidden_act,
-            "norm_eps": settings.layer_norm_eps}
+    return {ours: getattr(settings, theirs) for ours, theirs in _SIZES.items()}
 
 
 def vision_config(values: dict, pooler: bool) -> VisionConfig:
-    """An image tower's config from CLIP's, CLIP vision model's or ViT's; `pooler` is whether its weights have one.
+    """An image tower's config from CLIP's, CLIP vision model's or ViT's; `pooler` says whether the weights have one.
 
-    A whole CLIP's may stand where its vision part should. Raises ConfigError.
+    A whole CLIP's config is accepted in place of its vision part. Raises ConfigError.
     """
     kind = model_type(values)
-    while values.get("vision_config") or values.get("vision_config_dict"):
-        values = values.get("vision_config") or values["vision_config_dict"]
-        kind = model_type(values) or "clip_vision_model"
+    while inner := part(values, "vision"):
+        values, kind = inner, model_type(inner) or "clip_vision_model"
     if kind not in ("clip", "clip_vision_model", "vit"):
-        raise ConfigError(f"model_type of the image tower is {kind!r}; known are clip, clip_vision_model and vit")
+        raise ConfigError(f"model_type of the image tower is {kind!r}; supported are clip, clip_vision_model and vit")
     settings = _settings(values, kind)
     vit = kind == "vit"
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
-        raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: only squares are known")
+        raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
     return VisionConfig(image_size=settings.image_size, patch_size=settings.patch_size, **_sizes(settings),
                         ln_pre=not vit, patch_bias=vit, pooling="pooler" if vit and pooler else "class")
 
@@ -262,17 +263,18 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
 def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
     """A text tower's config from BERT's, RoBERTa's or XLM-RoBERTa's. Raises ConfigError.
 
-    RoBERTa counts positions from its padding's id + 1, unless it was trained otherwise (`own_positions=False`).
+    RoBERTa counts positions from its padding's id + 1; a model trained with positions 0, 1, 2, … has
+    `own_positions=False`.
     """
     kind = model_type(values)
     if kind not in ("bert", "roberta", "xlm-roberta"):
-        raise ConfigError(f"model_type of the text tower is {kind!r}; known are bert, roberta and xlm-roberta")
+        raise ConfigError(f"model_type of the text tower is {kind!r}; supported are bert, roberta and xlm-roberta")
     for field, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(field) not in (None, wanted):
-            raise ConfigError(f"{field} is {values[field]!r}, and the text tower here has {wanted!r} only")
+            raise ConfigError(f"{field} is {values[field]!r}, and the text tower here supports {wanted!r} only")
     settings = _settings(values, kind)
     if kind != "bert" and not isinstance(settings.pad_token_id, int):
-        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions are counted from it")
+        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions start from this number")
     offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
     return TextConfig(
         vocab_size=settings.vocab_size, max_length=settings.max_position_embeddings - offset, **_sizes(settings),
@@ -281,9 +283,9 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
 
 
 def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = True) -> CLIPConfig:
-    """A whole model's config from VisionTextDualEncoder's or the ancestor's; `keys` are its weights, as in the table.
+    """A whole model's config from VisionTextDualEncoder's or a hybrid-clip's of 2021; `keys` are its weights' names.
 
-    `own_positions` as in `text_config`: the ancestor gave RoBERTa the positions 0, 1, 2, … and must be run so.
+    `own_positions` is as in `text_config`: 2021's hybrid-clip gave RoBERTa the positions 0, 1, 2, …
     """
     return CLIPConfig(
         vision=vision_config(values.get("vision_config") or {}, "vision_model.pooler.dense.weight" in keys),
@@ -294,7 +296,7 @@ def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = Tr
 
 
 def to_hf_config(config: CLIPConfig) -> dict:
-    """The config.json of a VisionTextDualEncoderModel; a ValueError for what it has no place for."""
+    """The config.json of a VisionTextDualEncoderModel; raises ValueError for a model that it cannot represent."""
     vision, text = config.vision, config.text
     if text.pooling != "pooler" or config.logit_bias is not None:
         raise ValueError("VisionTextDualEncoderModel has a pooler and no logit_bias; this model has "
@@ -302,7 +304,7 @@ def to_hf_config(config: CLIPConfig) -> dict:
     clip, vit = (True, False, "class"), (False, True, "pooler")
     form = (vision.ln_pre, vision.patch_bias, vision.pooling)
     if form not in (clip, vit):
-        raise ValueError(f"VisionTextDualEncoderModel knows CLIP's image tower and ViT's; this one has ln_pre, "
+        raise ValueError(f"VisionTextDualEncoderModel supports CLIP's image tower and ViT's; this one has ln_pre, "
                          f"patch_bias, pooling = {form}: save it as format='native'")
     hf_vision = {"model_type": "clip_vision_model" if form == clip else "vit", **_hf_sizes(vision),
                  "image_size": vision.image_size, "patch_size": vision.patch_size}
@@ -319,5 +321,4 @@ def to_hf_config(config: CLIPConfig) -> dict:
 
 
 def _hf_sizes(tower: VisionConfig | TextConfig) -> dict:
-    return {"hidden_size": tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
-            "intermediate_size": tower.mlp_dim, "hidden_act": tower.activation, "layer_norm_eps": tower.norm_eps}
+    return {theirs: getattr(tower, ours) for ours, theirs in _SIZES.items()}

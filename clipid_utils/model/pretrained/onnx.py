@@ -1,4 +1,4 @@
-"""Both towers as ONNX files, for use without Python or JAX: in a browser, on a telephone, from C++, C#, Java, Rust.
+"""Exports both towers as ONNX files, for use without Python or JAX: in a browser, on a phone, from C++, Java or Rust.
 
     from clipid_utils.model.pretrained.onnx import export_onnx
     export_onnx(model, "onnx", processor)   # image_encoder.onnx, text_encoder.onnx, and the processor's own files
@@ -11,13 +11,11 @@
 B and L are free in each call, L up to `max_length`. Pictures are NHWC, as this library's processor, a canvas and a
 camera give them. Ids are int64, as runtimes' tokenizers give them: `batch["input_ids"].astype("int64")` from ours.
 
-The graphs are built from the config, node by node, with the `onnx` package itself. A transformer needs some twenty
-kinds of node, all standard ones of opset 20 (2024), for which runtimes have fast kernels: LayerNormalization, Gelu,
-Softmax. The other way, tracing the program with jax2onnx (0.13.0, the newest that installs beside flax's orbax) was
-tried: it gave the mini's image tower 349 nodes, half of them arithmetic on shapes, to 138 here, and ran no faster, and
-it failed on the text tower, whose number of tokens is free and compared with `max_length`. The price is that a new part
-of `clip.py` has to be added here as well: a parameter that no node reads is an error, and the tests compare every
-variant of the config with JAX.
+The graphs are built from the config, node by node, with the `onnx` package: a transformer needs about twenty kinds of
+node, all standard in opset 20 (2024), for which runtimes have fast kernels. Tracing the program with jax2onnx (0.13.0)
+was tried: the image tower of the mini had 349 nodes, not 138, and was not faster; the text tower failed: its number
+of tokens is free. The price: each new part of the towers must be added here. A parameter that no node reads is an
+error, and the tests compare every variant of the config with JAX.
 """
 
 import os
@@ -25,19 +23,19 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import onnx
 from flax import nnx
-from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import set_external_data
 
 import clipid_utils
+from clipid_utils.files import need
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import TextConfig, VisionConfig
-from clipid_utils.model.pretrained.convert import flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.model.processor import CLIPProcessor
 
+onnx = need("onnx", "onnx")
+helper, numpy_helper, TensorProto = onnx.helper, onnx.numpy_helper, onnx.TensorProto
 OPSET = 20  # the first with Gelu
-LARGEST_FILE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB, and what is larger gets a file of its own
+LARGEST_FILE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB, and larger weights get a file of their own
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -47,12 +45,13 @@ def export_onnx(
     """Writes `image_encoder.onnx` and `text_encoder.onnx` into `folder` and returns their paths, in this order.
 
     Everything is float32, whatever the model computes in. A tower of more than 1.5 GB has its weights in
-    `<name>.onnx.data` beside it; the two belong together. With the `processor` its own files (`tokenizer.json`,
-    `preprocessor_config.json`) are written too, so that the folder holds all that a program needs, and the ONNX files'
-    metadata say what pictures are normalised by and how long texts may be. The metadata's `logit_scale` is a logarithm,
-    not above `max_logit_scale`: logits are exp(logit_scale) * image_embeds @ text_embeds.T, plus `logit_bias` if any.
+    `<name>.onnx.data` beside it; the two belong together. With a `processor`, its files (`tokenizer.json`,
+    `preprocessor_config.json`) are written too, so the folder has all that a program needs, and the ONNX files'
+    metadata have the pictures' mean and deviation and the texts' greatest length. `logit_scale` in the metadata is a
+    logarithm, at most `max_logit_scale`: logits are exp(logit_scale) * image_embeds @ text_embeds.T, plus `logit_bias`
+    if there is one. Raises NotADirectoryError if `folder` is a file, ValueError for a different model's processor.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give export_onnx a folder")
     if processor is not None and processor.image_size != model.config.vision.image_size:
@@ -68,7 +67,7 @@ def export_onnx(
 
 
 class _Graph:
-    """A graph in the making: each method adds what it is named after and returns the name of its output."""
+    """A graph under construction: each method adds the operation of its name and returns the name of the output."""
 
     def __init__(self, tower: nnx.Module):
         params = flatten_params(nnx.state(tower, nnx.Param))
@@ -92,7 +91,7 @@ class _Graph:
         return self.tensor("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def read(self, name: str) -> np.ndarray:
-        """A parameter's value, for what is computed here once and not in the graph."""
+        """A parameter's value, for computing something once here and not in the graph."""
         self.unread.discard(name)
         return self.params[name]
 
@@ -111,7 +110,7 @@ class _Graph:
         """Self-attention; `hidden` [B, 1, 1, L] is added to the scores: 0, or the lowest number for padding."""
         size, width = config.width // config.heads, self.ints(0, 0, config.width)
         q, k, v = (self.node("Reshape", self.linear(x, f"{name}.{part}_proj"), self.ints(0, 0, config.heads, size))
-                   for part in "qkv")  # 0 in a shape: as it was; so B and L are never computed
+                   for part in "qkv")  # 0 in a shape keeps the size, so B and L are never computed
         q = self.node("Mul", self.node("Transpose", q, perm=(0, 2, 1, 3)), self.floats(size**-0.5))
         scores = self.node("MatMul", q, self.node("Transpose", k, perm=(0, 2, 3, 1)))  # [B, heads, L, L]
         scores = scores if hidden is None else self.node("Add", scores, hidden)
@@ -127,12 +126,12 @@ class _Graph:
         elif config.activation == "quick_gelu":
             x = self.node("Mul", x, self.node("Sigmoid", self.node("Mul", x, self.floats(1.702))))
         else:
-            raise ValueError(f"{type(config).__name__}.activation is {config.activation!r}: the ONNX export knows gelu "
-                             "and quick_gelu; add it to onnx_export.py")
+            raise ValueError(f"{type(config).__name__}.activation is {config.activation!r}: the ONNX export has gelu "
+                             "and quick_gelu only: add it to onnx.py")
         return self.linear(x, f"{name}.fc2")
 
     def block(self, x: str, name: str, config: VisionConfig | TextConfig, hidden: str | None = None) -> str:
-        """CLIP's order, which norms before each part, or BERT's, which norms after each sum."""
+        """CLIP's order, with a norm before each part, or BERT's, with a norm after each sum."""
         if isinstance(config, VisionConfig):
             normed = self.norm(x, f"{name}.ln_1", config.norm_eps)
             x = self.node("Add", x, self.attention(normed, f"{name}.attn", config, hidden))
@@ -144,22 +143,22 @@ class _Graph:
         return self.norm(x, f"{name}.ln_2", config.norm_eps)
 
     def finish(self, features: str, inputs: list, output: str, embed_dim: int, known: dict[str, str]):
-        """Brings `features` [B, E] to unit length as `clip.normalize` does, and makes the whole a model."""
+        """Brings `features` [B, E] to unit length like `clip.normalize`, and makes a model of the whole graph."""
         squares = self.node("ReduceSumSquare", features, self.ints(-1), keepdims=1)
         length = self.node("Sqrt", self.node("Add", squares, self.floats(1e-12)))
         self.node("Div", features, length, output=output)
         if self.unread:
-            raise ValueError(f"the {output} graph leaves out {sorted(self.unread)}: add these parameters to "
-                             "onnx_export.py, as clip.py uses them")
+            raise ValueError(f"the {output} graph does not use {sorted(self.unread)}: add these parameters to onnx.py, "
+                             "as the towers use them")
         outputs = [helper.make_tensor_value_info(output, FLOAT, ["batch", embed_dim], "unit vectors")]
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(
             helper.make_graph(self.nodes, output, inputs, outputs), opset_imports=opsets,
-            ir_version=helper.find_min_ir_version_for(opsets),  # the newest one is refused by runtimes of last year
+            ir_version=helper.find_min_ir_version_for(opsets),  # runtimes of last year refuse the newest one
             producer_name="clip-indonesian", producer_version=clipid_utils.__version__,
         )
         helper.set_model_props(model, known)
-        for name, value in self.tensors.items():  # into their place at once: each make_… above copies what it is given
+        for name, value in self.tensors.items():  # directly into their place: each make_… above copies its arguments
             model.graph.initializer.add().CopyFrom(numpy_helper.from_array(value, name))
         return model
 
@@ -169,12 +168,12 @@ def _image_encoder(model: HybridCLIP, known: dict[str, str]) -> onnx.ModelProto:
     side, grid, size = config.image_size, config.grid, config.patch_size
     inputs = [helper.make_tensor_value_info(
         "pixel_values", FLOAT, ["batch", side, side, 3], "RGB / 255, less image_mean, by image_std")]
-    # Each row of patches at a time, so that nothing has more than the four axes that every accelerator transposes
+    # One row of patches at a time: every accelerator can transpose four axes, and nothing here has more
     x = graph.node("Reshape", "pixel_values", graph.ints(-1, size, grid, 3 * size))
     x = graph.node("Transpose", x, perm=(0, 2, 1, 3))  # [B * grid, grid, size, 3 * size]
     x = graph.node("Reshape", x, graph.ints(-1, grid**2, 3 * size**2))
     x = graph.linear(x, "patch_embedding")  # [B, P, D]
-    # A row of zeros in front makes room for the class token, which comes in with its position
+    # A row of zeros in front makes room for the class token, which is added with its position
     x = graph.node("Pad", x, graph.ints(0, 1, 0, 0, 0, 0))
     place = graph.read("position_embedding").copy()
     place[0] += graph.read("class_embedding")
@@ -230,7 +229,7 @@ def _first(graph: _Graph, x: str) -> str:
 
 
 def _metadata(model: HybridCLIP, processor: CLIPProcessor | None) -> dict[str, str]:
-    """What a program has to know beside the graphs, as the strings that ONNX keeps."""
+    """The facts that a program needs beside the graphs, as strings, which ONNX keeps."""
     config = model.config
     known = {"image_size": config.vision.image_size, "embed_dim": config.embed_dim,
              "max_length": config.text.max_length, "logit_scale": np.log(np.float64(model.scale()))}
@@ -245,13 +244,13 @@ def _metadata(model: HybridCLIP, processor: CLIPProcessor | None) -> dict[str, s
 
 
 def _save(model: onnx.ModelProto, path: Path) -> Path:
-    """Writes the file, whole before it replaces an older one; large weights beside it, in `<name>.onnx.data`."""
+    """Writes the file, complete before it replaces an older one; large weights go beside it into `<name>.onnx.data`."""
     data = path.with_name(path.name + ".data")
     large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= 1024]
     outside = sum(len(tensor.raw_data) for tensor in large) > LARGEST_FILE
     if outside:
         for tensor in large:
-            set_external_data(tensor, data.name)
+            onnx.external_data_helper.set_external_data(tensor, data.name)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as partial:
         onnx.save_model(model, Path(partial) / path.name)
         if outside:

@@ -1,28 +1,30 @@
-"""What a checkpoint folder, ours or one of transformers, says of pictures and texts, as CLIPProcessor's arguments.
+"""Reads how a checkpoint folder, of this project or of transformers, prepares pictures and texts.
 
-CLIP's and ViT's preprocessor_config.json, new and old; the tokenizers of BERT, RoBERTa and XLM-RoBERTa.
+The results are CLIPProcessor's arguments. Known are CLIP's and ViT's preprocessor_config.json, new and old, and the
+tokenizers of BERT, RoBERTa and XLM-RoBERTa.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-# The mean and standard deviation that OpenAI's CLIP normalises by (Radford et al. 2021), in RGB
+from clipid_utils import files
+
+# Mean and standard deviation of OpenAI's CLIP (Radford et al. 2021), in RGB
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MODEL_TYPE = "clip-indonesian"  # in the config.json of this project's own checkpoints
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 NO_SIDES = (0, 0)
-NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no length of its own
+NO_LENGTH = 10**6  # transformers writes 1e30 for a tokenizer without a length of its own
 
 
 def read_preprocessor(folder: Path) -> dict:
-    """How pictures are resized and normalised; without preprocessor_config.json as CLIP does, at config.json's size.
+    """How pictures are resized and normalised; without preprocessor_config.json like CLIP, at config.json's size.
 
-    Raises FileNotFoundError where neither file says it, and ValueError for pictures that would not be square.
+    Raises FileNotFoundError if neither file has a size, and ValueError for pictures that would not be square.
     """
     path, newest = folder / "preprocessor_config.json", folder / "processor_config.json"
     images = read_json(path)
@@ -30,11 +32,11 @@ def read_preprocessor(folder: Path) -> dict:
         path = newest
     if not images:
         return {"image_size": _vision_size(folder)}
-    # a null is not stated, but do_…: null is false
+    # null means not stated, except for do_…, where it means false
     images = {name: value for name, value in images.items() if value is not None or name.startswith("do_")}
     kind = images.get("image_processor_type") or images.get("feature_extractor_type") or ""
     crops = images.get("do_center_crop", "crop_size" in images or "CLIP" in kind)
-    like_clip = "CLIP" in kind or (not kind and crops)  # what a file leaves out is CLIP's or ViT's
+    like_clip = "CLIP" in kind or (not kind and crops)  # the defaults are CLIP's or ViT's
     resize, crop = images.get("size", 224), images.get("crop_size", 224)
     if isinstance(resize, int) and not like_clip:
         resize = (resize, resize)
@@ -46,12 +48,12 @@ def read_preprocessor(folder: Path) -> dict:
     known = images.get("do_resize", True) and resize != NO_SIDES and isinstance(made, tuple) and made != NO_SIDES
     if not known or made[0] != made[1]:
         raise ValueError(f"{path}: size {images.get('size')}, crop_size {images.get('crop_size')}, do_center_crop "
-                         f"{crops}, do_resize {images.get('do_resize', True)} make no squares, which the model takes")
+                         f"{crops}, do_resize {images.get('do_resize', True)} make no squares, which the model needs")
     means = images.get("image_mean", IMAGE_MEAN if like_clip else 0.5)
     stds = images.get("image_std", IMAGE_STD if like_clip else 0.5)
     if not images.get("do_normalize", True):
         means, stds = 0.0, 1.0
-    # CLIPProcessor divides by 255; a file with another factor, or none, has it in the mean and deviation instead
+    # CLIPProcessor divides by 255; a different factor in the file goes into the mean and the deviation
     scale = 255 * (images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1)
     means, stds = (tuple(float(value) / scale for value in np.broadcast_to(values, 3)) for values in (means, stds))
     return {"image_size": made[0], "resize": resize, "resample": images.get("resample", 3 if like_clip else 2),
@@ -65,43 +67,43 @@ def _sides(size: dict) -> tuple[int, int]:
 def _vision_size(folder: Path) -> int:
     config = read_json(folder / "config.json")
     vision = config.get("vision", config)
-    while inner := vision.get("vision_config") or vision.get("vision_config_dict"):
-        vision = inner  # a whole CLIP may stand where its vision part should
+    while inner := part(vision, "vision"):
+        vision = inner  # a whole CLIP may be in the place of its vision part
     if vision is config and not {"image_size", "patch_size"} & set(config):
-        raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing, and no vision part in "
-                                f"config.json tells a picture's size: is {folder} a checkpoint?")
+        raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing, and config.json has no vision part "
+                                f"with the size of a picture: is {folder} a checkpoint?")
     return vision.get("image_size", 224)
 
 
 def read_tokenizer(folder: Path) -> dict:
-    """The tokenizer, by AutoTokenizer where it is not our own, and how many tokens a text may have.
+    """The tokenizer, opened by AutoTokenizer if it is not this project's own, and how many tokens a text may have.
 
-    That is model_max_length or what the position table holds, whichever is less. Raises FileNotFoundError for missing
-    files and ValueError for those that cannot be read.
+    That number is model_max_length or the size of the position table, whichever is less. Raises FileNotFoundError for
+    missing files and ValueError for files that cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: is {folder} a checkpoint?")
     settings, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
     if not settings and not config:
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
-    text = config.get("text_config", config)
+    text = part(config, "text") or config
     text = text | {"model_type": kind} if (kind := model_type(text)) else text
     tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
     ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
     try:
-        if ours and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:  # transformers loads for seconds
+        if ours and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:  # importing transformers takes seconds
             found = {side: settings[side] for side in ("padding_side", "truncation_side") if side in settings}
             found |= {"tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")), "special_tokens": tokens}
             stated = settings.get("model_max_length")
         else:
             from transformers import AutoTokenizer
 
-            # where config.json has two towers, AutoTokenizer must be told which of them it serves
+            # if config.json has two towers, AutoTokenizer must be told the text tower's type
             unnamed = text != config and "model_type" in text and "tokenizer_class" not in settings
             kind = {"tokenizer_type": text["model_type"]} if unnamed else {}
             found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **kind)}
             stated = found["tokenizer"].model_max_length
-    except Exception as error:  # whatever the two libraries raise for a broken file
+    except Exception as error:  # the two libraries raise anything for a broken file
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}): fetch the checkpoint again") from error
     return {**found, "max_length": _max_length(folder, text, stated)}
 
@@ -110,31 +112,35 @@ def _max_length(folder: Path, text: dict, stated: int | float | None) -> int:
     rows = text.get("max_position_embeddings")
     if rows and "roberta" in text.get("model_type", ""):
         padding = text.get("pad_token_id")
-        rows -= (1 if padding is None else padding) + 1  # RoBERTa's positions begin after that of its padding
+        rows -= (1 if padding is None else padding) + 1  # RoBERTa's positions begin after its padding's
     lengths = [length for length in (stated, rows) if length and length < NO_LENGTH]
     if not lengths:
         raise ValueError(f"{folder}: neither tokenizer_config.json (model_max_length) nor config.json "
-                         "(max_position_embeddings) tells how many tokens a text may have: add one")
+                         "(max_position_embeddings) says how many tokens a text may have: add one")
     return int(min(lengths))
 
 
 def model_type(config: dict) -> str | None:
-    """A config's model_type or, as in some of 2020 that have none, what their `architectures` are."""
+    """A config's model_type; some configs of 2020 have none, then the type of their `architectures`."""
     names = config.get("architectures") or [""]
     known = {"Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm-roberta", "ViT": "vit"}
     return config.get("model_type") or known.get(re.match("(XLMRoberta|Roberta|Bert|ViT|)", str(names[0]))[1])
 
 
+def part(config: dict, side: str) -> dict | None:
+    """The "vision" or "text" part of a CLIP's config; an old `…_config_dict` replaces `…_config` as in transformers."""
+    old = config.get(f"{side}_config_dict")
+    return config.get(f"{side}_config") if old is None else old
+
+
 def read_json(path: Path) -> dict:
-    """The file's object, {} where there is no file; ValueError that names it where it is no JSON."""
+    """The file's object, {} if there is no file. Raises ValueError that names the file if it is not an object."""
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): fetch or save the checkpoint again") from error
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes an object to a file, as `read_json` reads it; one that stops on the way leaves the older file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} cannot be read (it is not an object): fetch or save the checkpoint again")
+    return values

@@ -1,24 +1,25 @@
-"""The weights of a Hugging Face style folder as numpy arrays, whichever library wrote them, read without that library.
+"""Reads the weights of a Hugging Face style folder as numpy arrays, whichever library wrote them.
 
-Files are mapped into memory: an array is a view on its file, made when it is asked for, and its pages are given back
-when it is let go. Who copies one array after the other so holds the weights once, not twice. Nothing in a file is
-trusted: no code of it runs, and no array reaches beyond its bytes.
+Arrays of safetensors and torch files are views on the mapped file; they are made when they are asked for. Nothing in a
+file is trusted: no code of it runs, and no array reaches beyond its bytes.
 """
 
-import json
+import io
 import math
-import mmap
-import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import msgpack
 import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 
-from clipid_utils.model.pretrained.torch_pickle import MAGIC, Refusal, Storage, Tensor, read_old_pickles, read_pickle
+from clipid_utils.files import read_json
+from clipid_utils.model.pretrained import torch_pickle
+from clipid_utils.model.pretrained.torch_pickle import Refusal, Storage, Tensor
 
 _CODES = {  # safetensors' name of a dtype: numpy's
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -29,28 +30,14 @@ _DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) fo
 Arrays = dict[str, Callable[[], np.ndarray]]  # by name; the call makes the array
 
 
-def read_weights(folder: Path) -> Mapping[str, np.ndarray]:
-    """The weights in a folder by name, from the first of these files that it holds: `model.safetensors`,
-    `model.safetensors.index.json`, `flax_model.msgpack`, `pytorch_model.bin`, `pytorch_model.bin.index.json`.
+class Weights(Mapping):
+    """Arrays by name, each made when it is asked for."""
 
-    Names are the file's own, flax's nested ones with dots between; of shards, those that the index names. Every access
-    makes a new read-only view on the file, which must not be overwritten in place while a view lives (replacing it is
-    safe). Raises FileNotFoundError where a file is missing and ValueError for one that is damaged, lies about its sizes
-    or asks for anything but tensors, with the file, the key and what to do: all here, before any array is used.
-    """
-    for name, reader in _READERS.items():
-        if (folder / name).is_file():
-            return _Weights(_shards(folder / name, reader) if name.endswith(".json") else reader(folder / name))
-    raise FileNotFoundError(f"{folder} holds no weights: looked for {', '.join(_READERS)}; "
-                            "name the folder that save_pretrained wrote, or fetch the model again")
-
-
-class _Weights(Mapping):
     def __init__(self, arrays: Arrays):
         self._arrays = arrays
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._arrays[key]()
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
@@ -58,184 +45,127 @@ class _Weights(Mapping):
     def __len__(self) -> int:
         return len(self._arrays)
 
+    def forget(self, name: str) -> None:
+        """Frees the memory of an array that is not needed any more."""
+        del self._arrays[name]
 
-def _reading(reader: Callable[[BinaryIO], dict]) -> Callable[[Path], dict]:
-    """Opens the file for a reader and turns what a bad one makes it raise into a ValueError that names the file."""
 
-    def read(path: Path) -> dict:
+def read_weights(folder: Path) -> Weights:
+    """The weights in a folder by name, from the first of these files that is there: `model.safetensors`,
+    `model.safetensors.index.json`, `flax_model.msgpack`, `pytorch_model.bin`, `pytorch_model.bin.index.json`.
+
+    Names are the file's own, with dots between flax's nested names. Arrays are read-only; do not overwrite the file in
+    place while one of them is used (you may replace it). Raises FileNotFoundError if a file is missing and ValueError
+    if one is damaged, has wrong sizes or asks for anything but tensors; the message names the file, the key and the
+    remedy. All errors are raised here, before any array is used.
+    """
+    for name, reader in _READERS.items():
+        if (folder / name).is_file():
+            return Weights(_shards(folder / name, reader) if name.endswith(".json") else _read(folder / name, reader))
+    raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(_READERS)}; "
+                            "name the folder that save_pretrained wrote, or fetch the model again")
+
+
+def _read(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
+    """Turns all that a bad file makes its reader raise into a ValueError that names the file."""
+    try:
         with open(path, "rb") as file:
-            try:
-                if file.read(24) == b"version https://git-lfs.":
-                    raise Refusal("is git-lfs's placeholder, not the weights: run `git lfs pull` in its folder")
-                return reader(file)
-            except Refusal as error:
-                raise ValueError(f"{path} {error}") from error
-            except Exception as error:  # damage shows in any place of a parser, so as anything
-                kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-                raise ValueError(f"{path} cannot be read ({kind}{error}): fetch or save it again") from error
-
-    return read
+            if file.read(24) == b"version https://git-lfs.":
+                raise Refusal("is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+        return reader(path)
+    except Refusal as error:
+        raise ValueError(f"{path} {error}") from error
+    except Exception as error:  # damage can raise anything, anywhere in a parser
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read ({kind}{error}): fetch or save it again") from error
 
 
-def _read_at(file: BinaryIO, place: int, count: int) -> bytes:
-    """What describes the arrays is read so and not from the mapping, where one touch may map 2 MiB."""
-    file.seek(place)
-    return file.read(count)
+def _view(path: Path, name: str, dtype: str, shape, start: int, numel: int, offset: int = 0, strides=None):
+    """A function that makes an array in the `numel` numbers at byte `start`; offset and strides count numbers.
 
-
-# --- Arrays in mapped files -------------------------------------------------------------------------------------------
-
-
-class _View(NamedTuple):
-    data: mmap.mmap
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    strides: tuple[int, ...]  # in bytes
-
-    def __call__(self) -> np.ndarray:
-        if 0 in self.shape:
-            return np.empty(self.shape, self.dtype)
-        array = np.ndarray(self.shape, self.dtype, self.data, self.start, self.strides)
-        weakref.finalize(array, _give_back, self.data, self.start, self.stop).atexit = False
-        return array
-
-
-def _give_back(data: mmap.mmap, start: int, stop: int) -> None:
-    """Unmaps a range and what came with it, as pages that are mapped count as this process's memory.
-
-    An array that still lies there is not harmed: its pages are mapped again when they are read.
+    It is called once here, so that numpy raises ValueError if something does not fit.
     """
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start, stop = start // 2**21 * 2**21, -(-stop // 2**21) * 2**21  # the kernel maps up to 2 MiB around a touch
-        data.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-def _view(data: mmap.mmap, key: str, dtype, shape, start, stop, strides=None) -> _View:
-    """An array in `data[start:stop]`: all of it in row-major order or, with strides in elements, what they reach."""
     if dtype not in _DTYPES:
-        raise Refusal(f"holds {key!r} as {dtype}, not as one of {', '.join(_DTYPES)}: save it as float32")
-    numbers = [start, stop, *(shape if isinstance(shape, list | tuple) else "?"), *(strides or ())]
+        raise Refusal(f"has {name!r} as {dtype}, not as one of {', '.join(_DTYPES)}: save it as float32")
+    kind, numbers = _DTYPES[dtype], [start, numel, offset, *shape, *(strides or ())]
     same_rank = strides is None or len(strides) == len(shape)
-    if not all(type(n) is int and n >= 0 for n in numbers) or not same_rank or len(shape) > 64:
-        raise ValueError(f"{key!r} has a shape, strides or a place that no array has")
-    width = _DTYPES[dtype].itemsize
-    steps = strides if strides is not None else [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    steps = [step * width if n > 1 else 0 for n, step in zip(shape, steps, strict=True)]
-    reach = 0 if 0 in shape else sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + width
-    fits = start + reach <= stop <= len(data) and (strides is not None or start + reach == stop)
-    if not fits or math.prod(n or 1 for n in shape) * width >= 2**63:
-        raise ValueError(f"{key!r} of shape {tuple(shape)} does not fit the bytes that are there for it")
-    return _View(data, _DTYPES[dtype], tuple(shape), start, start + reach, tuple(steps))
+    if not same_rank or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{name!r} has a shape, strides or a place that no array has")
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))] if strides is None else strides
+    reach = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+    steps = tuple(step * kind.itemsize if n > 1 else 0 for n, step in zip(shape, steps, strict=True))
+
+    def array() -> np.ndarray:
+        if 0 in shape:
+            return np.empty(shape, kind)
+        data = np.memmap(path, np.uint8, "r", start, (numel * kind.itemsize,))
+        return np.ndarray(shape, kind, data, offset * kind.itemsize, steps)
+
+    try:
+        if offset + reach > numel or math.prod(n or 1 for n in shape) * kind.itemsize >= 2**63:
+            raise ValueError(f"it would reach element {offset + reach} of {numel}")
+        array()
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name!r} of shape {tuple(shape)} does not fit its bytes ({error})") from error
+    return array
 
 
-# --- safetensors: eight bytes that say how long the header is, the header in JSON, the tensors ------------------------
+# safetensors: eight bytes with the header's length, the header, and the tensors without gaps
 
-
-@_reading
-def _safetensors(file: BinaryIO) -> Arrays:
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    begin = 8 + int.from_bytes(_read_at(file, 0, 8), "little")
-    if not 8 < begin <= len(data):
-        raise ValueError(f"its header would end at byte {begin} of {len(data)}")
+def _safetensors(path: Path) -> Arrays:
     arrays = {}
-    for key, entry in json.loads(_read_at(file, 8, begin - 8)).items():
-        if key != "__metadata__":
-            try:
-                shape, (start, stop) = entry["shape"], entry["data_offsets"]
-                dtype = _CODES.get(entry["dtype"], entry["dtype"])
-                start, stop = (begin + place if place >= 0 else -1 for place in (start, stop))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{key!r} lacks its dtype, shape or place") from error
-            arrays[key] = _view(data, key, dtype, shape, start, stop)
+    with safe_open(path, "numpy") as stored, open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name in stored.offset_keys():
+            part = stored.get_slice(name)
+            dtype, shape = _CODES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
+            arrays[name] = _view(path, name, dtype, shape, start, math.prod(shape))
+            start += math.prod(shape) * _DTYPES[dtype].itemsize
     return arrays
 
 
-# --- flax_model.msgpack: nested maps, whose arrays are (shape, dtype, bytes) in msgpack again -------------------------
+# flax_model.msgpack: nested dicts, in which an array is (shape, dtype, bytes) in msgpack again
 
-_CHUNKED = "__msgpack_chunked_array__"  # flax cuts arrays above 1 GiB: {_CHUNKED: True, "shape": {…}, "chunks": {…}}
-_SIZE_WIDTH = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4}  # how many bytes of a bin or ext say its size
-_EXT_SIZE = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}  # the ext types of one size
-_ARRAY, _NUMPY_SCALAR = 1, 3  # flax's ext types; 2 is Python's complex
+def _flax(path: Path) -> Arrays:
+    """Reads all arrays, one after the other: flax's own msgpack_restore needs the memory three times.
 
-
-@_reading
-def _flax(file: BinaryIO) -> Arrays:
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    tree, stop = _flax_value(file, data, 0, "")
-    if not isinstance(tree, dict) or stop != len(data):
-        raise ValueError("it is not one dict in msgpack")
-    arrays: Arrays = {}
-    for key, value in _leaves(tree):
-        if key in arrays or not callable(value):
-            raise Refusal(f"holds {key!r} twice or not as an array ({type(value).__name__}): save the params alone")
-        arrays[key] = value
-    return arrays
-
-
-def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield name, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{name}.{key}" if name else f"{key}")
-
-
-def _flax_value(file: BinaryIO, data: mmap.mmap, at: int, name: str) -> tuple[Any, int]:
-    """The value at a place, a map as dict and an array as view, and the place after it.
-
-    `msgpack` decodes all but the arrays' bytes, which it would copy: their places are reckoned and they stay there.
+    Arrays above 1 GiB, which flax cuts into chunks, are refused; no tower has one.
     """
-    code, reader = _read_at(file, at, 1)[0], _decode_at(file, at)
-    if code >> 4 == 0x8 or code in (0xDE, 0xDF):  # a map
-        tree, count = {}, reader.read_map_header()
-        at += reader.tell()
-        for _ in range(count):
-            reader = _decode_at(file, at)
-            key = reader.unpack()
-            tree[key], at = _flax_value(file, data, at + reader.tell(), f"{name}.{key}" if name else f"{key}")
-        return (_joined(tree, name) if _CHUNKED in tree else tree), at
-    if code not in _EXT_SIZE and not 0xC7 <= code <= 0xC9:
-        return reader.unpack(), at + reader.tell()
-    *size, kind = _read_at(file, at + 1, _SIZE_WIDTH.get(code, 0) + 1)
-    body = at + 2 + len(size)
-    stop = body + (_EXT_SIZE.get(code) or int.from_bytes(size, "big"))
-    reader = _decode_at(file, body)
-    if kind not in (_ARRAY, _NUMPY_SCALAR) or reader.read_array_header() != 3:
-        raise ValueError(f"{name!r} is no array as flax writes them")
-    shape, dtype = reader.unpack(), reader.unpack()
-    start = body + reader.tell() + 1  # of the bytes' own size
-    size = _read_at(file, start, _SIZE_WIDTH[_read_at(file, start - 1, 1)[0]])
-    if start + len(size) + int.from_bytes(size, "big") != stop:
-        raise ValueError(f"{name!r} has two sizes")
-    return _view(data, name, dtype, shape, start + len(size), stop), stop
+    with open(path, "rb") as file:
+        reader = msgpack.Unpacker(file, max_buffer_size=2**31 - 1, strict_map_key=False, ext_hook=_flax_array)
+        tree = reader.unpack()
+        if not isinstance(tree, dict) or file.read(1) or reader.read_bytes(1):
+            raise ValueError("it is not one dict in msgpack")
+    arrays: Arrays = {}
+    for names, value in flatten_dict(tree).items():
+        name = ".".join(map(str, names))
+        if name in arrays or not isinstance(value, np.ndarray):
+            raise Refusal(f"has {name!r} twice or not as an array ({type(value).__name__}): save the params alone")
+        arrays[name] = lambda value=value: value
+    return arrays
 
 
-def _decode_at(file: BinaryIO, place: int) -> msgpack.Unpacker:
-    file.seek(place)
-    return msgpack.Unpacker(file, read_size=512, strict_map_key=False)
+def _flax_array(kind: int, data: bytes) -> np.ndarray:
+    if kind not in (1, 3):  # flax's arrays and numpy's numbers; 2 is a complex number
+        raise ValueError(f"it has an extension of kind {kind}, which is not an array")
+    shape, dtype, numbers = msgpack.unpackb(data)
+    if dtype not in _DTYPES:
+        raise Refusal(f"has an array of {dtype}, not of one of {', '.join(_DTYPES)}: save it as float32")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"an array has the shape {shape}")
+    return np.frombuffer(numbers, _DTYPES[dtype]).reshape(shape)
 
 
-def _joined(tree: dict, name: str) -> Callable[[], np.ndarray]:
-    """One array of the chunks that flax cut it into; they are copied together when it is asked for."""
-    shape, chunks = ([tree[part][str(i)] for i in range(len(tree[part]))] for part in ("shape", "chunks"))
-    if min(shape) < 0 or not chunks or sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
-        raise ValueError(f"{name!r} of shape {tuple(shape)} does not fit its chunks")
-    return lambda: np.concatenate([chunk().reshape(-1) for chunk in chunks]).reshape(shape)
+# pytorch_model.bin: a zip of one pickle and the storages that it names; before torch 1.6 five pickles and storages
+
+_StartOf = Callable[[Storage], int | None]  # the byte at which a storage begins, or None if it is not there
 
 
-# --- pytorch_model.bin: a zip of one pickle and the storages that it names; before torch 1.6, five pickles and those --
-
-
-@_reading
-def _torch(file: BinaryIO) -> Arrays:
-    old, data = MAGIC in _read_at(file, 0, 32), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    tensors, start_of = _torch_old(file, len(data)) if old else _torch_zip(file)
-    return {key: _torch_view(data, key, tensor, start_of(tensor.storage)) for key, tensor in tensors.items()}
-
-
-_StartOf = Callable[[Storage], int | None]  # where a storage's bytes begin, if they are there
+def _torch(path: Path) -> Arrays:
+    with open(path, "rb") as file:
+        head = file.read(torch_pickle.MAX_PICKLE)
+        tensors, start_of = _torch_old(file, head) if torch_pickle.MAGIC in head[:32] else _torch_zip(file)
+        return {name: _torch_view(path, name, tensor, start_of(tensor.storage)) for name, tensor in tensors.items()}
 
 
 def _torch_zip(file: BinaryIO) -> tuple[dict[str, Tensor], _StartOf]:
@@ -246,70 +176,68 @@ def _torch_zip(file: BinaryIO) -> tuple[dict[str, Tensor], _StartOf]:
         raise ValueError("it is a zip without the one data.pkl that torch writes")
     if any(info.compress_type or info.compress_size != info.file_size for info in members.values()):
         raise Refusal("is a compressed zip, which torch does not write: unpack it and zip it with -0")
-    if f"{roots[0]}byteorder" in members and archive.read(f"{roots[0]}byteorder") != b"little":
+    if members[f"{roots[0]}data.pkl"].file_size > torch_pickle.MAX_PICKLE:
+        raise Refusal("has a data.pkl that is too large: save the model's state_dict alone, or as model.safetensors")
+    if f"{roots[0]}byteorder" in members and archive.open(f"{roots[0]}byteorder").read(9) != b"little":
         raise Refusal("was written on a big-endian machine: save it again on a little-endian one")
 
     def start_of(storage: Storage) -> int | None:
         member = members.get(f"{roots[0]}data/{storage.key}")
         if member is None or not 0 <= storage.numel * _DTYPES[storage.dtype].itemsize <= member.file_size:
             return None
-        header = _read_at(file, member.header_offset, 30)
+        file.seek(member.header_offset)
+        header = file.read(30)
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
         return member.header_offset + 30 + lengths if header[:4] == b"PK\3\4" else None
 
-    return read_pickle(archive.read(f"{roots[0]}data.pkl")), start_of
+    return torch_pickle.read_pickle(archive.read(f"{roots[0]}data.pkl")), start_of
 
 
-def _torch_old(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], _StartOf]:
-    """After the pickles lies, for every storage, the number of its elements in eight bytes and then they."""
-    file.seek(0)
-    tensors, keys = read_old_pickles(file)
-    at, named, starts = file.tell(), {}, {}
-    for tensor in tensors.values():
-        named.setdefault(tensor.storage.key, tensor.storage)
+def _torch_old(file: BinaryIO, head: bytes) -> tuple[dict[str, Tensor], _StartOf]:
+    """After the pickles comes each storage: the number of its elements in eight bytes, and the elements."""
+    tensors, keys, at = torch_pickle.read_old_pickles(head)
+    storages, starts = {tensor.storage.key: tensor.storage for tensor in tensors.values()}, {}
+    size = file.seek(0, io.SEEK_END)
     for key in keys:
-        if key not in named:
+        if key not in storages:
             raise ValueError(f"no tensor is in storage {key!r}")
-        numel, start = int.from_bytes(_read_at(file, at, 8), "little", signed=True), at + 8
-        at = start + numel * _DTYPES[named[key].dtype].itemsize
-        if not start <= at <= size:
+        dtype, _, numel = storages[key]
+        file.seek(at)
+        if int.from_bytes(file.read(8), "little", signed=True) != numel:
+            raise ValueError(f"storage {key!r} has not the {numel} elements that its tensors expect")
+        starts[storages[key]] = at + 8
+        at += 8 + numel * _DTYPES[dtype].itemsize
+        if not 8 <= at <= size:
             raise ValueError(f"storage {key!r} would end at byte {at} of {size}")
-        starts[named[key]._replace(numel=numel)] = start  # of this size and type alone
     if at != size:
         raise ValueError(f"its storages end at byte {at} of {size}")
     return tensors, starts.get
 
 
-def _torch_view(data: mmap.mmap, key: str, tensor: Tensor, start: int | None) -> _View:
+def _torch_view(path: Path, name: str, tensor: Tensor, start: int | None) -> Callable[[], np.ndarray]:
     dtype, storage, numel = tensor.storage
-    width = _DTYPES[dtype].itemsize
-    if start is None or not 0 <= tensor.offset <= numel:
-        raise ValueError(f"{key!r} is in storage {storage!r}, which it lacks or has elsewhere or in another size")
-    first, stop = start + tensor.offset * width, start + numel * width
-    return _view(data, key, dtype, tensor.shape, first, stop, tensor.strides)
+    if start is None:
+        raise ValueError(f"{name!r} is in storage {storage!r}, which is missing or has a different place or size")
+    return _view(path, name, dtype, tensor.shape, start, numel, tensor.offset, tensor.strides)
 
 
-# --- Shards, and the order of the files -------------------------------------------------------------------------------
-
-
-@_reading
-def _index(file: BinaryIO) -> dict[str, str]:
-    shard_of = json.loads(_read_at(file, 0, -1))["weight_map"]
-    for key, shard in shard_of.items():
-        if Path(shard).name != shard:
-            raise Refusal(f"has {key!r} in {shard!r}, which is not the name of a file beside it: correct it")
-    return shard_of
-
+# Shards, and the order of the files
 
 def _shards(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
-    shard_of, shards = _index(path), {}
-    for key, shard in shard_of.items():
+    shard_of: Any = read_json(path)
+    shard_of = shard_of.get("weight_map") if isinstance(shard_of, dict) else None
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{path} cannot be read (it has no weight_map): fetch or save it again")
+    shards: dict[str, Arrays] = {}
+    for name, shard in shard_of.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{path} has {name!r} in {shard!r}, which is not the name of a file beside it: correct it")
         if not (path.parent / shard).is_file():
-            raise FileNotFoundError(f"{path.parent / shard}, where {path.name} has {key!r}, is missing: fetch it")
-        shards[shard] = shards.get(shard) or reader(path.parent / shard)
-        if key not in shards[shard]:
-            raise ValueError(f"{path} has {key!r} in {shard}, which lacks it: fetch or save both again")
-    return {key: shards[shard][key] for key, shard in shard_of.items()}
+            raise FileNotFoundError(f"{path.parent / shard}, where {path.name} has {name!r}, is missing: fetch it")
+        shards[shard] = shards.get(shard) or _read(path.parent / shard, reader)
+        if name not in shards[shard]:
+            raise ValueError(f"{path} has {name!r} in {shard}, which lacks it: fetch or save both again")
+    return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 
 _READERS = {

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,8 @@ from tiny import SIZE, tiny_clip
 
 import clipid_utils
 from clipid_utils import HybridCLIP, load_clip, save_clip
-from clipid_utils.model.pretrained import convert
+from clipid_utils.model.pretrained import save
+from clipid_utils.model.pretrained.parameters import flatten_params
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def folder(tmp_path):
 
 
 def leaves(model):
-    return convert.flatten_params(nnx.state(model, nnx.Param))
+    return flatten_params(nnx.state(model, nnx.Param))
 
 
 @pytest.mark.parametrize("changes", [{}, {"logit_bias": -10.0, "logit_scale": 1.25}])
@@ -61,15 +66,22 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(folder, monkeypatch):
     before = load_file(folder / "model.safetensors")
 
     def broken(tensors, path, metadata):
-        path.write_bytes(b"half a fi")
+        Path(path).write_bytes(b"half a fi")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "save_file", broken)
+    monkeypatch.setattr(save, "save_file", broken)
     with pytest.raises(KeyboardInterrupt):
         save_clip(*tiny_clip(7), folder)
     after = leaves(load_clip(folder)[0])
     for key, value in before.items():
         np.testing.assert_array_equal(after[key], value)
+
+
+def test_others_may_read_the_weights_as_the_umask_says(folder):
+    """safetensors itself lets only the owner read them."""
+    os.umask(mask := os.umask(0))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_the_names_in_the_file_are_paths_in_the_model(folder):
@@ -83,6 +95,19 @@ def test_a_model_may_be_loaded_to_compute_in_bfloat16(folder):
     model, _ = load_clip(folder, dtype=jnp.bfloat16)
     assert model.vision.tokens(jnp.zeros((1, SIZE, SIZE, 3))).dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("bias", [None, -10.23])
+def test_the_scale_stays_float32_in_bfloat16(tmp_path, bias):
+    """bfloat16 would make 27 of 27.23, and a moving average of it would never move."""
+    scale = float(np.log(27.23))
+    save_clip(*tiny_clip(logit_scale=scale, logit_bias=bias), tmp_path)
+    model, _ = load_clip(tmp_path, param_dtype=jnp.bfloat16)
+    exact = {"logit_scale": scale} if bias is None else {"logit_scale": scale, "logit_bias": bias}
+    for path, leaf in leaves(model).items():
+        assert leaf.dtype == (jnp.float32 if path in exact else jnp.bfloat16), path
+        if path in exact:
+            assert float(leaf) == np.float32(exact[path])
 
 
 def test_a_loaded_model_can_be_trained(folder):
@@ -105,7 +130,7 @@ def test_a_loaded_model_can_be_trained(folder):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere' is not a folder"):
         load_clip(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json not found.*save_clip"):
         load_clip(tmp_path)
@@ -144,7 +169,7 @@ def test_broken_weights_are_named(folder, damage):
 
 def test_missing_weights_are_named(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no weights: looked for model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no weights: looked for model\.safetensors"):
         load_clip(folder)
 
 
@@ -182,13 +207,19 @@ def test_a_model_without_a_tokenizer_comes_back_without_one(folder):
     assert again.config == model.config
 
 
-def test_a_tokenizer_of_more_tokens_than_the_tower_has_rows_is_refused(tmp_path):
+@pytest.mark.parametrize("rows, fits", [(300, True), (50, False)])
+def test_a_tokenizer_with_ids_beyond_the_table_is_refused(tmp_path, rows, fits):
+    """Its own tokenizer or a different folder's. One whose largest id is the table's last row fits."""
     model, processor = tiny_clip()
-    save_clip(*tiny_clip(), tmp_path / "large")
-    small = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=50))
+    rows = max(processor.tokenizer.get_vocab().values()) + 1 if fits else rows
+    small = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=rows))
     save_clip(HybridCLIP(small, rngs=nnx.Rngs(0)), processor, tmp_path / "small")
-    with pytest.raises(ValueError, match=r"large has \d+ tokens, and the text tower 50"):
-        load_clip(tmp_path / "small", tokenizer=tmp_path / "large")
+    for options in ({}, {"tokenizer": tmp_path / "small"}):
+        if fits:
+            load_clip(tmp_path / "small", **options)
+            continue
+        with pytest.raises(ValueError, match=r"small has \d+ tokens with ids up to \d+, .* table has 50 rows"):
+            load_clip(tmp_path / "small", **options)
 
 
 def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
@@ -197,8 +228,13 @@ def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "clip").exists()
 
 
-def test_what_the_package_offers():
-    assert clipid_utils.load_clip is load_clip and clipid_utils.PRESETS["mini"].embed_dim == 128
+def test_the_package_offers_its_names_without_loading_jax():
+    program = ("import sys, clipid_utils; assert 'jax' not in sys.modules; "
+               "assert all(hasattr(clipid_utils, name) for name in clipid_utils.__all__)")
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert set(clipid_utils.__all__) <= set(dir(clipid_utils)) and clipid_utils.load_clip is load_clip
+    with pytest.raises(AttributeError, match="no attribute 'load_clap'"):
+        clipid_utils.load_clap  # noqa: B018
 
 
 def test_another_folders_tokenizer_cuts_where_the_text_tower_ends(folder, tmp_path):

@@ -1,0 +1,136 @@
+"""The layers that both towers are made of: linear layers, layer norms, attention, MLPs and transformer blocks.
+
+Letters in shapes: B batch, L tokens, D width, M outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from clipid_utils.model import ops
+from clipid_utils.model.config import TextConfig, VisionConfig
+
+Arrays = Array | np.ndarray  # the processor's arrays can be used as they are
+_module_list = getattr(nnx, "List", list)  # flax 0.11, which Colab has, takes plain lists
+
+
+class Linear(nnx.Linear):
+    """nnx.Linear, computed by `ops.linear`."""
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch M"]:
+        dtype = self.dtype or x.dtype
+        kernel, bias = (None if part is None else part[...].astype(dtype) for part in (self.kernel, self.bias))
+        return ops.linear(x.astype(dtype), kernel, bias)
+
+
+def linear(
+    d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True
+) -> Linear:
+    """A linear layer whose first outputs are as large as its inputs, or whose kernel has the given `std`.
+
+    The released CLIP starts in the same way: kernels shrink with the width, and kernels that end a residual branch also
+    with the depth. BERT's 0.02 is about this size at width 768; at 128 it would make all texts nearly the same vector.
+    """
+    init = nnx.initializers.normal(d_in**-0.5 if std is None else std)
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def _residual_std(config: VisionConfig | TextConfig) -> float:
+    return (2 * config.width * config.layers) ** -0.5
+
+
+class LayerNorm(nnx.LayerNorm):
+    """nnx.LayerNorm, computed by `ops.layer_norm`, in float32."""
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x, scale, bias = (part.astype(jnp.float32) for part in (x, self.scale[...], self.bias[...]))
+        return ops.layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate projections, as Hugging Face stores them."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
+        width, self.heads = config.width, config.heads
+        self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(width, width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None) -> Float[Array, "B L D"]:
+        q, k, v = (
+            project(x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, K]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(ops.attention(q, k, v, mask).reshape(x.shape))  # [B, L, D]
+
+
+class MLP(nnx.Module):
+    """Two layers with an activation between them."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
+        self.fc1 = linear(config.width, config.mlp_dim, std=(2 * config.width) ** -0.5, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(config.mlp_dim, config.width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.fc2(ops.ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """One transformer layer. `pre_norm` normalises before each part (CLIP), otherwise after each sum (BERT)."""
+
+    def __init__(self, config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
+        self.pre_norm = pre_norm
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.ln_1 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "B 1 L"] | None = None,
+        survive: Float[Array, "2 B 1 1"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """`survive` scales the two residual branches: 0 drops a branch, 1/p keeps its mean (stochastic depth)."""
+        scale_1, scale_2 = (1.0, 1.0) if survive is None else survive
+        if self.pre_norm:
+            x = x + scale_1 * self.attn(self.ln_1(x), mask)
+            return x + scale_2 * self.mlp(self.ln_2(x))
+        x = self.ln_1(x + scale_1 * self.attn(x, mask))
+        return self.ln_2(x + scale_2 * self.mlp(x))
+
+
+def survivals(keys: Array | None, drop_path: float, layers: int, dtype) -> list:
+    """The branch scales of each layer for stochastic depth (Huang et al. 2016); deeper layers are dropped more often.
+
+    A row's scales depend on its own key alone, so a batch in parts is drawn like the whole batch.
+    """
+    if keys is None or drop_path == 0.0:
+        return [None] * layers
+    if not 0.0 < drop_path < 1.0:
+        raise ValueError(f"drop_path is {drop_path}: give the last layer's chance to be skipped, below 1")
+    keep = 1.0 - drop_path * jnp.arange(1, layers + 1)[:, None] / layers
+    alive = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (layers, 2)), out_axes=2)(keys)  # [layers, 2, B]
+    return list((alive / keep[..., None])[..., None, None].astype(dtype))
+
+
+def blocks_of(config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
+    """The blocks of a tower."""
+    return _module_list([Block(config, pre_norm=pre_norm, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+
+
+def through_blocks(blocks, x, mask, keys, drop_path: float, remat: bool) -> Float[Array, "B L D"]:
+    """Block after block; `keys`, `drop_path` and `remat` are those of the towers' `tokens`."""
+    for block, survive in zip(blocks, survivals(keys, drop_path, len(blocks), x.dtype), strict=True):
+        x = jax.checkpoint(block.__call__)(x, mask, survive) if remat else block(x, mask, survive)
+    return x
+
+
+def check_pooling(config: VisionConfig | TextConfig, *known: str) -> str:
+    if config.pooling not in known:
+        raise ValueError(f"{type(config).__name__}.pooling is {config.pooling!r}: it must be {' or '.join(known)}")
+    return config.pooling

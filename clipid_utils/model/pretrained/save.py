@@ -1,0 +1,65 @@
+"""The way out: `save_clip` writes a checkpoint folder of this project, or one that transformers opens.
+
+A folder of this project has `config.json`, `model.safetensors` (float32, one key for each parameter, which is its nnx
+path with dots), the tokenizer's files and the image processor's config.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from clipid_utils.files import whole_file, write_json
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import CLIPConfig
+from clipid_utils.model.pretrained.families import TRANSFORMS, key_table, to_hf_config
+from clipid_utils.model.pretrained.parameters import flatten_params
+from clipid_utils.model.pretrained.processor_files import MODEL_TYPE
+from clipid_utils.model.processor import CLIPProcessor
+
+
+def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLike, format: str = "native") -> None:
+    """Writes a checkpoint folder; each file replaces an older one only when it is complete.
+
+    `format` is "native" or "vision-text-dual-encoder": then config.json, weights and processor files are those of
+    transformers' VisionTextDualEncoderModel and -Processor. Raises ValueError for a different format and for a model
+    that VisionTextDualEncoderModel cannot represent, before anything is written, and OSError if the disk is full.
+    """
+    params = flatten_params(nnx.state(model, nnx.Param))
+    if format == "native":
+        config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+        tensors = {key: np.asarray(value, np.float32) for key, value in params.items()}
+    elif format == "vision-text-dual-encoder":
+        config = to_hf_config(model.config)
+        tensors = _to_torch(params, model.config)
+    else:
+        raise ValueError(f"format {format!r} is not known: use 'native' or 'vision-text-dual-encoder'")
+    folder = Path(path).expanduser()
+    try:
+        with whole_file(folder / "model.safetensors") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            save_file(tensors, file.name, metadata={"format": "flax" if format == "native" else "pt"})
+            os.chmod(file.name, mode)  # safetensors lets only the owner read what it writes
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the weights were not written ({error}); an older checkpoint there is unchanged. Free "
+                      "space on the disk, check that you may write the folder, and save again") from error
+    write_json(folder / "config.json", config)
+    processor.save(folder)
+
+
+def _to_torch(params: dict[str, jax.Array], config: CLIPConfig) -> dict[str, np.ndarray]:
+    """The parameters with the names and shapes of VisionTextDualEncoderModel, which has no limit for logit_scale.
+
+    CLIP's image tower has its prefix twice: transformers 4 needs it so, and transformers 5 accepts it.
+    """
+    limited = params | {"logit_scale": jnp.minimum(params["logit_scale"], config.max_logit_scale)}
+    arrays = {key: TRANSFORMS[key.transform].to_torch(np.asarray(limited[key.nnx_path]), config.vision)
+              for key in key_table(config)}
+    start = "vision_model.vision_model." if config.vision.ln_pre else "vision_model."
+    return {key.hf_name.replace("vision_model.", start): np.asarray(array, np.float32, order="C")
+            for key, array in arrays.items()}
