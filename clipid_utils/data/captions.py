@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
+from jaxtyping import Int32
 
 from clipid_utils.wording import fill, load_wording
 
@@ -216,6 +218,13 @@ def sample_caption(
 def draw(keywords: list[str], count: int, rng: np.random.Generator) -> list[str]:
     """At most `count` different keywords in a random order."""
     return [keywords[i] for i in rng.permutation(len(keywords))[:count]]
+
+
+def caption_ids(texts: Iterable[str]) -> Int32[np.ndarray, "B 2"]:
+    """For each text 64 bits that are equal for equal texts, whatever their case, spaces and Unicode form (NFKC)."""
+    folded = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    digests = (hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest() for text in folded)
+    return np.frombuffer(b"".join(digests), "<i4").reshape(-1, 2).astype(np.int32)
 
 
 def flip_allowed(name: str, keywords: list[str], has_text: bool) -> bool:

@@ -4,9 +4,10 @@ The folder is a standard one: `transformers.AutoTokenizer` and `CLIPImageProcess
 opens theirs of CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa.
 """
 
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipid_utils.files import to_rgb
+from clipid_utils.files import open_picture, to_rgb
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.pretrained.processor_files import (
     IMAGE_MEAN,
@@ -82,6 +83,10 @@ def resize_and_crop(
     return np.asarray(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
 
 
+def _decode(picture: object, **settings) -> np.ndarray:
+    return resize_and_crop(open_picture(picture), **settings)
+
+
 class CLIPProcessor:
     """Images and texts to numpy arrays.
 
@@ -132,6 +137,11 @@ class CLIPProcessor:
         if text is not None:
             batch.update(self.tokenize([text] if isinstance(text, str) else list(text)))
         return batch
+
+    @property
+    def decoder(self) -> Callable[[object], np.ndarray]:
+        """From a picture (path, bytes, PIL, or a dict of datasets) to its uint8 pixels [S, S, 3]."""
+        return functools.partial(_decode, size=self.image_size, resize=self.resize, resample=self.resample)
 
     def normalize(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B H W 3"]:
         """uint8 pixels to float32 with CLIP's mean and standard deviation."""
