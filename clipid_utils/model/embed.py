@@ -138,7 +138,8 @@ class Embedded(NamedTuple):
 
 
 def embed_pictures(
-    model: HybridCLIP, processor: CLIPProcessor, pictures: Sequence, *, cache: str | os.PathLike | None = None,
+    model: HybridCLIP, processor: CLIPProcessor, pictures: Sequence | np.ndarray, *,
+    cache: str | os.PathLike | None = None,
     identities: Shaped[np.ndarray, " N"] | None = None, out: np.ndarray | None = None, projected: bool = True,
     batch_size: int = 64, chunk: int = CHUNK, progress: bool = True,
 ) -> Embedded:
@@ -186,16 +187,17 @@ def _name(picture: object, row: int) -> str:
     return Path(path).name if isinstance(path, str | os.PathLike) else f"row {row}"
 
 
-def _decoded(decode: Callable, pictures: Sequence, rows: np.ndarray, ahead: int) -> Iterator[tuple[int, object]]:
+def _decoded(decode: Callable, pictures, rows: np.ndarray, ahead: int) -> Iterator[tuple[int, object]]:
     """Each row with its picture's pixels, or with the reason why there are none; threads decode up to `ahead` rows."""
 
     def one(row: int) -> np.ndarray | str:
+        picture = pictures[row]
         try:
-            picture = pictures[row]
             return picture if isinstance(picture, np.ndarray) else decode(picture)
         except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
-            error = error.__cause__ or error
-            return str(error) if isinstance(error, PictureError) else f"{type(error).__name__}: {error}"
+            reason = str(error).removeprefix(f"{picture}: ")
+            plain = isinstance(error, PictureError | FileNotFoundError)
+            return reason if plain else f"{type(error).__name__}: {reason}"
 
     with ThreadPoolExecutor(usable_threads()) as pool:
         waiting: deque = deque()

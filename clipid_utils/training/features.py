@@ -165,7 +165,7 @@ class _Survey:
 def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> _Survey:
     if not len(data):
         raise ValueError("there are no pictures to compute features of")
-    digest, identities, seen, ids, counts = hashlib.sha256(), [], array("Q"), array("i"), array("q")
+    digest, identities, seen, ids, counts = hashlib.sha256(), [], array("q"), array("i"), array("q")
     pairs = zip(_pictures(data), _captions(data, count), strict=True)
     for row, (picture, texts) in enumerate(tqdm(pairs, "looking through", len(data), disable=not progress)):
         if not texts:
@@ -178,13 +178,12 @@ def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> _Survey
     concepts = data.concepts.tobytes() if isinstance(data, PicturePairs) else b""
     for part in (b"".join(identities), seen.tobytes(), counts.tobytes(), concepts):
         digest.update(part)
-    _, first, text_of = np.unique(np.asarray(seen), return_index=True, return_inverse=True)
-    place = np.argsort(np.argsort(first))  # texts in the order in which they come up
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # for numpy a long long is a type of its own
-    first = np.sort(first)
+    text_ids, first, text_of = np.unique(np.asarray(seen), return_index=True, return_inverse=True)
+    order = np.argsort(first)  # texts in the order in which they come up
+    starts = np.concatenate([[0], np.cumsum(counts)])
     return _Survey(
-        digest.hexdigest(), np.array(identities), place[text_of.reshape(-1)].astype(np.int32), starts, first,
-        np.asarray(seen)[first].astype(np.uint64), np.asarray(ids, np.int32).reshape(-1, 2)[first])
+        digest.hexdigest(), np.array(identities), np.argsort(order)[text_of].astype(np.int32), starts.astype(np.int64),
+        first[order], text_ids[order].astype(np.int64), np.asarray(ids, np.int32).reshape(-1, 2)[first[order]])
 
 
 def _at(texts: Iterator[str], places: np.ndarray) -> Iterator[str]:
