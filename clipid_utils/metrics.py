@@ -94,12 +94,8 @@ def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -
 
 
 def bootstrap_interval(
-    per_item: Shaped[np.ndarray, "Q ..."],
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    level: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
-    clusters: Sequence[object] | None = None,
+    per_item: Shaped[np.ndarray, "Q ..."], statistic: Callable[[np.ndarray], float] = np.mean, level: float = 0.95,
+    samples: int = 2000, seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) of a statistic: items are drawn with replacement, `samples` times.
 
@@ -145,12 +141,8 @@ def with_interval(
 
 
 def retrieval_summary(
-    similarity: Num[np.ndarray, "Q N"],
-    positives: Bool[np.ndarray, "Q N"],
-    ks: Sequence[int] = (1, 5, 10),
-    mrr_ks: Sequence[int] = (10,),
-    seed: int = 0,
-    clusters: Sequence[object] | None = None,
+    similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (1, 5, 10),
+    mrr_ks: Sequence[int] = (10,), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict[str, dict[str, float] | int]:
     """One direction in full: `{"R@1": {"value", "low", "high"}, …, "MRR@10": {…}, "queries": Q, "candidates": N}`.
 

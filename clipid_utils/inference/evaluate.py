@@ -27,14 +27,8 @@ PIXEL_SIDE = 32  # pictures are compared pixel by pixel at this size; at a finer
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path | tuple[nnx.Module, object],
-    dictionary,
-    *,
-    splits: Sequence[str] = SPLITS,
-    out: str | Path | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
+    checkpoint: str | Path | tuple[nnx.Module, object], dictionary, *, splits: Sequence[str] = SPLITS,
+    out: str | Path | None = None, batch_size: int = 64, seed: int = 0, progress: bool = True,
 ) -> dict:
     """Retrieval both ways, zero-shot accuracy and the pixel baseline, with 95% bootstrap intervals, as one dict.
 

@@ -21,14 +21,8 @@ def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tup
 
 
 def occlusion(
-    model: nnx.Module,
-    processor: object,
-    image: Image.Image,
-    text: str | Float[np.ndarray, " E"],
-    grid: int | None = None,
-    window: float | int = 2,
-    fill: Float[np.ndarray, " 3"] | None = None,
-    batch_size: int = 64,
+    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
+    grid: int | None = None, window: float | int = 2, fill: Float[np.ndarray, " 3"] | None = None, batch_size: int = 64,
 ) -> Float[np.ndarray, "grid grid"]:
     """How much the similarity of picture and text falls when a square around each cell is covered.
 
@@ -77,10 +71,7 @@ def occlusion_masks(size: tuple[int, int], grid: int, window: float | int = 2) -
 
 
 def patch_similarity(
-    model: nnx.Module,
-    processor: object,
-    image: Image.Image,
-    text: str | Float[np.ndarray, " E"],
+    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
     against: list[str] | None = None,
 ) -> Float[np.ndarray, "grid grid"]:
     """Cosine similarity of the text with every patch of the picture, in one forward pass (Zhou et al. 2022, MaskCLIP).

@@ -49,14 +49,8 @@ class PictureIndex:
 
 
 def build_index(
-    model: nnx.Module,
-    processor: object,
-    source: object,
-    *,
-    labels: Sequence[str] | None = None,
-    cache: str | os.PathLike | None = None,
-    batch_size: int = 64,
-    progress: bool = True,
+    model: nnx.Module, processor: object, source: object, *, labels: Sequence[str] | None = None,
+    cache: str | os.PathLike | None = None, batch_size: int = 64, progress: bool = True,
 ) -> PictureIndex:
     """Embeds all pictures of a folder (with its subfolders) or of a `datasets.Dataset` with an `image` column.
 

@@ -29,10 +29,7 @@ Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q,
 
 
 def query_embeds(
-    model: nnx.Module,
-    processor: object,
-    text: str | None = None,
-    image: Image.Image | str | Path | None = None,
+    model: nnx.Module, processor: object, text: str | None = None, image: Image.Image | str | Path | None = None,
     text_weight: float | int = 0.5,
 ) -> Float[np.ndarray, "1 E"]:
     """A query by text, by picture, or by both ("seperti ini, tapi merah"): a unit vector, as a matrix of one row.
@@ -154,14 +151,8 @@ def _faiss_finder(finder: object, embeds: np.ndarray) -> Find:
 
 
 def search_figure(
-    index: PictureIndex,
-    model: nnx.Module,
-    processor: object,
-    text: str | None = None,
-    image: Image.Image | str | Path | None = None,
-    text_weight: float | int = 0.5,
-    k: int = 10,
-    columns: int = 5,
+    index: PictureIndex, model: nnx.Module, processor: object, text: str | None = None,
+    image: Image.Image | str | Path | None = None, text_weight: float | int = 0.5, k: int = 10, columns: int = 5,
 ) -> "Figure":
     """A figure of one query (see `query_embeds`) and its k best pictures with their labels and similarities."""
     from clipid_utils.plots import search_grid

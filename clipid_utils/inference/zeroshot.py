@@ -18,10 +18,7 @@ from clipid_utils.wording import fill, load_wording
 
 
 def classifier_weights(
-    model: nnx.Module,
-    processor: object,
-    names: Sequence[str],
-    templates: Sequence[str] | None = None,
+    model: nnx.Module, processor: object, names: Sequence[str], templates: Sequence[str] | None = None,
     groups: Sequence[str | None] | None = None,
 ) -> Float[np.ndarray, "C E"]:
     """A unit vector for each class: the mean of its sentences' unit vectors, renormalised (Radford et al. 2021, 3.1.4).
@@ -51,12 +48,8 @@ def classify(
 
 
 def zero_shot_accuracy(
-    image_embeds: Float[np.ndarray, "N E"],
-    weights: Float[np.ndarray, "C E"],
-    labels: Int[np.ndarray, " N"],
-    ks: Sequence[int] = (1, 5),
-    seed: int = 0,
-    clusters: Sequence[object] | None = None,
+    image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
+    ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
     """Top-k accuracy with 95% bootstrap intervals: `{"top1": {"value", "low", "high"}, "top5": …, "items", "classes"}`.
 
@@ -67,13 +60,8 @@ def zero_shot_accuracy(
 
 
 def accuracy_within(
-    image_embeds: Float[np.ndarray, "N E"],
-    weights: Float[np.ndarray, "C E"],
-    labels: Int[np.ndarray, " N"],
-    class_groups: Sequence[object],
-    ks: Sequence[int] = (1, 5),
-    seed: int = 0,
-    clusters: Sequence[object] | None = None,
+    image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
+    class_groups: Sequence[object], ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
     """Accuracy as `zero_shot_accuracy` has it, but each picture chooses among the classes of its own class' group only.
 
