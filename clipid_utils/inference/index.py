@@ -63,12 +63,12 @@ def build_index(
     source = Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
     if isinstance(source, Path):
         keys = _picture_files(source)
-        pictures = [source / key for key in keys]
+        pictures = contents = [source / key for key in keys]
     else:
         from datasets import Image as ImageFeature
 
         keys = [str(row) for row in range(len(source))]
-        pictures = source.cast_column("image", ImageFeature(decode=False))["image"]
+        pictures, contents = source["image"], source.cast_column("image", ImageFeature(decode=False))["image"]
     if not keys:
         raise ValueError(f"no pictures in {source}: expected files that end in {' '.join(sorted(PICTURE_SUFFIXES))}")
     if labels is not None and len(labels) != len(keys):
@@ -78,7 +78,7 @@ def build_index(
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
-        identities=np.array([picture_identity(picture) for picture in pictures], "S20"), batch_size=batch_size,
+        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=batch_size,
         progress=progress,
     )
     if len(skipped) == len(keys):

@@ -130,7 +130,7 @@ def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray,
 
 def faiss_flat(embeds: Float[np.ndarray, "N E"]) -> Find:
     """FAISS' exact search (Johnson et al. 2019, IndexFlatIP), for `search(…, find=…)`; ImportError without faiss."""
-    return _faiss_finder(need("faiss", "course").IndexFlatIP(embeds.shape[1]), embeds)
+    return _faiss_finder(need("faiss", "data").IndexFlatIP(embeds.shape[1]), embeds)
 
 
 def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 64) -> Find:
@@ -139,7 +139,7 @@ def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 
     Each picture has `links` neighbours (more need more memory); a query looks at `effort` candidates (more find more,
     and take longer).
     """
-    faiss = need("faiss", "course")
+    faiss = need("faiss", "data")
     graph = faiss.IndexHNSWFlat(embeds.shape[1], links, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction, graph.hnsw.efSearch = 200, effort
     return _faiss_finder(graph, embeds)

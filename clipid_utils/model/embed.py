@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Float, Shaped
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -71,19 +71,12 @@ def embed_images(
 
 
 def embed_pixels(
-    model: HybridCLIP, pixels: Num[np.ndarray, "N H W 3"], batch_size: int = 64, *,
-    normalize: Callable[[np.ndarray], np.ndarray] | None = None,
+    model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64
 ) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of pictures that are arrays already.
-
-    `pixels` are normalised, float32; or they are uint8 and `normalize` is the processor's, which then gets one batch at
-    a time.
-    """
-    rows, encode = [], encoder(model, "encode_image")
-    for start in range(0, len(pixels), batch_size):
-        part = pixels[start : start + batch_size]
-        rows.append(encode(_pad(part if normalize is None else normalize(part), batch_size))[: len(part)])
-    return _joined(model, rows)
+    """Unit vectors of pictures that are normalised pixels already."""
+    encode = encoder(model, "encode_image")
+    parts = (pixel_values[start : start + batch_size] for start in range(0, len(pixel_values), batch_size))
+    return _joined(model, [encode(_pad(part, batch_size))[: len(part)] for part in parts])
 
 
 def embed_texts(
@@ -175,24 +168,29 @@ def embed_pictures(
     same = embed_resumably(out, identities, batches, cache, chunk=chunk, unit="pictures", progress=progress)
     skipped = {int(row): reasons[int(same[row])] for row in np.flatnonzero(np.isin(same, list(reasons)))}
     if skipped:
-        named = [f"{_name(pictures[row], row)} ({why})" for row, why in islice(skipped.items(), MOST_NAMED)]
+        named = [f"{_name(pictures, row)} ({why})" for row, why in islice(skipped.items(), MOST_NAMED)]
         more = ", …" if len(skipped) > MOST_NAMED else ""
         print(f"{len(skipped)} of {len(pictures)} pictures could not be read: {', '.join(named)}{more}",
               file=sys.stderr)
     return Embedded(out, skipped)
 
 
-def _name(picture: object, row: int) -> str:
-    path = picture.get("path") if isinstance(picture, dict) else picture
-    return Path(path).name if isinstance(path, str | os.PathLike) else f"row {row}"
+def _name(pictures, row: int) -> str:
+    """The name of the picture's file, or its row."""
+    try:
+        picture = pictures[row]
+        return Path(picture["path"] if isinstance(picture, dict) else picture).name
+    except Exception:  # no path, or a picture that its data set cannot open
+        return f"row {row}"
 
 
 def _decoded(decode: Callable, pictures, rows: np.ndarray, ahead: int) -> Iterator[tuple[int, object]]:
     """Each row with its picture's pixels, or with the reason why there are none; threads decode up to `ahead` rows."""
 
     def one(row: int) -> np.ndarray | str:
-        picture = pictures[row]
+        picture = None
         try:
+            picture = pictures[row]
             return picture if isinstance(picture, np.ndarray) else decode(picture)
         except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
             reason = str(error).removeprefix(f"{picture}: ")

@@ -33,13 +33,13 @@ def legend_beside(axis, size: int = 9) -> None:
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=size)
 
 
-def named_levels(axis, levels: Mapping[str, float] | None, label: str = "{}") -> None:
+def named_levels(axis, levels: Mapping[str, float | int] | None, label: str = "{}") -> None:
     """Horizontal lines with their names in the legend; `label` may have the value too, "{}: {:.2f}"."""
     for (name, level), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
         axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=label.format(name, level))
 
 
-def written_matrix(axis, values: np.ndarray, dark_below: float, text: str, least: float = -math.inf) -> None:
+def written_matrix(axis, values: np.ndarray, dark_below: float | int, text: str, least: float = -math.inf) -> None:
     """Writes each value of at least `least` into its cell, white on the dark cells."""
     for (y, x), value in np.ndenumerate(values):
         if value >= least:

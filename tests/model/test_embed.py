@@ -66,12 +66,9 @@ def test_a_generator_of_pictures_of_any_kind(clip, pictures, one_by_one):
     np.testing.assert_allclose(np.linalg.norm(odd, axis=1), 1, atol=1e-5)
 
 
-def test_pixels_that_are_ready_and_pixels_that_are_not(clip, one_by_one):
-    pixels, sizes = tiny_pairs(11).images, []
-    np.testing.assert_allclose(embed_pixels(clip[0], clip[1].normalize(pixels), 4), one_by_one[0], atol=1e-5)
-    found = embed_pixels(clip[0], pixels, 4, normalize=lambda part: sizes.append(len(part)) or clip[1].normalize(part))
-    np.testing.assert_allclose(found, one_by_one[0], atol=1e-5)
-    assert sizes == [4, 4, 3]
+def test_pixels_that_are_ready(clip, one_by_one):
+    pixels = clip[1].normalize(tiny_pairs(11).images)
+    np.testing.assert_allclose(embed_pixels(clip[0], pixels, 4), one_by_one[0], atol=1e-5)
 
 
 def test_nothing_is_no_rows(clip):
@@ -130,7 +127,7 @@ def known(files) -> np.ndarray:
 
 def test_files_bytes_records_and_pixels_give_the_same(clip, files):
     good = [path for path in files if path.name != "rusak.png"]
-    expected = embed_images(*clip, [Image.open(path) for path in good], progress=False)
+    expected = clip[0].encode_image(clip[1].normalize(np.stack([clip[1].decoder(path) for path in good])))
     contents = [path.read_bytes() for path in good]
     for kind in (good, [str(path) for path in good], contents, [{"bytes": one, "path": None} for one in contents],
                  [{"bytes": None, "path": str(path)} for path in good],
@@ -205,7 +202,7 @@ def test_towers_without_their_projection_into_an_array_of_the_callers(clip, file
     out = np.zeros((12, 16), np.float16)
     found = embed_pictures(*clip, files, out=out, projected=False, batch_size=4, progress=False)
     assert found.vectors is out
-    pixels = clip[1](images=[Image.open(path) for path in files[:3]])["pixel_values"]
+    pixels = clip[1].normalize(np.stack([clip[1].decoder(path) for path in files[:3]]))
     np.testing.assert_allclose(out[:3], clip[0].vision.pooled(pixels), rtol=2e-3, atol=1e-4)
     exact = embed_pictures(*clip, files, projected=False, progress=False).vectors
     assert exact.dtype == np.float32 and exact.shape == (12, 16)

@@ -209,8 +209,7 @@ def test_records_are_opened_as_the_processor_does(tmp_path, records, settings, c
     features = cached(tmp_path / "cache", model, processor, records, dtype=np.float32)
     assert "1 of 6 pictures could not be read: 4.png (" in capsys.readouterr().err
     assert len(features.texts) == 7  # six names, and the caption that all have
-    with Image.open(records[2]["image_path"]) as image:
-        expected = model.vision.pooled(processor(images=[image])["pixel_values"])[0]
+    expected = model.vision.pooled(processor.normalize(processor.decoder(records[2]["image_path"])[None]))[0]
     np.testing.assert_allclose(features.images[2], expected, atol=1e-5)
     assert np.isnan(features.images[4]).all() and np.isfinite(features.images[[0, 1, 2, 3, 5]]).all()
     seen = [row for batch in feature_batches(features, 5, seed=0, epoch=0) for row in batch["concepts"]]
