@@ -132,15 +132,15 @@ class Embedded(NamedTuple):
 
 def embed_pictures(
     model: HybridCLIP, processor: CLIPProcessor, pictures: Sequence | np.ndarray, *,
-    cache: str | os.PathLike | None = None,
-    identities: Shaped[np.ndarray, " N"] | None = None, out: np.ndarray | None = None, projected: bool = True,
-    batch_size: int = 64, chunk: int = CHUNK, progress: bool = True,
+    cache: str | os.PathLike | None = None, identities: Shaped[np.ndarray, " N"] | None = None,
+    out: np.ndarray | None = None, projected: bool = True, batch_size: int = 64, chunk: int = CHUNK,
+    progress: bool = True,
 ) -> Embedded:
     """Vectors of pictures in any form that `processor.decoder` takes, or of uint8 arrays of the model's size.
 
     Threads decode the pictures; only two batches are in memory. With `cache`, a folder, the vectors are kept there in
-    files of `chunk` pictures, so that a second or interrupted call embeds only the pictures that are new; one folder
-    serves one model (see `fingerprint`). `identities` are then what a picture is known by (`picture_identity`).
+    files of `chunk` pictures, so that a second or interrupted call embeds only the new ones. One folder is for one
+    model (see `fingerprint`), and a picture is known by its place in `identities` (see `picture_identity`).
 
     The vectors have unit length, or are the image tower's output before its projection where `projected` is False.
     `out` is an array to fill, for example a memory map; it decides the dtype. One line on stderr says how many pictures
@@ -170,8 +170,8 @@ def embed_pictures(
     if skipped:
         named = [f"{_name(pictures, row)} ({why})" for row, why in islice(skipped.items(), MOST_NAMED)]
         more = ", …" if len(skipped) > MOST_NAMED else ""
-        print(f"{len(skipped)} of {len(pictures)} pictures could not be read: {', '.join(named)}{more}",
-              file=sys.stderr)
+        count = f"{len(skipped)} of {len(pictures)} pictures could not be read"
+        print(f"{count}: {', '.join(named)}{more}", file=sys.stderr)
     return Embedded(out, skipped)
 
 
@@ -245,9 +245,8 @@ def embed_resumably(
                 _write_chunk(cache, identities, np.concatenate(pending), out)
                 pending.clear()
     same = first[place.reshape(-1)]
-    for block in range(0, len(same), 4096):  # copies of equal pictures
-        part = np.flatnonzero(same[block : block + 4096] != np.arange(len(same))[block : block + 4096]) + block
-        out[part] = out[same[part]]
+    for row in np.flatnonzero(same != np.arange(len(same))):
+        out[row] = out[same[row]]
     return same
 
 
