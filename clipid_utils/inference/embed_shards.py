@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from clipid_utils import load_clip
 from clipid_utils.model.embed import embed_pictures
-from clipid_utils.model.pretrained.convert import load_clip
 
 
 class EmbedPictures:
