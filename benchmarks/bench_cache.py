@@ -1,8 +1,8 @@
 """The gradient cache: eight times the batch, in eight chunks, beside the small batch taken whole.
 
-Each run goes over as many examples: eight steps of the small batch, or one of the large one. Printed are examples per
-second and the process's peak memory; the step is `training.step.make_update`'s, on the CPU, in float32. What it is to
-keep to: at most 1.25 times the memory and 1.45 times the time for each example.
+Each run takes the same number of examples: eight steps of the small batch, or one of the large one. It prints examples
+per second and the process's peak memory. The step is `training.step.make_update`'s, on the CPU, in float32. The limits
+are 1.25 times the memory and 1.45 times the time for each example.
 
     python benchmarks/bench_cache.py [--rounds 3] [--sizes mini vit_b32_bert_base] [--out build/bench/cache.json]
 """
@@ -16,7 +16,7 @@ SIZES = {size: (CHUNKS * batch, 2) for size, batch in SMALL.items()}
 
 
 def side(chunks: int, remat: bool, size: str):
-    """A function that takes one large step in `chunks`, or, where that is 1, `CHUNKS` small ones."""
+    """A function that takes one large step in `chunks`, or `CHUNKS` small steps if that is 1."""
     import jax.numpy as jnp
     import numpy as np
     import optax

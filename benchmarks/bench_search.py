@@ -1,9 +1,9 @@
-"""Exact top-10 of 25,000 x 512 in turns: `clipid_utils.inference.search.top_k` against faiss, and what else was tried.
+"""Exact top-10 of 25,000 x 512 in turns: `clipid_utils.inference.search.top_k` against faiss and other ways.
 
     python benchmarks/bench_search.py [--size 25000] [--width 512] [--rounds 30] [--out build/bench/search.json]
 
-"In turns" means that every round times each contender once, so that a busy machine slows all of them alike; the table
-shows medians. The process is given as many threads as the machine has for each contender.
+"In turns" means that every round times each contender once, so that a busy machine slows all of them alike. The table
+shows medians. Each contender may use all threads of the machine.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from clipid_utils.inference import search
 
 
 def argpartition(embeds: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The plain NumPy way: one product, one argpartition, one sort of k."""
+    """The plain NumPy way: a product, an argpartition, and a sort of k."""
     scores = queries @ embeds.T
     rows = np.argpartition(scores, len(embeds) - k, axis=1)[:, len(embeds) - k :]
     scores = np.take_along_axis(scores, rows, axis=1)
@@ -40,7 +40,7 @@ def contenders(embeds: np.ndarray, k: int) -> dict:
 
 
 def measure(functions: dict, queries: np.ndarray, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function over the rounds, after one call each that is not counted."""
+    """Median milliseconds of each function over the rounds; its first call is not counted."""
     expected = functions["faiss IndexFlatIP"](queries)[1]
     for name, function in functions.items():
         np.testing.assert_array_equal(function(queries)[1], expected, err_msg=name)

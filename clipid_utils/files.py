@@ -158,12 +158,12 @@ def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl",
 HEAD = 2**20  # bytes that file_identity reads from the start of a file
 
 
-def file_identity(path: str | os.PathLike) -> str:
-    """16 hexadecimal digits that change when the file's content changes: of its size, time, and first MiB."""
+def file_identity(path: str | os.PathLike, head: int = HEAD) -> str:
+    """16 hexadecimal digits that change when the file's content changes: of its size, time, and first `head` bytes."""
     path = Path(path)
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
-        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + file.read(HEAD))
+        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + file.read(head))
     return digest.hexdigest()[:16]
 
 

@@ -1,9 +1,9 @@
 """Retrieval and classification figures with intervals: arrays in, numbers out. NumPy only.
 
-One idea carries the file: the rank of the best positive. A query is a row of similarities to N candidates; its rank is
+The file rests on one idea: the rank of the best positive. A query is a row of similarities to N candidates; its rank is
 the number of wrong candidates that score at least as high as its best right one, so rank 0 is a hit at 1. Recall@K and
-MRR@K are then one line each, and both accept several right answers for one query (two pictures of one concept, five
-captions of one picture), as one right answer among the first K is what a person who searches needs.
+MRR@K are then one line each. Both accept several right answers for one query (two pictures of one concept, five
+captions of one picture), because a person who searches needs one right answer among the first K.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
-CHUNK_BYTES = 64 * 2**20  # of similarities looked at together: 25,000 x 25,000 needs little beyond its own memory
+CHUNK_BYTES = 64 * 2**20  # of similarities that are compared together: more would only need more memory
 
 
 def _check_similarity(similarity: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +19,7 @@ def _check_similarity(similarity: np.ndarray, positives: np.ndarray) -> tuple[np
     if similarity.ndim != 2 or similarity.shape != positives.shape:
         raise ValueError(
             f"similarity and positives must be two matrices [queries, candidates] of one shape, "
-            f"not {similarity.shape} and {positives.shape}; for the other direction transpose both"
+            f"not {similarity.shape} and {positives.shape}; transpose both for the other direction"
         )
     if not similarity.size:
         raise ValueError(f"nothing to rank: similarity has shape {similarity.shape}")
@@ -31,9 +31,9 @@ def _check_similarity(similarity: np.ndarray, positives: np.ndarray) -> tuple[np
 def ranks(similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"]) -> Int[np.ndarray, " Q"]:
     """Rank (0 = first) of each query's best positive; a wrong candidate with the same similarity counts as before it.
 
-    Ties count against us because a model that gives everything the same similarity must not score 1. Raises ValueError
-    for a NaN, for shapes that differ and for a query without a positive. Works in chunks of rows, so `similarity` and
-    `positives` may be memory maps.
+    Ties count against the model, because one that gives everything the same similarity must not score 1. Raises
+    ValueError for a NaN, for shapes that differ and for a query without a positive. It takes some rows at a time, so
+    `similarity` and `positives` may be memory maps.
     """
     similarity, positives = _check_similarity(similarity, positives)
     queries, candidates = similarity.shape
@@ -58,7 +58,7 @@ def recall_at_k(
 ) -> dict[int, float]:
     """Share of the queries with a positive among the first K candidates, for each K: `{1: 0.41, 5: …}`.
 
-    For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Errors as `ranks`.
+    For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Raises as `ranks`.
     """
     return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
 
@@ -66,25 +66,25 @@ def recall_at_k(
 def mrr_at_k(
     similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (10,)
 ) -> dict[int, float]:
-    """Mean reciprocal rank at K: the mean of 1 / (rank + 1), a query counting 0 where the rank is not below K.
+    """Mean reciprocal rank at K: the mean of 1 / (rank + 1), where a query counts 0 if its rank is not below K.
 
-    The figure that clip-italian reports for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
+    clip-italian reports it for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
     """
     return {k: float(np.mean(reciprocal_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
 
 
 def hits_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
-    """1.0 where the rank (0 = first) is below K, else 0.0: what Recall@K and top-k accuracy average over queries."""
+    """1.0 where the rank (0 = first) is below K, else 0.0; the mean of these is Recall@K or top-k accuracy."""
     return (np.asarray(rank) < k).astype(np.float64)
 
 
 def reciprocal_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
-    """1 / (rank + 1) where the rank (0 = first) is below K, else 0.0: what MRR@K averages over the queries."""
+    """1 / (rank + 1) where the rank (0 = first) is below K, else 0.0; the mean of these is MRR@K."""
     return hits_at_k(rank, k) / (np.asarray(rank) + 1.0)
 
 
 def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """Rank (0 = first) of each item's own class; ValueError for a label that is no column, for a NaN, for no items."""
+    """Rank (0 = first) of each item's own class. Raises ValueError for a label without a column, a NaN, or no items."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
         raise ValueError(f"scores must be [items, classes] and labels [items], not {scores.shape} and {labels.shape}")
@@ -94,47 +94,63 @@ def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -
 
 
 def bootstrap_interval(
-    per_item: Shaped[np.ndarray, "Q ..."],
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    level: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
+    per_item: Shaped[np.ndarray, "Q ..."], statistic: Callable[[np.ndarray], float] = np.mean, level: float = 0.95,
+    samples: int = 2000, seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) of a statistic: items are drawn with replacement, `samples` times.
 
-    `per_item` holds one row a query (for Recall@K: 0 or 1, see `hits_at_k`). Between two models on the same queries,
-    resample the differences. The same seed gives the same interval. Raises ValueError for no items or a NaN.
+    `per_item` has one row for each query (for Recall@K: 0 or 1, see `hits_at_k`). To compare two models on the same
+    queries, resample the differences. Queries that are not independent, such as pictures of one concept, get the same
+    key in `clusters`: whole clusters are then drawn (Davison and Hinkley 1997, 3.8). The same seed gives the same
+    interval. Raises ValueError for no items, a NaN, or a number of clusters that is not the number of items.
     """
     per_item = np.asarray(per_item)
     if not len(per_item):
         raise ValueError("no items to resample")
     if np.issubdtype(per_item.dtype, np.inexact) and np.isnan(per_item).any():
-        raise ValueError("per_item holds a NaN")
+        raise ValueError("per_item has a NaN: leave the item out, or find out where the NaN comes from")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1 (0.95 is usual), not {level}")
     rng = np.random.default_rng(seed)
-    drawn = [statistic(per_item[rng.integers(len(per_item), size=len(per_item))]) for _ in range(samples)]
+    if clusters is None:
+        def draw() -> np.ndarray:
+            return rng.integers(len(per_item), size=len(per_item))
+    else:
+        if len(clusters) != len(per_item):
+            raise ValueError(f"{len(clusters)} clusters for {len(per_item)} items: give each item the key of its own")
+        numbers = _numbered(clusters, {})
+        items, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers)  # the items, cluster by cluster
+        starts = np.cumsum(sizes) - sizes
+
+        def draw() -> np.ndarray:
+            chosen = rng.integers(len(sizes), size=len(sizes))
+            within = np.arange(sizes[chosen].sum()) - np.repeat(np.cumsum(sizes[chosen]) - sizes[chosen], sizes[chosen])
+            return items[np.repeat(starts[chosen], sizes[chosen]) + within]
+
+    drawn = [statistic(per_item[draw()]) for _ in range(samples)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def with_interval(per_item: Float[np.ndarray, " Q"], seed: int = 0) -> dict[str, float]:
-    """Mean and 95% bootstrap interval, as `metrics.json` and the plots have them: `{"value", "low", "high"}`."""
-    low, high = bootstrap_interval(per_item, seed=seed)
+def with_interval(
+    per_item: Float[np.ndarray, " Q"], seed: int = 0, clusters: Sequence[object] | None = None
+) -> dict[str, float]:
+    """Mean and 95% bootstrap interval, as in `metrics.json`: `{"value", "low", "high"}`."""
+    low, high = bootstrap_interval(per_item, seed=seed, clusters=clusters)
     return {"value": float(np.mean(per_item)), "low": low, "high": high}
 
 
 def retrieval_summary(
-    similarity: Num[np.ndarray, "Q N"],
-    positives: Bool[np.ndarray, "Q N"],
-    ks: Sequence[int] = (1, 5, 10),
-    mrr_ks: Sequence[int] = (10,),
-    seed: int = 0,
+    similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (1, 5, 10),
+    mrr_ks: Sequence[int] = (10,), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict[str, dict[str, float] | int]:
-    """One direction in full: `{"R@1": {"value", "low", "high"}, …, "MRR@10": {…}, "queries": Q, "candidates": N}`."""
+    """One direction in full: `{"R@1": {"value", "low", "high"}, …, "MRR@10": {…}, "queries": Q, "candidates": N}`.
+
+    `clusters` are the queries' (see `bootstrap_interval`).
+    """
     rank = ranks(similarity, positives)
-    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed) for k in _ks(ks)}
-    summary |= {f"MRR@{k}": with_interval(reciprocal_at_k(rank, k), seed) for k in _ks(mrr_ks)}
+    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in _ks(ks)}
+    summary |= {f"MRR@{k}": with_interval(reciprocal_at_k(rank, k), seed, clusters) for k in _ks(mrr_ks)}
     return summary | {"queries": int(similarity.shape[0]), "candidates": int(similarity.shape[1])}
 
 
@@ -143,22 +159,25 @@ def same_key(
 ) -> Bool[np.ndarray, "Q N"]:
     """The positives matrix: True where query and candidate share their key (concept), or a key in `more` (name).
 
-    `same_key(concepts, concepts, (names, names))` takes two pictures of one concept, or of one name, as right for each
-    other. Raises ValueError where the numbers of keys differ.
+    By `same_key(concepts, concepts, (names, names))` two pictures of one concept, or of one name, are right for each
+    other. Raises ValueError if the numbers of keys differ.
     """
     matches = np.zeros((len(queries), len(candidates)), np.bool_)
     for left, right in ((queries, candidates), *more):
         if (len(left), len(right)) != matches.shape:
             raise ValueError(f"keys of {len(left)} queries and {len(right)} candidates; expected {matches.shape}")
         numbers: dict[object, int] = {}
-        left = np.array([numbers.setdefault(key, len(numbers)) for key in left], np.int64)
-        right = np.array([numbers.get(key, -1) for key in right], np.int64)
-        matches |= left[:, None] == right
+        matches |= _numbered(left, numbers)[:, None] == _numbered(right, numbers)
     return matches
+
+
+def _numbered(keys: Sequence[object], numbers: dict[object, int]) -> Int[np.ndarray, " N"]:
+    """A number for each key, equal for equal keys, in the order in which they come; `numbers` gets them too."""
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def _ks(ks: Sequence[int]) -> tuple[int, ...]:
     ks = (ks,) if isinstance(ks, int) else tuple(ks)
     if not ks or min(ks) < 1:
-        raise ValueError(f"K must be one or more whole numbers from 1 on, not {ks}")
+        raise ValueError(f"K must be one or more whole numbers of at least 1, not {ks}")
     return ks

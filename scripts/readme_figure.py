@@ -1,9 +1,9 @@
-"""Draw data/images/search.png and fill the results into README.md, both from the shipped checkpoint.
+"""Draws data/images/search.png and fills the results into README.md, both from the shipped checkpoint.
 
     python scripts/readme_figure.py             # the figure and the results
-    python scripts/readme_figure.py --results   # the results alone, from metrics.json; no pictures needed
+    python scripts/readme_figure.py --results   # the results alone, from metrics.json; it needs no pictures
 
-The queries were fixed before the results were seen; what the figure shows is what they found.
+The queries were fixed before anybody saw the results; the figure shows the first results of each, right or wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNSEEN = {
 
 
 def draw_searches(checkpoint: Path, columns: int = 7) -> Image.Image:
-    """One row a query: the first pictures that it finds among all test pictures together."""
+    """A row for each query: the first pictures that it finds among all test pictures together."""
     from datasets import concatenate_datasets
 
     import clipid_utils
@@ -89,11 +89,11 @@ def cell(figure: dict[str, float]) -> str:
 
 
 def fill(readme: str, results: str) -> str:
-    """The text with `results` between its two markers; ValueError where they are not there, once and in order."""
+    """The text with `results` between its two markers. Raises ValueError unless each is there once, in this order."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in before:
-        raise ValueError(f"README.md must hold {BEGIN} and after it {END}, each once: put them back")
+        raise ValueError(f"README.md must have {BEGIN} and after it {END}, each once: put them back")
     return f"{before}{BEGIN}\n{results}\n{END}{after}"
 
 

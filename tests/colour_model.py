@@ -3,6 +3,8 @@
 Embeddings are [red, green, blue, blank], unit length; white and grey have no colour and count as blank.
 """
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -62,3 +64,17 @@ def spot(colour: str, box: tuple[int, int, int, int] = (8, 8, 24, 24), shade: in
     image = Image.new("RGB", (SIZE, SIZE), "white")
     image.paste(tuple(min(255, value + shade) for value in COLOURS[colour]), box)
     return image
+
+
+def picture_folder(root: Path) -> Path:
+    """Nine good pictures in two folders, and files that real folders have besides."""
+    (root / "dalam").mkdir(parents=True)
+    for shade, colour in enumerate(list(COLOURS) * 3):
+        spot(colour, shade=shade).save(root / ("dalam" if shade > 4 else "") / f"{shade}-{colour}.PNG")
+    (root / "catatan.txt").write_text("bukan gambar")
+    (root / "logo.svg").write_text("<svg/>")
+    (root / ".tersembunyi.png").write_bytes(b"")
+    (root / "rusak.jpg").write_bytes(b"\xff\xd8\xff bukan JPEG")
+    whole = (root / "0-merah.PNG").read_bytes()
+    (root / "terpotong.png").write_bytes(whole[: len(whole) // 2])
+    return root

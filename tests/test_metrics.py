@@ -115,10 +115,39 @@ def test_bootstrap_is_seeded_and_covers_the_truth():
     per_item = (np.random.default_rng(1).random(400) < 0.4).astype(float)
     low, high = metrics.bootstrap_interval(per_item, seed=3)
     assert (low, high) == metrics.bootstrap_interval(per_item, seed=3)
+    assert metrics.with_interval(per_item, seed=3) == {"value": per_item.mean(), "low": low, "high": high}
+    assert (low, high) != metrics.bootstrap_interval(per_item, seed=4)
     assert low < per_item.mean() < high and high - low == pytest.approx(2 * 1.96 * (0.24 / 400) ** 0.5, rel=0.15)
     wider = metrics.bootstrap_interval(per_item, level=0.99, seed=3)
     assert wider[0] <= low and wider[1] >= high
     assert metrics.bootstrap_interval(np.ones(7)) == (1.0, 1.0)
+
+
+def test_clusters_are_drawn_whole():
+    """Ten pictures of each concept, all right or all wrong: as many independent items as concepts."""
+    concepts = np.repeat(np.arange(40), 10)
+    hits = (np.random.default_rng(2).random(40) < 0.4).astype(float)[concepts]
+    order = np.random.default_rng(3).permutation(400)  # members of a cluster need not be neighbours
+    low, high = metrics.bootstrap_interval(hits[order], clusters=[f"c{concept}" for concept in concepts[order]], seed=3)
+    value = hits.mean()
+    assert low < value < high and high - low == pytest.approx(2 * 1.96 * (value * (1 - value) / 40) ** 0.5, rel=0.1)
+    assert metrics.bootstrap_interval(hits[order], clusters=[0] * 400) == pytest.approx((value, value))
+    assert metrics.with_interval(hits[order], 3, concepts[order].tolist()) == pytest.approx(
+        {"value": value, "low": low, "high": high})
+
+
+def test_clusters_of_different_sizes_weigh_by_their_items():
+    per_item, clusters = np.array([1.0, 0.0, 0.0, 0.0]), ["a", "b", "b", "b"]
+    seen = set()
+    metrics.bootstrap_interval(per_item, lambda drawn: seen.add(tuple(sorted(drawn))) or 0.0, clusters=clusters)
+    assert seen == {(1.0, 1.0), (0.0, 0.0, 0.0, 1.0), (0.0,) * 6}
+
+
+def test_clusters_of_one_item_each_are_independent_items():
+    per_item = np.random.default_rng(1).random(50)
+    assert metrics.bootstrap_interval(per_item, clusters=list(range(50, 0, -1))) == metrics.bootstrap_interval(per_item)
+    with pytest.raises(ValueError, match="49 clusters for 50 items"):
+        metrics.bootstrap_interval(per_item, clusters=list(range(49)))
 
 
 def test_bootstrap_of_another_statistic_and_bad_input():
@@ -127,17 +156,21 @@ def test_bootstrap_of_another_statistic_and_bad_input():
     for bad, message in ((np.array([]), "no items"), (np.array([1.0, np.nan]), "NaN")):
         with pytest.raises(ValueError, match=message):
             metrics.bootstrap_interval(bad)
-    with pytest.raises(ValueError, match="level"):
-        metrics.bootstrap_interval(np.ones(3), level=95.0)
+    for level in (95.0, 0.0, 1.0):
+        with pytest.raises(ValueError, match="level"):
+            metrics.bootstrap_interval(np.ones(3), level=level)
 
 
-def test_retrieval_summary_holds_values_intervals_and_sizes():
+def test_retrieval_summary_has_values_intervals_and_sizes():
     rng = np.random.default_rng(0)
-    positives = np.eye(30, dtype=bool)
-    summary = metrics.retrieval_summary(rng.normal(size=(30, 30)) + 2 * positives, positives)
-    assert (summary["queries"], summary["candidates"]) == (30, 30)
-    for name in ("R@1", "R@5", "R@10", "MRR@10"):
-        assert summary[name]["low"] <= summary[name]["value"] <= summary[name]["high"]
+    positives = np.eye(30, 40, dtype=bool)
+    similarity = rng.normal(size=(30, 40)) + 2 * positives
+    rank, clusters = metrics.ranks(similarity, positives), [i // 3 for i in range(30)]
+    for options in ({}, {"seed": 4}, {"clusters": clusters}):
+        summary = metrics.retrieval_summary(similarity, positives, **options)
+        expected = {f"R@{k}": metrics.with_interval(metrics.hits_at_k(rank, k), **options) for k in (1, 5, 10)}
+        expected["MRR@10"] = metrics.with_interval(metrics.reciprocal_at_k(rank, 10), **options)
+        assert summary == expected | {"queries": 30, "candidates": 40}
 
 
 def test_same_key_by_concept_or_name():

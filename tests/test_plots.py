@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clipid_utils import plots
-from clipid_utils.plots.style import cut
+from clipid_utils.plots.parts import cut
 
 rng = np.random.default_rng(0)
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]

@@ -1,1 +1,1 @@
-"""Using a checkpoint in Indonesian: zero-shot classification, picture search, heat maps, whole evaluations."""
+"""A checkpoint at work: zero-shot classification, picture search, heat maps, whole evaluations."""

@@ -4,9 +4,8 @@
 """
 
 import hashlib
-import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,33 +15,28 @@ from jaxtyping import Float
 from PIL import Image
 
 import clipid_utils
-from clipid_utils.files import to_rgb
-from clipid_utils.inference.index import fingerprint, write_whole
+from clipid_utils.files import to_rgb, write_json
 from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
-from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
 from clipid_utils.wording import group_phrase, load_wording
 
 SPLITS = ("validation", "unseen_artist", "unseen_concept", "photographs")
 PACKAGES = ("clip-indonesian", "jax", "jaxlib", "flax", "numpy", "pillow", "datasets", "tokenizers")
-PIXEL_SIDE = 32  # pictures are compared pixel by pixel at this size; finer ones only add edges that never coincide
+PIXEL_SIDE = 32  # pictures are compared pixel by pixel at this size; at a finer one their edges never coincide
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path | tuple[nnx.Module, object],
-    dictionary,
-    *,
-    splits: Sequence[str] = SPLITS,
-    out: str | Path | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
+    checkpoint: str | Path | tuple[nnx.Module, object], dictionary, *, splits: Sequence[str] = SPLITS,
+    out: str | Path | None = None, batch_size: int = 64, seed: int = 0, progress: bool = True,
 ) -> dict:
     """Retrieval both ways, zero-shot accuracy and the pixel baseline, with 95% bootstrap intervals, as one dict.
 
     `checkpoint` is a folder for `load_clip`, or (model, processor); `dictionary` is the DatasetDict of
-    `load_picture_dictionary`. Nothing is drawn at random but the bootstrap, from `seed`. With `out` the dict is written
-    there as JSON; of an empty split it says only that it is. Raises KeyError naming a split that is missing.
+    `load_picture_dictionary`. Only the bootstrap draws at random, from `seed`; it draws whole concepts, because
+    pictures of one concept are not independent. With `out` the dict is written there as JSON. An empty split is
+    recorded as 0 pictures. Raises KeyError that names a missing split, FileNotFoundError if `checkpoint` is a Path and
+    not a folder.
 
     Retrieval: the queries are the distinct (concept, Indonesian name) pairs of a split and the candidates all of its
     pictures, or the reverse; a picture of the same concept or of the same name (in any case) is right.
@@ -50,6 +44,8 @@ def evaluate_checkpoint(
     absent = [split for split in splits if split not in dictionary]
     if absent:
         raise KeyError(f"the dictionary has no split {', '.join(absent)}; it has {', '.join(dictionary)}")
+    if isinstance(checkpoint, Path) and not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: no such folder: name the folder of a checkpoint")
     given = isinstance(checkpoint, tuple)
     model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
     report: dict = {
@@ -61,22 +57,29 @@ def evaluate_checkpoint(
         "zero_shot": {},
     }
     for split in splits:
-        rows = dictionary[split]
+        rows, checksum = dictionary[split], hashlib.sha256()
+        report["data"][split] = {"pictures": len(rows)}
         if not len(rows):  # `photographs`, without Debian's packages
-            report["data"][split] = {"pictures": 0}
             continue
-        images = [to_rgb(image) for image in rows["image"]]
-        report["data"][split] = {"pictures": len(rows), "sha256": data_checksum(rows, images)}
+        images = _opened(rows, checksum)  # one batch at a time
         image_embeds = embed_images(model, processor, images, batch_size=batch_size, progress=progress)
+        report["data"][split]["sha256"] = checksum.hexdigest()
         report["retrieval"][split] = retrieval_both_ways(model, processor, rows, image_embeds, seed)
         report["zero_shot"][split] = zero_shot_both(model, processor, rows, image_embeds, seed)
     if "train" in dictionary and "unseen_artist" in splits:
         report["pixel_nearest_neighbour"] = pixel_baseline(dictionary["unseen_artist"], dictionary["train"], seed)
     report = rounded(report)
     if out is not None:
-        text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
-        write_whole(Path(out), lambda file: file.write(text.encode()))
+        write_json(out, report, indent=1)
     return report
+
+
+def _opened(rows, checksum) -> Iterator[Image.Image]:
+    """The rows' pictures, RGB; `checksum` gets the concept, artist, size and pixels of each, in their order."""
+    for row in rows:
+        image = to_rgb(row["image"])
+        checksum.update(f"{row['concept']}\0{row['artist']}\0{image.size}\0".encode() + image.tobytes())
+        yield image
 
 
 def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
@@ -87,8 +90,8 @@ def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, 
     similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
     positives = same_key(text_concepts, concepts, (text_names, names))
     return {
-        "text_to_image": retrieval_summary(similarity, positives, seed=seed),
-        "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed),
+        "text_to_image": retrieval_summary(similarity, positives, seed=seed, clusters=text_concepts),
+        "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed, clusters=concepts),
     }
 
 
@@ -104,44 +107,36 @@ def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"
     numbers = {pair: number for number, pair in enumerate(classes)}
     labels = np.array([numbers[pair] for pair in named])
     report: dict = {"group": {}, "concept_within_group": {}}
+    drawn = {"seed": seed, "clusters": list(rows["concept"])}
     for key in ("naive", "templates"):
         weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key], groups)
-        report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, seed=seed)
+        report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, **drawn)
         weights = classifier_weights(model, processor, names, wording[key], concept_groups)
-        report["concept_within_group"][key] = accuracy_within(
-            image_embeds, weights, labels, concept_groups, seed=seed
-        )
+        report["concept_within_group"][key] = accuracy_within(image_embeds, weights, labels, concept_groups, **drawn)
     return report
 
 
 def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
-    """Picture to picture by nearest neighbour in pixels: what a look-alike search without a model reaches.
+    """Picture to picture by nearest neighbour in pixels: a search for look-alikes without a model.
 
-    Both sides at 32 x 32 RGB, Euclidean distance; right is a picture of the same concept or name. Queries without a
-    right candidate are left out and counted in `without_candidate`.
+    Both sides are 32 x 32 RGB, and the distance is Euclidean; a picture of the same concept or name is right. Queries
+    without a right candidate are left out and counted in `without_candidate`.
     """
     names = [[name.casefold() for name in rows["name_id"]] for rows in (queries, candidates)]
-    positives = same_key(list(queries["concept"]), list(candidates["concept"]), tuple(names))
+    concepts = list(queries["concept"])
+    positives = same_key(concepts, list(candidates["concept"]), tuple(names))
     answerable = positives.any(axis=1)
     if not answerable.any():
         raise ValueError("no query picture shares its concept or name with a candidate")
     left, right = _pixels(queries["image"])[answerable], _pixels(candidates["image"])
     nearness = 2 * left @ right.T - (right**2).sum(axis=1)  # minus the squared distance, up to the query's own norm
-    summary = retrieval_summary(nearness, positives[answerable], seed=seed)
+    clusters = [concept for concept, kept in zip(concepts, answerable, strict=True) if kept]
+    summary = retrieval_summary(nearness, positives[answerable], seed=seed, clusters=clusters)
     return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
 
 
-def data_checksum(rows, images: Sequence[Image.Image]) -> str:
-    """SHA-256 over concept, artist, size and decoded RGB pixels of every row, in order: what was evaluated, exactly."""
-    digest = hashlib.sha256()
-    for concept, artist, image in zip(rows["concept"], rows["artist"], images, strict=True):
-        digest.update(f"{concept}\0{artist}\0{image.size}\0".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a figure may depend on, those that are installed."""
+    """Versions of Python and of the installed packages that a result may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -158,7 +153,7 @@ def _pixels(images) -> Float[np.ndarray, "N pixels"]:
 
 
 def rounded(value, digits: int = 6):
-    """A report with every float in it rounded, for a file that people read."""
+    """A report with every float in it rounded, for readers of the file."""
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""Where in the picture: which squares of it carry what the text says.
+"""Heat maps: the squares of a picture that a text describes.
 
-Two ways that need nothing but the encoders. `occlusion` asks the model again with each square covered: slow, and true
-to what the model uses. `patch_similarity` compares the text with every patch of one forward pass: fast, and only as
-good as the patches' own vectors, which nothing in training asked to match a text. Both maps lie over the
-picture's middle square, which is what the model sees of it.
+There are two ways, and both need only the encoders. `occlusion` asks the model again with each square covered: it is
+slow, and true to the model. `patch_similarity` compares the text with every patch of one forward pass: it is fast, and
+only as good as the patches' own vectors, which training never compared with a text. Both maps cover the picture's
+middle square, because the model sees no more of it.
 """
 
 import numpy as np
@@ -21,23 +21,16 @@ def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tup
 
 
 def occlusion(
-    model: nnx.Module,
-    processor: object,
-    image: Image.Image,
-    text: str | Float[np.ndarray, " E"],
-    grid: int | None = None,
-    window: float | int = 2,
-    fill: Float[np.ndarray, " 3"] | None = None,
-    batch_size: int = 64,
+    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
+    grid: int | None = None, window: float | int = 2, fill: Float[np.ndarray, " 3"] | None = None, batch_size: int = 64,
 ) -> Float[np.ndarray, "grid grid"]:
     """How much the similarity of picture and text falls when a square around each cell is covered.
 
-    Positive where the model finds what the text says, negative where it finds the contrary (Zeiler & Fergus 2014).
-    `text` is a string or a unit vector; `grid` cells along a side (the model's patches by default); the square is
-    `window` cells wide, more than one because half a cat is still a cat; `fill` is its colour in the processor's
-    values, by default the median colour of the picture's edge: a square of the ground hides, and one of any other
-    colour would itself be seen. Raises ValueError for a grid
-    below 1, a window of 0 or a batch of 1.
+    It is positive where the picture fits the text, negative where it contradicts the text (Zeiler & Fergus 2014).
+    `text` is a string or a unit vector. There are `grid` cells along a side (by default as many as patches). The square
+    is `window` cells wide, more than one because half a cat is still a cat. `fill` is its colour in the processor's
+    values, by default the median colour of the picture's edge: a square of a different colour is itself visible. Raises
+    ValueError for a grid below 1, a window of 0 or a batch of 1.
     """
     vision = model.config.vision
     grid = vision.image_size // vision.patch_size if grid is None else grid
@@ -53,7 +46,7 @@ def occlusion(
     for start in range(0, len(covers), batch_size - 1):  # the first of each batch is the picture itself
         part = covers[start : start + batch_size - 1]
         covered = np.where(part[..., None], colour, pixel_values)  # [b, H, W, 3]
-        missing = batch_size - 1 - len(part)  # filled up, so that one shape is compiled
+        missing = batch_size - 1 - len(part)  # filled, so that one shape is compiled
         batch = np.concatenate([pixel_values[None], covered, np.repeat(pixel_values[None], missing, axis=0)])
         similarity = encode(batch.astype(np.float32)) @ embeds
         drops.append(similarity[0] - similarity[1 : 1 + len(part)])
@@ -78,16 +71,13 @@ def occlusion_masks(size: tuple[int, int], grid: int, window: float | int = 2) -
 
 
 def patch_similarity(
-    model: nnx.Module,
-    processor: object,
-    image: Image.Image,
-    text: str | Float[np.ndarray, " E"],
+    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
     against: list[str] | None = None,
 ) -> Float[np.ndarray, "grid grid"]:
     """Cosine similarity of the text with every patch of the picture, in one forward pass (Zhou et al. 2022, MaskCLIP).
 
-    With `against`, a list of other texts, their mean similarity is taken off each patch: what all texts have in common
-    with a patch says nothing about this one (Li et al. 2023, CLIP Surgery), and without it the empty ground often wins.
+    With `against`, a list of other texts, their mean similarity is subtracted from each patch: a similarity that all
+    texts share says nothing about this one (Li et al. 2023, CLIP Surgery). Without it the empty ground often wins.
     """
     pixel_values, embeds = _inputs(model, processor, image, text)
     if against:
@@ -95,5 +85,5 @@ def patch_similarity(
     patches = encoder(model, "encode_patches")(pixel_values[None])[0]  # [P, E]
     grid = round(len(patches) ** 0.5)
     if grid * grid != len(patches):
-        raise ValueError(f"encode_patches gave {len(patches)} patches, which make no square")
+        raise ValueError(f"encode_patches gave {len(patches)} patches, which are not a square")
     return (patches @ embeds).astype(np.float32).reshape(grid, grid)

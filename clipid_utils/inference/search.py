@@ -3,56 +3,64 @@
     index = build_index(model, processor, "foto/", cache=CACHE / "search")   # or a datasets.Dataset
     scores, rows = search(index, query_embeds(model, processor, text="kucing tidur"), k=10)
 
-The embeddings are one matrix and a query is one product with it; NumPy's exact `top_k` outruns faiss' flat index at the
-sizes of this course (`benchmarks/bench_search.py`), and `faiss_hnsw` is there for millions of pictures.
+The vectors are one matrix, and a query is one product with it. NumPy's exact `top_k` is faster than faiss' flat index
+at the sizes of this course (`benchmarks/bench_search.py`); `faiss_hnsw` is there for millions of pictures.
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from PIL import Image
 
-from clipid_utils.inference.index import PictureIndex, open_picture, tidy
-from clipid_utils.model.embed import embed_images, embed_texts
-from clipid_utils.plots import search_grid
+from clipid_utils.files import need, open_picture
+from clipid_utils.inference.index import SHOWN_SIDE, PictureIndex
+from clipid_utils.model.embed import embed_pixels, embed_texts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
 
 
 def query_embeds(
-    model: nnx.Module,
-    processor: object,
-    text: str | None = None,
-    image: Image.Image | str | Path | None = None,
+    model: nnx.Module, processor: object, text: str | None = None, image: Image.Image | str | Path | None = None,
     text_weight: float | int = 0.5,
 ) -> Float[np.ndarray, "1 E"]:
     """A query by text, by picture, or by both ("seperti ini, tapi merah"): a unit vector, as a matrix of one row.
 
-    By both: unit(text_weight * text + (1 - text_weight) * picture) of the two unit vectors, so 1 is the text alone and
-    0 the picture alone. Pictures lie closer to each other than to texts (the modality gap, Liang et al. 2022), so the
-    picture tends to win at 0.5; 0.6 to 0.8 gives the words a say. Raises ValueError where both are missing.
+    A query by both is unit(text_weight * text + (1 - text_weight) * picture) of the two unit vectors: 1 is the text
+    alone and 0 the picture alone. Pictures are closer to each other than to texts (the modality gap, Liang et al.
+    2022), so the picture mostly wins at 0.5; 0.6 to 0.8 gives the words a say. Warns if the tokenizer knows no part of
+    the text. Raises ValueError if both are missing, the text is empty, or the weight is not between 0 and 1.
     """
     if text is None and image is None:
         raise ValueError("a query needs a text, an image, or both")
+    if text is not None and not text.strip():
+        raise ValueError('the query is empty: write what the picture shows, for example "kucing tidur"')
     if not 0 <= text_weight <= 1:
-        raise ValueError(f"text_weight lies between 0 (the picture alone) and 1 (the text alone), not {text_weight}")
-    parts = []
+        raise ValueError(f"text_weight must be between 0 (the picture alone) and 1 (the text alone), not {text_weight}")
+    total = np.zeros((1, model.config.embed_dim), np.float32)
     if text is not None:
-        parts.append((text_weight if image is not None else 1.0) * embed_texts(model, processor, [text]))
+        total += (text_weight if image is not None else 1) * embed_texts(model, processor, [text])
+        if _is_unknown(processor, text):
+            warnings.warn(f"the model knows no part of {text!r}, so that all such queries find the same pictures: "
+                          "write it in other words", stacklevel=2)
     if image is not None:
-        share = 1 - text_weight if text is not None else 1.0
-        parts.append(share * embed_images(model, processor, [_opened(image)], batch_size=1, progress=False))
-    total = np.sum(parts, axis=0, dtype=np.float32)
+        pixels = processor.normalize(processor.decoder(image)[None])
+        total += (1 - text_weight if text is not None else 1) * embed_pixels(model, pixels, 1)
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
 
 
-def _opened(image: Image.Image | str | Path) -> Image.Image:
-    return tidy(image) if isinstance(image, Image.Image) else open_picture(image)
+def _is_unknown(processor: object, text: str) -> bool:
+    """Whether the tokenizer knows no part of a text; marks of a space (▁ and Ġ) count as no part."""
+    tokens = processor.tokenizer.encode(text, add_special_tokens=False).tokens
+    return {token for token in tokens if token.strip("▁Ġ")} <= {processor.special_tokens.get("unk_token")}
 
 
 def search(
@@ -60,12 +68,13 @@ def search(
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
 
-    `find` replaces the exact search, for instance by `faiss_hnsw(index.embeds)`. k is cut to the size of the index.
+    `find` replaces the exact search, for example by `faiss_hnsw(index.embeds)`. k is at most the size of the index.
+    Raises ValueError if `find` finds fewer than k.
     """
     if find is None:
         return top_k(index.embeds, queries, k)
     scores, rows = find(queries, min(k, len(index)))
-    if (rows < 0).any():  # how faiss says that it found no more
+    if (rows < 0).any():  # faiss says so that it found no more
         raise ValueError(f"the finder found fewer than {k} pictures for a query: give it more effort, or a smaller k")
     return scores, rows
 
@@ -75,8 +84,9 @@ def top_k(
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """Exact search by inner product: the k largest of `queries @ embeds.T`, best first; equal scores by row number.
 
-    `block` pictures at a time, so a million need no more memory than 65,536 do. Where more than k pictures share the
-    k-th score, which of them are returned is open. Raises ValueError for a NaN, for widths that differ, for k below 1.
+    It takes `block` pictures at a time, so that a million need no more memory than 65,536. If more pictures have the
+    k-th score than there is room for, any of them may be returned. Raises ValueError for a NaN, for widths that differ,
+    for k below 1.
     """
     if embeds.ndim != 2 or queries.ndim != 2 or embeds.shape[1] != queries.shape[1] or not len(embeds):
         raise ValueError(f"embeds [N, E] and queries [Q, E] must agree in E, not {embeds.shape} and {queries.shape}")
@@ -89,7 +99,7 @@ def top_k(
     for start in range(0, len(embeds), block):
         part_scores, part_rows = _largest(queries @ embeds[start : start + block].T, k)
         scores, rows = np.hstack([scores, part_scores]), np.hstack([rows, part_rows + start])
-    if np.isnan(scores).any():  # np.max and np.argpartition take a NaN for the largest, so none hides further down
+    if np.isnan(scores).any():  # for np.max and np.argpartition a NaN is the largest, so that none is hidden
         raise ValueError("a similarity is NaN; look for a NaN in the embeddings of the index")
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
@@ -98,8 +108,8 @@ def top_k(
 def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray, np.ndarray]:
     """The k largest of each row, unsorted. np.argpartition on whole rows takes longer than the product that made them.
 
-    So the columns are dealt into `groups` like cards. The k largest all lie in the k groups with the largest maxima
-    (a group outside has k groups above it, hence k larger scores), and maxima are cheap: np.max over rows is SIMD.
+    So the columns are dealt into `groups` like cards. The k largest are all in the k groups with the largest maxima
+    (for any other group, k groups have a larger score), and maxima are cheap: np.max over rows uses SIMD.
     """
     count, size = scores.shape
     columns = np.broadcast_to(np.arange(size), scores.shape)
@@ -118,61 +128,52 @@ def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray,
     return np.take_along_axis(scores, keep, axis=1), np.take_along_axis(columns, keep, axis=1)
 
 
-def _faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("FAISS is not installed: pip install faiss-cpu, or use the exact top_k") from error
-    return faiss
-
-
 def faiss_flat(embeds: Float[np.ndarray, "N E"]) -> Find:
     """FAISS' exact search (Johnson et al. 2019, IndexFlatIP), for `search(…, find=…)`; ImportError without faiss."""
-    flat = _faiss().IndexFlatIP(embeds.shape[1])
-    flat.add(np.ascontiguousarray(embeds, np.float32))
-    return lambda queries, k: flat.search(np.ascontiguousarray(queries, np.float32), k)
+    return _faiss_finder(need("faiss", "data").IndexFlatIP(embeds.shape[1]), embeds)
 
 
 def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 64) -> Find:
     """Approximate search over a graph (HNSW, Malkov & Yashunin 2018), for millions of pictures.
 
-    `links` neighbours a picture (memory), `effort` candidates looked at a query (recall against time).
+    Each picture has `links` neighbours (more need more memory); a query looks at `effort` candidates (more find more,
+    and take longer).
     """
-    faiss = _faiss()
+    faiss = need("faiss", "data")
     graph = faiss.IndexHNSWFlat(embeds.shape[1], links, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction, graph.hnsw.efSearch = 200, effort
-    graph.add(np.ascontiguousarray(embeds, np.float32))
-    return lambda queries, k: graph.search(np.ascontiguousarray(queries, np.float32), k)
+    return _faiss_finder(graph, embeds)
+
+
+def _faiss_finder(finder: object, embeds: np.ndarray) -> Find:
+    finder.add(np.ascontiguousarray(embeds, np.float32))
+    return lambda queries, k: finder.search(np.ascontiguousarray(queries, np.float32), k)
 
 
 def search_figure(
-    index: PictureIndex,
-    model: nnx.Module,
-    processor: object,
-    text: str | None = None,
-    image: Image.Image | str | Path | None = None,
-    text_weight: float | int = 0.5,
-    k: int = 10,
-    columns: int = 5,
-) -> Figure:
-    """One query (as `query_embeds` takes it) and its k best pictures with labels and similarities, as a figure."""
+    index: PictureIndex, model: nnx.Module, processor: object, text: str | None = None,
+    image: Image.Image | str | Path | None = None, text_weight: float | int = 0.5, k: int = 10, columns: int = 5,
+) -> "Figure":
+    """A figure of one query (see `query_embeds`) and its k best pictures with their labels and similarities."""
+    from clipid_utils.plots import search_grid
+
     scores, rows = search(index, query_embeds(model, processor, text, image, text_weight), k)
     pictures, labels = [index.picture(i) for i in rows[0]], [index.labels[i] for i in rows[0]]
-    example = image if image is None else _opened(image)
+    example = None if image is None else open_picture(image, short_side=SHOWN_SIDE)
     query = text if example is None else example if text is None else (text, example)
     return search_grid(query, pictures, scores[0], labels, columns=columns)
 
 
 def search_widget(
     index: PictureIndex, model: nnx.Module, processor: object, query: str = "kucing", k: int = 10, columns: int = 5
-) -> Figure | None:
-    """A search box over a grid of results; by picture, or picture and words together, when a file is added.
+) -> "Figure | None":
+    """A search box over a grid of results; with a file, it searches by picture, or by picture and words together.
 
-    In a notebook it displays itself and returns None. What cannot show widgets (GitHub, a printed notebook) shows the
-    first query's figure in its place, and where ipywidgets or the notebook is missing that Figure is returned.
+    In a notebook it displays itself and returns None. A page that cannot show widgets (GitHub, a printed notebook)
+    shows the first query's figure instead; without ipywidgets or a notebook the answer is that Figure.
     """
 
-    def draw(text: str, image: Image.Image | None = None, text_weight: float | int = 0.5) -> Figure:
+    def draw(text: str, image: Image.Image | None = None, text_weight: float | int = 0.5) -> "Figure":
         text = text.strip() or (query if image is None else None)
         return search_figure(index, model, processor, text, image, text_weight, k, columns)
 
@@ -204,9 +205,10 @@ def _controls(ipywidgets, draw: Callable, query: str, first: bytes):
     def refresh(_):
         try:
             note.value = "Mencari…"
-            results.value = _png(draw(text.value, _uploaded(upload.value), weight.value))
-            note.value = ""
-        except Exception as error:  # shown beside the box: an exception inside a callback is seen nowhere
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                results.value = _png(draw(text.value, _uploaded(upload.value), weight.value))
+            note.value = " ".join(str(found.message) for found in caught if found.category is UserWarning)
+        except Exception as error:  # shown beside the box: nobody sees an exception inside a callback
             note.value = f"Gagal: {error}"
 
     for control in (text, upload, weight):

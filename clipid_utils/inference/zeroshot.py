@@ -1,7 +1,7 @@
 """Zero-shot classification in Indonesian: class names become sentences, sentences become the classifier's weights.
 
-People who describe a picture write seekor kucing and sebuah mobil, so templates that fill in the classifier
-(`clipid_utils.wording`) stand closer to real captions than "foto {name}".
+People who describe a picture write seekor kucing and sebuah mobil, so templates with the classifier
+(`clipid_utils.wording`) are closer to real captions than "foto {name}".
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,14 @@ from clipid_utils.wording import fill, load_wording
 
 
 def classifier_weights(
-    model: nnx.Module,
-    processor: object,
-    names: Sequence[str],
-    templates: Sequence[str] | None = None,
+    model: nnx.Module, processor: object, names: Sequence[str], templates: Sequence[str] | None = None,
     groups: Sequence[str | None] | None = None,
 ) -> Float[np.ndarray, "C E"]:
-    """One unit vector a class: the mean of its sentences' unit vectors, renormalised (Radford et al. 2021, 3.1.4).
+    """A unit vector for each class: the mean of its sentences' unit vectors, renormalised (Radford et al. 2021, 3.1.4).
 
-    `templates` are those of `data/templates.json` by default (`load_wording()["naive"]` is the plain "foto {name}");
-    `groups`, one a name, help to choose classifiers. Raises ValueError for no names, no templates, an empty name.
+    `templates` are by default those of `data/templates.json` (`load_wording()["naive"]` is the plain "foto {name}").
+    `groups`, one for each name, help to choose classifiers. Raises ValueError if there are no names or no templates,
+    and for an empty name.
     """
     templates = load_wording()["templates"] if templates is None else list(templates)
     groups = [None] * len(names) if groups is None else groups
@@ -50,40 +48,34 @@ def classify(
 
 
 def zero_shot_accuracy(
-    image_embeds: Float[np.ndarray, "N E"],
-    weights: Float[np.ndarray, "C E"],
-    labels: Int[np.ndarray, " N"],
-    ks: Sequence[int] = (1, 5),
-    seed: int = 0,
+    image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
+    ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
     """Top-k accuracy with 95% bootstrap intervals: `{"top1": {"value", "low", "high"}, "top5": …, "items", "classes"}`.
 
-    The classes may be anything with a row in `weights`: the groups of the dictionary, or its concepts.
+    A class is a row of `weights`, for example a group of the dictionary or a concept. `clusters`, one for each picture,
+    are those of `metrics.bootstrap_interval`.
     """
-    return _summary(label_ranks(image_embeds @ weights.T, labels), len(weights), ks, seed)
+    return _summary(label_ranks(image_embeds @ weights.T, labels), len(weights), ks, seed, clusters)
 
 
 def accuracy_within(
-    image_embeds: Float[np.ndarray, "N E"],
-    weights: Float[np.ndarray, "C E"],
-    labels: Int[np.ndarray, " N"],
-    class_groups: Sequence[object],
-    ks: Sequence[int] = (1, 5),
-    seed: int = 0,
+    image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
+    class_groups: Sequence[object], ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
-    """As `zero_shot_accuracy`, but each picture chooses among the classes of its own class' group only.
+    """Accuracy as `zero_shot_accuracy` has it, but each picture chooses among the classes of its own class' group only.
 
-    Which animal, given that it is an animal. `class_groups` is the group of each class; `classes` in the answer is the
-    mean number of classes a picture chooses from.
+    The question is, for example, which animal it is if it is known to be an animal. `class_groups` is the group of each
+    class; `classes` in the answer is the mean number of classes from which a picture chooses.
     """
     _, numbers = np.unique(np.asarray([str(group) for group in class_groups]), return_inverse=True)  # [C]
     if len(numbers) != len(weights):
-        raise ValueError(f"{len(numbers)} class_groups for {len(weights)} classes")
+        raise ValueError(f"{len(numbers)} class_groups for {len(weights)} classes: give one for each")
     allowed = numbers[np.asarray(labels)][:, None] == numbers  # [N, C]
     scores = np.where(allowed, image_embeds @ weights.T, -np.inf)
-    return _summary(label_ranks(scores, labels), float(allowed.sum(axis=1).mean()), ks, seed)
+    return _summary(label_ranks(scores, labels), float(allowed.sum(axis=1).mean()), ks, seed, clusters)
 
 
-def _summary(rank: np.ndarray, classes: int | float, ks: Sequence[int], seed: int) -> dict:
-    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed) for k in ks}
+def _summary(rank: np.ndarray, classes: int | float, ks: Sequence[int], seed: int, clusters) -> dict:
+    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in ks}
     return summary | {"items": len(rank), "classes": classes}

@@ -1,18 +1,34 @@
-"""Whole collections through a tower: batched, compiled once, with progress."""
+"""Whole collections through the model: in batches, compiled once, with progress; pictures also with a cache."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import os
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from PIL import Image
 from tqdm.auto import tqdm
 
+from clipid_utils.files import PictureError, file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor
+
+RULES = 2  # part of each fingerprint: raise it when the same weights and pictures start to give different vectors
+CHUNK = 256  # pictures between two writes to a cache: the most that an interruption costs
+HEAD = 2**14  # bytes of a picture file that its identity reads
+MOST_NAMED = 5  # unreadable pictures that the one line about them names
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # vectors [B, D] and, for each row, whether it has one
 
 
 @functools.lru_cache(maxsize=16)
@@ -20,10 +36,10 @@ def _compiled(graph: nnx.GraphDef, method: str) -> Callable:
     return jax.jit(lambda params, *batch: getattr(nnx.merge(graph, params), method)(*batch))
 
 
-def encoder(model: HybridCLIP, method: str) -> Callable[..., np.ndarray]:
-    """One of the model's methods, "encode_image" or another, compiled, with the weights that the model has now.
+def encoder(model: nnx.Module, method: str) -> Callable[..., np.ndarray]:
+    """A method of a model or tower, such as "encode_image", compiled, with the weights that the model has now.
 
-    Not `nnx.jit`: it would take the model apart for every batch and return, so copy, every one of its weights.
+    This is not `nnx.jit`, which takes the model apart for every batch and copies each of its weights.
     """
     graph, params = nnx.split(model)
     function = _compiled(graph, method)
@@ -31,15 +47,19 @@ def encoder(model: HybridCLIP, method: str) -> Callable[..., np.ndarray]:
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
-    """The last batch filled up with copies of its first row, so that every batch has the one compiled shape."""
+    """Fills the last batch with copies of its first row, so that every batch has the one compiled shape."""
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)]) if len(array) < rows else array
+
+
+def _joined(model: HybridCLIP, rows: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
 
 
 def embed_images(
     model: HybridCLIP, processor: CLIPProcessor, images: Iterable[Image.Image], batch_size: int = 64,
     progress: bool = True,
 ) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of pictures, in their order."""
+    """Unit vectors of open pictures, in their order. Raises an error at the first picture that cannot be read."""
     total = len(images) if hasattr(images, "__len__") else None
     rows, source, encode = [], iter(images), encoder(model, "encode_image")
     with tqdm(total=total, desc="pictures", unit=" pictures", disable=not progress) as bar:
@@ -47,30 +67,204 @@ def embed_images(
             pixels = processor(images=chunk)["pixel_values"]
             rows.append(encode(_pad(pixels, batch_size))[: len(chunk)])
             bar.update(len(chunk))
-    return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
+    return _joined(model, rows)
 
 
-def embed_pixels(model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64):
-    """Unit vectors [N, E] of pictures that the processor has already made into pixel values."""
+def embed_pixels(
+    model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64
+) -> Float[np.ndarray, "N E"]:
+    """Unit vectors of pictures that are normalised pixels already."""
     encode = encoder(model, "encode_image")
-    rows = [
-        encode(_pad(part, batch_size))[: len(part)]
-        for part in (pixel_values[start : start + batch_size] for start in range(0, len(pixel_values), batch_size))
-    ]
-    return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
+    parts = (pixel_values[start : start + batch_size] for start in range(0, len(pixel_values), batch_size))
+    return _joined(model, [encode(_pad(part, batch_size))[: len(part)] for part in parts])
 
 
 def embed_texts(
     model: HybridCLIP, processor: CLIPProcessor, texts: Sequence[str], batch_size: int = 256, progress: bool = False,
 ) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of texts, in their order; an empty text raises ValueError."""
-    if not len(texts):
-        return np.zeros((0, model.config.embed_dim), np.float32)
-    tokens = processor.tokenize(list(texts), multiple=8)  # few widths, so few compilations
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    batch_size = min(batch_size, 1 << max(0, len(texts) - 1).bit_length())
+    """Unit vectors of texts, in their order. Raises ValueError for an empty text."""
     rows, encode = [], encoder(model, "encode_text")
+    tokens = processor.tokenize(list(texts), multiple=8) if len(texts) else {}  # few widths, so few compilations
+    batch_size = min(batch_size, 1 << max(0, len(texts) - 1).bit_length())
     for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress):
-        part = slice(start, start + batch_size)
-        rows.append(encode(_pad(ids[part], batch_size), _pad(mask[part], batch_size))[: len(ids[part])])
-    return np.concatenate(rows)
+        part = [tokens[name][start : start + batch_size] for name in ("input_ids", "attention_mask")]
+        rows.append(encode(*(_pad(array, batch_size) for array in part))[: len(part[0])])
+    return _joined(model, rows)
+
+
+def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | None = None) -> str:
+    """16 hexadecimal digits that change with any weight, setting or dtype and with the processor's way with pictures.
+
+    `model` may be one tower; its part named `without`, such as "projection", is left out.
+    """
+    parts = [getattr(model, name, None) for name in ("vision", "text")]
+    dtypes = [str(getattr(part, "dtype", None)) for part in (model, *parts)]
+    digest = hashlib.sha256(f"{RULES} {getattr(model, 'config', '')} {dtypes}".encode())
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[0] != without:
+            digest.update(f"{path} {leaf[...].dtype} {leaf[...].shape}".encode())
+            digest.update(np.ascontiguousarray(leaf[...]).tobytes())
+    probe = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 30, 3))
+    digest.update(processor.normalize(processor.decoder(probe)[None]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def picture_identity(picture: object) -> str:
+    """20 hexadecimal digits that change with a picture: with the bytes of it, or with its file's path, size, time and
+    first bytes.
+
+    `picture` is a path, the bytes of a file, {"bytes", "path"} or an array.
+    """
+    if isinstance(picture, dict):
+        picture = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+    if isinstance(picture, str | os.PathLike):
+        path = os.path.realpath(picture)
+        picture = f"{path}|{file_identity(path, HEAD) if os.path.isfile(path) else ''}".encode()
+    return hashlib.blake2b(picture, digest_size=10).hexdigest()
+
+
+class Embedded(NamedTuple):
+    """Vectors of pictures; NaN where a picture cannot be read, and the reason in `skipped` by its row."""
+
+    vectors: Float[np.ndarray, "N D"]
+    skipped: dict[int, str]
+
+
+def embed_pictures(
+    model: HybridCLIP, processor: CLIPProcessor, pictures: Sequence | np.ndarray, *,
+    cache: str | os.PathLike | None = None, identities: Shaped[np.ndarray, " N"] | None = None,
+    out: np.ndarray | None = None, projected: bool = True, batch_size: int = 64, chunk: int = CHUNK,
+    progress: bool = True,
+) -> Embedded:
+    """Vectors of pictures in any form that `processor.decoder` takes, or of uint8 arrays of the model's size.
+
+    Threads decode the pictures; only two batches are in memory. With `cache`, a folder, the vectors are kept there in
+    files of `chunk` pictures, so that a second or interrupted call embeds only the new ones. One folder is for one
+    model (see `fingerprint`), and a picture is known by its place in `identities` (see `picture_identity`).
+
+    The vectors have unit length, or are the image tower's output before its projection where `projected` is False.
+    `out` is an array to fill, for example a memory map; it decides the dtype. One line on stderr says how many pictures
+    cannot be read, and why. Raises ValueError if a vector is not finite.
+    """
+    encode = encoder(model, "encode_image") if projected else encoder(model.vision, "pooled")
+    if out is None:
+        width = model.config.embed_dim if projected else model.config.vision.width
+        out = np.empty((len(pictures), width), np.float32)
+    identities = np.arange(len(pictures)) if identities is None else np.asarray(identities)
+    reasons: dict[int, str] = {}
+
+    def batches(rows: np.ndarray) -> Batches:
+        size = model.config.vision.image_size
+        decoded = _decoded(processor.decoder, pictures, rows, 2 * batch_size)
+        while part := list(islice(decoded, batch_size)):
+            pixels = np.zeros((batch_size, size, size, 3), np.uint8)  # the last batch is filled: one compiled shape
+            for place, (row, made) in enumerate(part):
+                if isinstance(made, str):
+                    reasons[row] = made
+                else:
+                    pixels[place] = made
+            yield encode(processor.normalize(pixels))[: len(part)], np.array([row not in reasons for row, _ in part])
+
+    same = embed_resumably(out, identities, batches, cache, chunk=chunk, unit="pictures", progress=progress)
+    skipped = {int(row): reasons[int(same[row])] for row in np.flatnonzero(np.isin(same, list(reasons)))}
+    if skipped:
+        named = [f"{_name(pictures, row)} ({why})" for row, why in islice(skipped.items(), MOST_NAMED)]
+        more = ", …" if len(skipped) > MOST_NAMED else ""
+        count = f"{len(skipped)} of {len(pictures)} pictures could not be read"
+        print(f"{count}: {', '.join(named)}{more}", file=sys.stderr)
+    return Embedded(out, skipped)
+
+
+def _name(pictures, row: int) -> str:
+    """The name of the picture's file, or its row."""
+    try:
+        picture = pictures[row]
+        return Path(picture["path"] if isinstance(picture, dict) else picture).name
+    except Exception:  # no path, or a picture that its data set cannot open
+        return f"row {row}"
+
+
+def _decoded(decode: Callable, pictures, rows: np.ndarray, ahead: int) -> Iterator[tuple[int, object]]:
+    """Each row with its picture's pixels, or with the reason why there are none; threads decode up to `ahead` rows."""
+
+    def one(row: int) -> np.ndarray | str:
+        picture = None
+        try:
+            picture = pictures[row]
+            return picture if isinstance(picture, np.ndarray) else decode(picture)
+        except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
+            reason = str(error).removeprefix(f"{picture}: ")
+            plain = isinstance(error, PictureError | FileNotFoundError)
+            return reason if plain else f"{type(error).__name__}: {reason}"
+
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        waiting: deque = deque()
+        try:
+            for row in rows.tolist():
+                waiting.append((row, pool.submit(one, row)))
+                if len(waiting) >= ahead:
+                    row, future = waiting.popleft()
+                    yield row, future.result()
+            yield from ((row, future.result()) for row, future in waiting)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def embed_resumably(
+    out: Float[np.ndarray, "N D"], identities: Shaped[np.ndarray, " N"], batches: Callable[[np.ndarray], Batches],
+    cache: str | os.PathLike | None = None, *, chunk: int = CHUNK, unit: str = "pictures", progress: bool = True,
+) -> np.ndarray:
+    """Fills `out`, one row for each identity, from the chunk files in `cache` and for the rest from `batches`.
+
+    `batches(rows)` gives the vectors of these rows, in their order, and says which rows have one; the others become
+    NaN. Equal identities are embedded once: the answer is, for each row, the first one with its identity.
+    """
+    known, first, place = np.unique(identities, return_index=True, return_inverse=True)
+    missing, cache = np.ones(len(known), bool), None if cache is None else Path(cache)
+    for stored, vectors in () if cache is None else _chunks(cache):
+        at = np.searchsorted(known, stored).clip(max=len(known) - 1)
+        wanted = known[at] == stored
+        out[first[at[wanted]]] = vectors[wanted]
+        missing[at[wanted]] = False
+    rows, pending, start = np.sort(first[missing]), [], 0
+    done = len(known) - len(rows)
+    with tqdm(total=len(known), initial=done, desc=unit, unit=f" {unit}", disable=not progress) as bar:
+        for vectors, there in batches(rows):
+            with np.errstate(over="ignore"):
+                vectors = vectors.astype(out.dtype)
+            if not np.isfinite(vectors[there]).all():
+                raise ValueError(f"a vector of {unit} {start} to {start + len(vectors)} is not finite in {out.dtype}: "
+                                 "use float32 if it is a narrower dtype, or look for a NaN in the model's weights")
+            vectors[~there] = np.nan
+            part = rows[start : start + len(vectors)]
+            out[part] = vectors
+            pending.append(part[there])
+            start += len(vectors)
+            bar.update(len(vectors))
+            if cache is not None and (sum(map(len, pending)) >= chunk or start == len(rows)):
+                _write_chunk(cache, identities, np.concatenate(pending), out)
+                pending.clear()
+    same = first[place.reshape(-1)]
+    for row in np.flatnonzero(same != np.arange(len(same))):
+        out[row] = out[same[row]]
+    return same
+
+
+def _write_chunk(cache: Path, identities: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    if len(rows):
+        name = hashlib.sha256(np.ascontiguousarray(identities[rows]).tobytes()).hexdigest()[:16]
+        with whole_file(cache / f"chunk-{name}.npz") as file:
+            np.savez(file, identities=identities[rows], vectors=out[rows])
+
+
+def _chunks(cache: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Identities and vectors of each chunk file. A damaged file warns and is deleted."""
+    for path in sorted(cache.glob("chunk-*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as chunk:
+                found = chunk["identities"], chunk["vectors"]
+        except Exception as error:
+            warnings.warn(f"{path.name} cannot be read ({error}): its pictures are embedded again", stacklevel=4)
+            path.unlink()
+            continue
+        yield found

@@ -1,9 +1,10 @@
 """Every figure of the course, in one style: functions take arrays, pictures and dicts, and return matplotlib Figures.
 
-Colours are Okabe and Ito's (2008), which the colour-blind tell apart, and maps are cividis or a blue-white-orange one;
-what matters is written on the figure too. A Figure shows itself as the last line of a notebook cell; elsewhere save it
-with `figure.savefig`.
+The colours are Okabe and Ito's (2008), which colour-blind readers can tell apart, and the maps are cividis or a
+blue-white-orange one; nothing is said by colour alone. A Figure shows itself as the last line of a notebook cell;
+elsewhere save it with `figure.savefig`.
 """
+# ruff: noqa: F401  (the figures are offered from here)
 
 from clipid_utils.plots.charts import (
     caption_lengths,
@@ -32,27 +33,3 @@ from clipid_utils.plots.pictures import (
     similarity_matrix,
 )
 from clipid_utils.plots.style import ORANGE
-
-__all__ = [
-    "ORANGE",
-    "augmentations",
-    "caption_lengths",
-    "collectives",
-    "confusion_matrix",
-    "counts_by_group",
-    "differences",
-    "gallery",
-    "growth",
-    "heatmap_overlay",
-    "parameter_bars",
-    "placements",
-    "projection",
-    "recall_bars",
-    "resumed_run",
-    "rounding",
-    "schedule",
-    "search_grid",
-    "similarity_matrix",
-    "training_curves",
-    "training_history",
-]

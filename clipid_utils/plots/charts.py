@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, cut, styled
+from clipid_utils.plots.parts import cut, legend_beside, named_cells, named_levels, written_matrix
+from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, styled
 
 
 @styled
 def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", unit: str = "pictures") -> Figure:
-    """Stacked bars: `counts[group][artist]`, groups downwards from the largest, artists as colours."""
+    """Stacked bars of `counts[group][artist]`: the largest group on top, a colour for each artist."""
     groups = sorted(counts, key=lambda group: -sum(counts[group].values()))
     parts = list(dict.fromkeys(part for group in groups for part in counts[group]))
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.3 * len(groups)))
@@ -29,7 +30,7 @@ def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", un
     axis.grid(axis="y", visible=False)
     axis.set(xlabel=unit, title=title)
     axis.margins(x=0.1)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(axis, 10)
     return figure
 
 
@@ -37,7 +38,7 @@ def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", un
 def caption_lengths(
     lengths: Mapping[str, Sequence[int]], limit: int | None = None, unit: str = "tokens", title: str = ""
 ) -> Figure:
-    """Histogram of caption lengths, one outline a kind of caption; `limit` draws where the tokenizer cuts."""
+    """Histogram of caption lengths, an outline for each kind of caption; `limit` marks where the tokenizer cuts."""
     figure, axis = plt.subplots(figsize=(8, 3.2))
     longest = max(max(values) for values in lengths.values())
     step = max(1, longest // 60)
@@ -55,16 +56,12 @@ def caption_lengths(
 
 @styled
 def training_curves(
-    steps: Sequence[int] | np.ndarray,
-    loss: Sequence[float] | np.ndarray,
-    batch_size: int | None = None,
-    recall_steps: Sequence[int] = (),
-    recall: Mapping[str, Sequence[float]] | None = None,
-    title: str = "",
+    steps: Sequence[int] | np.ndarray, loss: Sequence[float] | np.ndarray, batch_size: int | None = None,
+    recall_steps: Sequence[int] = (), recall: Mapping[str, Sequence[float]] | None = None, title: str = "",
 ) -> Figure:
-    """The loss (thin: each step, thick: mean) with log(batch), which chance pays, and validation recall beside it.
+    """The loss (thin: each step, thick: mean) with log(batch), the loss of a guess, and validation recall beside it.
 
-    `recall` maps a name ("R@1") to one value a step of `recall_steps`.
+    `recall` maps a name ("R@1") to a value for each of `recall_steps`.
     """
     recall = recall or {}
     figure, axes = plt.subplots(1, 2 if recall else 1, figsize=(9 if recall else 5.5, 3.2), squeeze=False)
@@ -89,7 +86,7 @@ def training_curves(
 
 
 def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
-    """`training_curves` of the lines that `fit` logs (`metrics.jsonl`): some hold a loss, some validation recall."""
+    """`training_curves` of the lines that `fit` logs (`metrics.jsonl`): some have a loss, some validation recall."""
     losses = [line for line in history if "loss" in line]
     checks = [line for line in history if "text_to_picture_R@1" in line]
     batch_size = round(math.exp(losses[0]["log_batch"])) if losses else None
@@ -100,12 +97,10 @@ def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
 
 @styled
 def recall_bars(
-    results: Mapping[str, Mapping[str, Mapping[str, float]]],
-    metrics: Sequence[str] = ("R@1", "R@5", "R@10"),
-    reference: Mapping[str, float] | None = None,
-    title: str = "",
+    results: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] = ("R@1", "R@5", "R@10"),
+    reference: Mapping[str, float] | None = None, title: str = "",
 ) -> Figure:
-    """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as `metrics.json` holds them.
+    """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as in `metrics.json`.
 
     `reference` draws named horizontal lines (nearest neighbours in pixels, chance).
     """
@@ -120,8 +115,7 @@ def recall_bars(
         axis.errorbar(x, values, np.maximum(error, 0), fmt="none", ecolor="#333333", capsize=3, linewidth=1)
         for position, cell in zip(x, cells, strict=True):
             axis.text(position, cell["high"] + 0.012, f"{cell['value']:.2f}", ha="center", fontsize=8)
-    for (name, level), style in zip((reference or {}).items(), ("--", ":", "-."), strict=False):
-        axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=f"{name}: {level:.2f}")
+    named_levels(axis, reference, "{}: {:.2f}")
     room = int((figure.get_figwidth() - 1.1) / len(results) / 0.09)  # letters
     axis.set_xticks(range(len(results)), [cut(label, room) for label in results])
     axis.grid(axis="x", visible=False)
@@ -134,9 +128,9 @@ def recall_bars(
 def differences(
     results: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str = "R@1", title: str = ""
 ) -> Figure:
-    """Differences with their 95% intervals, a panel a question: `results[question][split] = {"value", "low", "high"}`.
+    """Differences with their 95% intervals: `results[question][split] = {"value", "low", "high"}`.
 
-    Filled are those whose interval does not hold 0.
+    Each question has a panel. A point is filled if its interval does not include 0.
     """
     names = list(dict.fromkeys(name for found in results.values() for name in found))
     figure, axes = plt.subplots(1, len(results), figsize=(3.1 * len(results), 1.1 + 0.36 * len(names)), sharey=True,
@@ -144,9 +138,9 @@ def differences(
     for axis, (question, found) in zip(axes[0], results.items(), strict=True):
         for y, name in enumerate(names):
             cell = found[name]
-            sure = cell["low"] > 0 or cell["high"] < 0
-            axis.plot([cell["low"], cell["high"]], [y, y], color=BLUE if sure else GREY, linewidth=2)
-            axis.plot(cell["value"], y, "o", color=BLUE if sure else GREY, markerfacecolor=BLUE if sure else "white")
+            colour, fill = (BLUE, BLUE) if cell["low"] > 0 or cell["high"] < 0 else (GREY, "white")
+            axis.plot([cell["low"], cell["high"]], [y, y], color=colour, linewidth=2)
+            axis.plot(cell["value"], y, "o", color=colour, markerfacecolor=fill)
             axis.annotate(f"{cell['value']:+.3f}", (cell["value"], y), xytext=(0, 5), textcoords="offset points",
                           ha="center", fontsize=8)
         axis.axvline(0, color="#333333", linewidth=1)
@@ -162,7 +156,7 @@ def differences(
 def confusion_matrix(
     true: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], names: Sequence[str], title: str = ""
 ) -> Figure:
-    """Which class (rows) is taken for which (columns), in per cent of the row; beside the name the row's pictures."""
+    """How often each class (row) is taken for each other (column), in per cent of the row's pictures."""
     size = len(names)
     matrix = np.zeros((size, size))
     np.add.at(matrix, (np.asarray(true), np.asarray(predicted)), 1)
@@ -170,21 +164,16 @@ def confusion_matrix(
     share = 100 * matrix / np.maximum(totals, 1)
     figure, axis = plt.subplots(figsize=(2.8 + 0.5 * size, 1.6 + 0.42 * size))
     axis.imshow(share, vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(size), [cut(name, 18, 1) for name in names], rotation=40, ha="right", rotation_mode="anchor")
     labels = [f"{cut(name, 22, 1)} ({int(n)})" for name, n in zip(names, totals[:, 0], strict=True)]
-    axis.set_yticks(range(size), labels)
-    axis.grid(False)
-    for (y, x), value in np.ndenumerate(share):
-        if value >= 0.5:
-            colour = "white" if value < 50 else "black"
-            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    named_cells(axis, labels, [cut(name, 18, 1) for name in names])
+    written_matrix(axis, share, 50, "{:.0f}", least=0.5)
     axis.set(xlabel="taken for", ylabel="is", title=title)
     return figure
 
 
 @styled
 def parameter_bars(counts: Mapping[str, int], title: str = "") -> Figure:
-    """How many parameters each part of the model has, in the order given, with its share of the whole."""
+    """The number of parameters of each part of the model, in the given order, with its share of the whole."""
     total = sum(counts.values())
     figure, axis = plt.subplots(figsize=(7, 0.7 + 0.32 * len(counts)))
     axis.barh(list(counts), list(counts.values()), color=BLUE)
@@ -200,7 +189,7 @@ def parameter_bars(counts: Mapping[str, int], title: str = "") -> Figure:
 
 @styled
 def schedule(rates: Float[np.ndarray, " steps"] | Sequence[float], title: str = "Learning rate") -> Figure:
-    """The learning rate over the steps, its peak marked."""
+    """The learning rate over the steps, with its peak."""
     rates = np.asarray(rates)
     figure, axis = plt.subplots(figsize=(5.5, 2.6))
     axis.plot(rates, color=BLUE)
@@ -216,8 +205,8 @@ def schedule(rates: Float[np.ndarray, " steps"] | Sequence[float], title: str = 
 def projection(
     embeds: Float[np.ndarray, "N E"], labels: Sequence[str], marked: Bool[np.ndarray, " N"] | None = None,
     mark_names: tuple[str, str] = ("pictures", "texts"), title: str = "",
-) -> Figure:  # fmt: skip
-    """Embeddings on their first two principal components, a colour and marker a label; `marked` rows are framed."""
+) -> Figure:
+    """Embeddings on their first two principal components; each label has a colour and marker, `marked` rows a frame."""
     centred = embeds - embeds.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     points = centred @ directions[:2].T
@@ -234,5 +223,5 @@ def projection(
     axis.set(xlabel=f"component 1 ({explained[0]:.0%})", ylabel=f"component 2 ({explained[1]:.0%})", title=title)
     if marked.any():
         axis.scatter([], [], s=90, color="white", edgecolor="black", label=f"framed: {mark_names[1]}")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    legend_beside(axis, 8)
     return figure

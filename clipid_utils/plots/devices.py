@@ -1,4 +1,4 @@
-"""Figures of notebook 05: what lies on which device, what is exchanged, and a run that was killed."""
+"""Figures of notebook 05: the pieces on each device, their exchanges, and a run that was killed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, RED, cut, styled
+from clipid_utils.plots.parts import cut, legend_beside, named_levels, titled
+from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, RED, styled
 
 
 def _numbers(devices: Sequence[int]) -> str:
@@ -23,9 +24,9 @@ def _numbers(devices: Sequence[int]) -> str:
 def placements(
     arrays: Mapping[str, tuple[tuple[int, int], Mapping[int, tuple[slice, slice]]]], title: str = ""
 ) -> Figure:
-    """Which device holds which piece of a matrix: for each name the matrix's shape, and each device's rows and columns.
+    """The piece of a matrix that each device has: for each name the matrix's shape, and each device's rows and columns.
 
-    A piece held by several devices bears all their numbers.
+    A piece on several devices shows all their numbers.
     """
     figure, axes = plt.subplots(1, len(arrays), figsize=(2.4 * len(arrays), 2.7), squeeze=False)
     for axis, (name, ((rows, columns), held)) in zip(axes[0], arrays.items(), strict=True):
@@ -41,16 +42,14 @@ def placements(
         axis.set_title(cut(name, 26), fontsize=9)
         axis.grid(False)
         axis.spines[:].set_visible(False)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)
 
 
 @styled
 def collectives(exchanges: Mapping[str, tuple[Int[np.ndarray, "D N"], Int[np.ndarray, "D M"]]]) -> Figure:
-    """What each device (a row) holds before and after an exchange.
+    """The numbers on each device (a row) before and after an exchange.
 
-    A number has the colour of the device that it comes from; one that no device held before is white.
+    A number has the colour of the device that it comes from; a new one is white.
     """
     columns = 2 if len(exchanges) > 1 else 1
     rows = math.ceil(len(exchanges) / columns)
@@ -77,19 +76,18 @@ def collectives(exchanges: Mapping[str, tuple[Int[np.ndarray, "D N"], Int[np.nda
 def growth(
     x: Sequence[int], series: Mapping[str, Sequence[int | float]], xlabel: str, unit: str = "B", ylabel: str = "",
     limits: Mapping[str, int | float] | None = None, title: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """How quantities grow or fall with x, both axes logarithmic; `limits` draws named horizontal lines."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     for (name, values), colour, marker in zip(series.items(), COLOURS, "os^DvPX*", strict=False):
         axis.plot(x, values, color=colour, marker=marker, markersize=5, label=name)
-    for (name, level), style in zip((limits or {}).items(), ("--", ":", "-."), strict=False):
-        axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=name)
+    named_levels(axis, limits)
     axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     axis.set_xticks(x, [f"{value:,}" for value in x])
     axis.minorticks_off()
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(unit=unit, places=0))
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    legend_beside(axis)
     return figure
 
 
@@ -97,8 +95,8 @@ def growth(
 def rounding(
     x: Float[np.ndarray, " N"], exact: Float[np.ndarray, " N"], rounded: Mapping[str, Float[np.ndarray, " N"]],
     xlabel: str, ylabel: str, title: str = "",
-) -> Figure:  # fmt: skip
-    """A quantity and what is left of it in a coarser format: the steps of a staircase where there was a line."""
+) -> Figure:
+    """A quantity, and the same in coarser formats, where its line becomes a staircase."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     axis.plot(x, exact, color=GREY, linewidth=1, label="float32")
     for (name, values), colour in zip(rounded.items(), (RED, BLUE, GREEN), strict=False):
@@ -112,13 +110,13 @@ def rounding(
 def resumed_run(
     unbroken: Mapping[int, float], killed: Mapping[int, float], resumed: Mapping[int, float], title: str = ""
 ) -> Figure:
-    """The loss by step of an unbroken run, of one that was killed, and of what went on from its last checkpoint."""
+    """The loss by step of an unbroken run, of one that was killed, and of the one resumed from its last checkpoint."""
     figure, axis = plt.subplots(figsize=(7, 3.2))
     axis.plot(list(unbroken), list(unbroken.values()), color="#BBBBBB", linewidth=5, label="never stopped")
     axis.plot(list(resumed), list(resumed.values()), ".-", color=BLUE, linewidth=1.2, label="resumed")
     axis.plot(list(killed), list(killed.values()), "o", color=RED, mfc="none", markersize=7, label="killed")
     axis.axvline(max(killed), color=RED, linestyle="--", linewidth=1, label=f"SIGKILL after step {max(killed)}")
-    axis.axvline(min(resumed), color=BLUE, linestyle=":", linewidth=1, label=f"goes on with step {min(resumed)}")
+    axis.axvline(min(resumed), color=BLUE, linestyle=":", linewidth=1, label=f"resumes with step {min(resumed)}")
     axis.set(xlabel="step", ylabel="loss", title=title)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    legend_beside(axis)
     return figure

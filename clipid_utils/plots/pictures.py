@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.style import BLUE, DIVERGING, GREEN, RED, cut, picture_grid, show, styled
+from clipid_utils.plots.parts import cut, named_cells, picture_grid, show, titled, written_matrix
+from clipid_utils.plots.style import BLUE, DIVERGING, GREEN, RED, styled
 
 
 @styled
@@ -19,24 +20,18 @@ def gallery(
     figure, axes = picture_grid(len(images), columns, size, 0.35 if any(map(str, captions)) else 0.05)
     for axis, image, caption in zip(axes, images, captions, strict=False):
         show(axis, image, cut(caption, int(11 * size)))
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)
 
 
 @styled
 def search_grid(
-    query: object,
-    images: Sequence,
-    scores: Float[np.ndarray, " k"],
-    captions: Sequence[object] | None = None,
-    right: Sequence[bool] | None = None,
-    columns: int = 5,
-    size: float = 1.7,
+    query: object, images: Sequence, scores: Float[np.ndarray, " k"], captions: Sequence[object] | None = None,
+    right: Sequence[bool] | None = None, columns: int = 5, size: float = 1.7,
 ) -> Figure:
-    """A query and the pictures found, best first, with their similarities; it is a text, a picture, or (text, picture).
+    """The pictures that a query found, best first, with their similarities.
 
-    With `right`, a boolean a picture, hits carry a green frame and a tick, misses an orange frame and a cross.
+    The query is a text, a picture, or (text, picture).
+    With `right`, a boolean for each picture, a hit has a green frame and a tick, a miss an orange frame and a cross.
     """
     captions = [""] * len(images) if captions is None else captions
     text, example = query if isinstance(query, tuple) else (query, None) if isinstance(query, str) else ("", query)
@@ -48,47 +43,35 @@ def search_grid(
         mark = "" if right is None else ("✓ " if right[i] else "✗ ")
         frame = () if right is None else (GREEN if right[i] else RED, 2.0)
         show(axis, image, f"{mark}{scores[i]:.2f}  {cut(captions[i], int(9 * size))}", *frame)
-    if text:
-        figure.suptitle(f"“{text}”", x=0.01, ha="left", fontsize=12)
-    return figure
+    return titled(figure, f"“{text}”" if text else "", fontsize=12)
 
 
 @styled
 def similarity_matrix(
-    similarity: Float[np.ndarray, "N M"],
-    rows: Sequence[object],
-    columns: Sequence[object] | None = None,
-    images: Sequence | None = None,
-    title: str = "",
+    similarity: Float[np.ndarray, "N M"], rows: Sequence[object], columns: Sequence[object] | None = None,
+    images: Sequence | None = None, title: str = "",
 ) -> Figure:
-    """Every text (rows) against every picture (columns), the values written in; `images` stand above the columns."""
+    """Every text (row) against every picture (column), with the values; `images` are drawn above the columns."""
     count, width = similarity.shape
     figure, axis = plt.subplots(figsize=(2.6 + 0.62 * width, 1.0 + 0.5 * count + (0.7 if images is not None else 0)))
     mesh = axis.imshow(similarity, aspect="auto")
-    axis.set_yticks(range(count), [cut(row, 26, 1) for row in rows])
     labels = [""] * width if columns is None else [cut(column, 20, 1) for column in columns]
-    axis.set_xticks(range(width), labels, rotation=40, ha="right", rotation_mode="anchor")
+    named_cells(axis, [cut(row, 26, 1) for row in rows], labels)
     axis.tick_params(length=0)
-    axis.grid(False)
-    middle = (similarity.min() + similarity.max()) / 2
-    for (y, x), value in np.ndenumerate(similarity):
-        colour = "white" if value < middle else "black"
-        axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    written_matrix(axis, similarity, (similarity.min() + similarity.max()) / 2, "{:.2f}")
     for x, image in enumerate([] if images is None else images):
         inset = axis.inset_axes((x / width + 0.05 / width, 1.01, 0.9 / width, 1.3 / count))
         inset.imshow(np.asarray(image))
         inset.axis("off")
     figure.colorbar(mesh, ax=axis, label="cosine similarity", fraction=0.04)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)
 
 
 @styled
 def heatmap_overlay(
     image: object, heatmaps: Mapping[str, Float[np.ndarray, "grid grid"]], title: str = "", size: float = 2.4
 ) -> Figure:
-    """The picture, then each map over it: orange where the text is found, blue where the contrary, white between."""
+    """The picture, then each map over it: orange where it fits the text, blue where it does not, white between."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     figure, axes = plt.subplots(1, len(heatmaps) + 1, figsize=((len(heatmaps) + 1) * size * 1.12, size + 0.5))
@@ -114,11 +97,11 @@ def heatmap_overlay(
 def augmentations(
     originals: Sequence, augmented: Sequence[Sequence], captions: Sequence[object] | None = None, title: str = ""
 ) -> Figure:
-    """One row a picture: the original at the left, then what training sees of it."""
+    """A row for each picture: the original at the left, then its forms in training."""
     figure, axes = plt.subplots(
         len(originals), len(augmented[0]) + 1, figsize=(1.25 * (len(augmented[0]) + 1), 1.35 * len(originals) + 0.3),
         squeeze=False,
-    )  # fmt: skip
+    )
     for row, (original, variants) in enumerate(zip(originals, augmented, strict=True)):
         for axis, image in zip(axes[row], [original, *variants], strict=True):
             pixels = np.asarray(image)
@@ -128,6 +111,4 @@ def augmentations(
             axes[row, 0].set_ylabel(cut(captions[row], 14), fontsize=8)
     axes[0, 0].set_title("before", fontsize=9, loc="center")
     axes[0, 1].set_title("after", fontsize=9, loc="center")
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return titled(figure, title)

@@ -25,7 +25,7 @@ from clipid_utils.data.translation.on_ray import (
 )
 from clipid_utils.data.translation.translate import Translator, translate_rows
 from clipid_utils.inference.embed_shards import EmbedPictures
-from clipid_utils.model.embed import embed_images
+from clipid_utils.model.embed import embed_pixels
 from clipid_utils.model.pretrained.save import save_clip
 
 try:
@@ -166,9 +166,9 @@ def test_pictures_are_embedded_and_neither_a_broken_one_nor_a_killed_worker_lose
     for shard in range(4):
         rows = []
         for _ in range(9):
-            pictures.append(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
-            pictures[-1].save(data := io.BytesIO(), "PNG")
-            rows.append({"bytes": data.getvalue(), "path": None})
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(data := io.BytesIO(), "PNG")
+            pictures.append(data.getvalue())
+            rows.append({"bytes": pictures[-1], "path": None})
         rows.insert(2, {"bytes": b"<svg/>", "path": None})
         pq.write_table(pa.table({"id": range(shard * 10, shard * 10 + 10), "image": rows}),
                        tmp_path / "in" / f"{shard}.parquet")
@@ -182,7 +182,8 @@ def test_pictures_are_embedded_and_neither_a_broken_one_nor_a_killed_worker_lose
     assert [row["id"] for row in made] == list(range(40))
     assert [row["id"] for row in made if row["image_embeds"] is None] == [2, 12, 22, 32]
     found = np.array([row["image_embeds"] for row in made if row["image_embeds"]], np.float32)
-    np.testing.assert_allclose(found, embed_images(clip, processor, pictures, progress=False), atol=1e-5)
+    pixels = processor.normalize(np.stack([processor.decoder(picture) for picture in pictures]))
+    np.testing.assert_allclose(found, embed_pixels(clip, pixels), atol=1e-5)
 
 
 @needs_ray
@@ -225,41 +226,3 @@ def test_no_more_workers_than_there_are_shards_cores_and_gpus_for(shards, cluste
 def test_two_files_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two files have the same name"):
         map_shards([tmp_path / "a" / "0.parquet", tmp_path / "b" / "0.parquet"], tmp_path / "out", TranslateTable, {})
-
-
-def test_pictures_by_path_start_at_the_root(tmp_path):
-    clip, processor = tiny_clip()
-    save_clip(clip, processor, tmp_path / "clip", format="native")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    embed = EmbedPictures(tmp_path / "clip", root=tmp_path)
-    table = embed(pa.table({"image_path": ["a.png", "gone.png", None]}))
-    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
-    with pytest.raises(ValueError, match=r"none of 2 pictures is there, the first of them .*/b/a.png'.*root="):
-        EmbedPictures(tmp_path / "clip", root=tmp_path / "b")(pa.table({"image_path": ["a.png", None, "gone.png"]}))
-    with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
-        embed(pa.table({"x": [1]}))
-
-
-def test_a_file_that_breaks_amid_its_pixels_is_a_broken_picture_like_others(tmp_path):
-    clip, processor = tiny_clip()
-    save_clip(clip, processor, tmp_path / "clip", format="native")
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(data := io.BytesIO(), "PNG")
-    good = data.getvalue()
-    place = good.rindex(b"IDAT")
-    broken = good[:place] + b"\0DAT" + good[place + 4 :]  # Pillow raises SyntaxError
-    table = EmbedPictures(tmp_path / "clip")(pa.table({"image": [broken, good]}))
-    assert [vector is None for vector in table["image_embeds"].to_pylist()] == [True, False]
-
-
-def test_no_more_pictures_than_a_batch_are_open(tmp_path, monkeypatch):
-    clip, processor = tiny_clip()
-    save_clip(clip, processor, tmp_path / "clip", format="native")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    embed, opened, seen = EmbedPictures(tmp_path / "clip", root=tmp_path, batch_size=2), [], []
-    open_one, prepare = embed._opened, type(processor).__call__
-    embed._opened = lambda value: opened.append(value) or open_one(value)
-    monkeypatch.setattr(type(processor), "__call__",
-                        lambda self, **given: seen.append(len(opened)) or prepare(self, **given))
-    assert embed(pa.table({"image_path": ["a.png"] * 6})).num_rows == 6
-    assert seen == [2, 4, 6]

@@ -1,3 +1,5 @@
+"""Heat maps by covering squares and by patches."""
+
 import numpy as np
 import pytest
 from colour_model import COLOURS, PATCH, SIZE, colour_clip, spot
@@ -37,10 +39,21 @@ def test_batches_of_any_size_give_the_same(clip):
     np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
-def test_a_finer_grid_and_a_vector_for_a_text(clip):
-    text = np.array([1, 0, 0, 0], np.float32)
-    heat = heatmap.occlusion(*clip, spot("merah", (0, 0, 8, 8)), text, grid=8, window=1, fill=np.ones(3))
-    assert heat.shape == (8, 8) and heat[:2, :2].min() > heat[2:, 2:].max()
+@pytest.mark.parametrize("fill", [None, np.array([0.0, 0.0, 1.0])])
+def test_a_finer_grid_a_vector_for_a_text_and_a_colour_to_cover_with(clip, fill):
+    """Against the definition, on a picture whose edge is red for a quarter: its median is white, its mean is not."""
+    model, processor = clip
+    text, image = np.array([0.8, 0, 0.6, 0], np.float32), spot("merah", (0, 0, 32, 8))
+    heat = heatmap.occlusion(model, processor, image, text, grid=8, window=1, fill=fill)
+    pixels = processor(images=[image])["pixel_values"][0]
+    expected = np.zeros((8, 8))
+    for row, column in np.ndindex(8, 8):
+        covered = pixels.copy()
+        covered[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1.0 if fill is None else fill
+        before, after = np.asarray(model.encode_image(np.stack([pixels, covered]))) @ text
+        expected[row, column] = before - after
+    np.testing.assert_allclose(heat, expected, atol=1e-6)
+    assert np.ptp(heat) > 1e-4
 
 
 def test_taking_other_texts_off_flattens_what_they_share(clip):

@@ -1,7 +1,6 @@
-"""Features computed once: what is in the cache, what an interruption costs, and stage 1 on them against the step."""
+"""Features computed once: the cache, the cost of an interruption, and stage 1 on them against the step."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from PIL import Image
 from tiny import SIZE, tiny_clip, tiny_pairs
 
 from clipid_utils.data.batches.loader import PicturePairs
-from clipid_utils.data.captions import sample_caption
+from clipid_utils.data.captions import caption_ids, sample_caption
 from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training import features as module
 from clipid_utils.training.features import cache_features
@@ -40,11 +39,12 @@ def weights(model) -> dict[str, np.ndarray]:
 
 
 def broken_off(monkeypatch, processor, calls: int) -> list[int]:
-    """Ctrl-C in the given call of `normalize`; the list grows by each call."""
+    """Ctrl-C in the given call of `normalize` for a batch; the list grows by each call."""
     made, real = [], processor.normalize
 
     def normalize(pixels):
-        made.append(len(pixels))
+        if len(pixels) > 1:  # not the fingerprint's
+            made.append(len(pixels))
         if len(made) == calls:
             raise KeyboardInterrupt
         return real(pixels)
@@ -75,6 +75,8 @@ def test_the_features_are_what_the_towers_give_before_their_projections(tmp_path
         own = features.texts[features.captions[features.starts[row] : features.starts[row + 1]]]
         np.testing.assert_allclose(own, expected, atol=1e-5)
     np.testing.assert_array_equal(features.concepts, pairs.concepts)
+    every = [text for row in range(30) for text in drawn(pairs, row, 3)]
+    np.testing.assert_array_equal(features.caption_ids[features.captions], caption_ids(every))
 
 
 def test_each_different_caption_is_embedded_once(tmp_path):
@@ -99,10 +101,13 @@ def test_a_second_call_computes_nothing(tmp_path, monkeypatch):
     made = broken_off(monkeypatch, processor, calls=1)
     again = cached(tmp_path, model, processor)
     assert not made
-    np.testing.assert_array_equal(first.images, again.images)
+    for field in dataclasses.fields(first):
+        np.testing.assert_array_equal(getattr(first, field.name), getattr(again, field.name))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
+        "images.npy", "manifest.json", "texts.npy"]
 
 
-def test_after_an_interruption_it_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_after_an_interruption_it_continues_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 8)
     model, processor = tiny_clip()
     whole = cached(tmp_path / "whole", model, processor)
@@ -110,8 +115,6 @@ def test_after_an_interruption_it_goes_on_where_it_was(tmp_path, monkeypatch):
         broken_off(patch, processor, calls=4)  # three batches of four are computed, two of them written
         with pytest.raises(KeyboardInterrupt):
             cached(tmp_path / "broken", model, processor)
-    manifest = json.loads((tmp_path / "broken/manifest.json").read_text())
-    assert manifest["images"]["done"] == 8 and manifest["texts"]["done"] == 0
     made = broken_off(monkeypatch, processor, calls=1000)
     features = cached(tmp_path / "broken", model, processor)
     assert len(made) == 6  # the other 22 pictures, by four
@@ -119,48 +122,74 @@ def test_after_an_interruption_it_goes_on_where_it_was(tmp_path, monkeypatch):
     np.testing.assert_array_equal(features.texts, whole.texts)
 
 
-def test_texts_too_go_on_where_they_were(tmp_path, monkeypatch):
+def test_texts_too_continue_where_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 16)
     model, processor = tiny_clip()
     whole = cached(tmp_path / "whole", model, processor)
-    real, calls = processor.tokenize, []
+    real, calls, limit = processor.tokenize, [], 3
 
     def tokenize(texts, **options):
-        calls.append(len(texts))
-        if len(calls) == 3:  # the first is the question whether there is a tokenizer
+        if len(texts) > 1:  # not the question whether there is a tokenizer
+            calls.append(len(texts))
+        if len(calls) == limit:
             raise KeyboardInterrupt
         return real(texts, **options)
 
     monkeypatch.setattr(processor, "tokenize", tokenize)
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path / "broken", model, processor)
-    assert json.loads((tmp_path / "broken/manifest.json").read_text())["texts"]["done"] == 16
+    limit = 1000
     features = cached(tmp_path / "broken", model, processor)
+    assert len(calls) == 3 + -(-(len(whole.texts) - 2 * 16) // 16)
     np.testing.assert_array_equal(features.texts, whole.texts)
 
 
-def test_what_was_not_begun_well_is_begun_anew(tmp_path):
-    """A process killed before its first manifest leaves arrays without meaning."""
+def test_chunks_without_a_manifest_are_not_used(tmp_path, monkeypatch):
+    """They may be of a different model: a process was killed before its first manifest."""
     model, processor = tiny_clip()
-    (tmp_path / "images.npy").write_bytes(b"half a header")
-    features = cached(tmp_path, model, processor)
-    assert np.isfinite(features.images).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "CHUNK", 4)
+        broken_off(patch, processor, calls=4)
+        with pytest.raises(KeyboardInterrupt):
+            cached(tmp_path / "a", model, processor)
+    (tmp_path / "a" / "manifest.json").unlink()
+    other = tiny_clip(seed=1)[0]
+    np.testing.assert_array_equal(cached(tmp_path / "a", other, processor).images,
+                                  cached(tmp_path / "b", other, processor).images)
 
 
 def test_features_of_another_model_are_refused(tmp_path):
     model, processor = tiny_clip()
     cached(tmp_path, model, processor)
-    with pytest.raises(ValueError, match="another image tower and another text tower.*another folder"):
+    with pytest.raises(ValueError, match="a different image tower or processor and a different text tower.*folder"):
         cached(tmp_path, tiny_clip(seed=1)[0], processor)
-    with pytest.raises(ValueError, match="other pictures or captions"):
-        cached(tmp_path, model, processor, tiny_pairs(29))
-    with pytest.raises(ValueError, match="other pictures or captions"):
-        cached(tmp_path, model, processor, captions=4)
+    for changes in ({"data": tiny_pairs(29)}, {"captions": 4}):
+        with pytest.raises(ValueError, match="other pictures or captions"):
+            cached(tmp_path, model, processor, **changes)
+    for name in ("images", "concepts"):
+        pairs = tiny_pairs(30)
+        getattr(pairs, name)[-1:] += 1
+        with pytest.raises(ValueError, match="other pictures or captions"):
+            cached(tmp_path, model, processor, pairs)
     with pytest.raises(ValueError, match="dtype float16"):
         cached(tmp_path, model, processor, dtype=np.float32)
-    processor.image_mean = (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="another processor"):
-        cached(tmp_path, model, processor)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("resize", (16, 20), "image tower or processor"), ("resample", 0, "image tower or processor"),
+    ("image_mean", (0.5,) * 3, "image tower or processor"), ("image_std", (0.5,) * 3, "image tower or processor"),
+    ("max_length", 12, "tokenizer"), ("padding_side", "left", "tokenizer"), ("truncation_side", "left", "tokenizer"),
+    ("special_tokens", {"pad_token": "[PAD]"}, "tokenizer"),
+])
+def test_features_of_any_other_setting_of_the_processor_are_refused(tmp_path, name, value, message):
+    model, processor = tiny_clip()
+    data = tiny_pairs(2)
+    cached(tmp_path, model, processor, data)
+    processor.tokenizer.enable_truncation(5)  # not a setting of the processor's
+    cached(tmp_path, model, processor, data)
+    setattr(processor, name, value)
+    with pytest.raises(ValueError, match=f"a different .*{message}"):
+        cached(tmp_path, model, processor, data)
 
 
 def test_other_projections_may_use_the_same_features(tmp_path, monkeypatch):
@@ -172,24 +201,19 @@ def test_other_projections_may_use_the_same_features(tmp_path, monkeypatch):
     assert not made
 
 
-def test_records_are_opened_as_the_processor_does(tmp_path, records):
+@pytest.mark.parametrize("settings", [{}, {"resize": (SIZE, SIZE), "resample": Image.Resampling.BILINEAR}])
+def test_records_are_opened_as_the_processor_does(tmp_path, records, settings, capsys):
     model, processor = tiny_clip()
-    with pytest.warns(UserWarning, match="4.png cannot be read.*leaves it out"):
-        features = cached(tmp_path / "cache", model, processor, records, dtype=np.float32)
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    features = cached(tmp_path / "cache", model, processor, records, dtype=np.float32)
+    assert "1 of 6 pictures could not be read: 4.png (" in capsys.readouterr().err
     assert len(features.texts) == 7  # six names, and the caption that all have
-    with Image.open(records[2]["image_path"]) as image:
-        expected = model.vision.pooled(processor(images=[image])["pixel_values"])[0]
+    expected = model.vision.pooled(processor.normalize(processor.decoder(records[2]["image_path"])[None]))[0]
     np.testing.assert_allclose(features.images[2], expected, atol=1e-5)
     assert np.isnan(features.images[4]).all() and np.isfinite(features.images[[0, 1, 2, 3, 5]]).all()
     seen = [row for batch in feature_batches(features, 5, seed=0, epoch=0) for row in batch["concepts"]]
     assert sorted(seen) == [0, 1, 2, 3, 5]
-
-
-def test_a_last_batch_of_broken_pictures_is_left_out_as_any_other(tmp_path, records):
-    model, processor = tiny_clip()
-    with pytest.warns(UserWarning, match="4.png cannot be read"):  # the fifth of five, in batches of four
-        features = cached(tmp_path / "cache", model, processor, records.select(range(5)))
-    assert np.isnan(features.images[4]).all() and np.isfinite(features.images[:4]).all()
 
 
 def test_records_with_pictures_inside_give_the_same(tmp_path, records):
@@ -215,14 +239,14 @@ def test_a_picture_file_that_was_exchanged_is_noticed(tmp_path, records):
 def test_a_folder_that_has_moved_is_named(tmp_path):
     model, processor = tiny_clip()
     gone = Dataset.from_dict({"image_path": ["/nowhere/a.png"], "captions": [["kucing"]]})
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="/nowhere/a.png cannot be read.*folders"):
+    with pytest.raises(ValueError, match="none of 1 pictures can be read, .*no such picture.*folders"):
         cached(tmp_path, model, processor, gone)
 
 
 def test_what_does_not_fit_half_precision_says_so(tmp_path):
     model, processor = tiny_clip()
     model.vision.ln_post.scale[...] = jnp.full_like(model.vision.ln_post.scale[...], 1e6)
-    with pytest.raises(ValueError, match="not finite in float16: pass dtype=np.float32"):
+    with pytest.raises(ValueError, match="not finite in float16: use float32"):
         cached(tmp_path / "16", model, processor)
     assert np.abs(cached(tmp_path / "32", model, processor, dtype=np.float32).images).max() > 65504
 
