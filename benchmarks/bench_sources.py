@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipid_utils.data.sources.coco import UNWANTED
 from clipid_utils.data.sources.conceptual import SBU_FILES
-from clipid_utils.data.sources.vizwiz import UNWANTED
 
 FOLDER = Path("build/bench/sources")
 WORDS = "seekor sebuah seorang kucing anjing kuda merah biru besar kecil duduk tidur di atas meja dekat jendela".split()
@@ -55,7 +55,7 @@ READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, vizwiz, wit, xm3600
+from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, wit
 from clipid_utils.data.sources.disk_table import OnDisk
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
@@ -75,9 +75,9 @@ rows = {
     "flickr30k.token": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
     "flickr30k.csv": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
     "xflickrco.jsonl": lambda: flickr.read_xflickrco(path, folder, report),
-    "vizwiz_train.json": lambda: vizwiz.read_vizwiz(path, folder, report),
-    "vizwiz.json": lambda: vizwiz.read_vizwiz(path, folder, report),
-    "xm3600.jsonl": lambda: xm3600.read_xm3600(path, folder, report),
+    "vizwiz_train.json": lambda: coco.read_vizwiz(path, folder, report),
+    "vizwiz.json": lambda: coco.read_vizwiz(path, folder, report),
+    "xm3600.jsonl": lambda: flickr.read_xm3600(path, folder, report),
     "unsplash": lambda: unsplash.read_unsplash(path, report),
     "wit.tsv.gz": lambda: wit.read_wit([path], report),
 }[kind]()

@@ -25,8 +25,7 @@ from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.download import download
 from clipid_utils.data.download.addresses import PublicNetwork
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.flickr import read_xflickrco
-from clipid_utils.data.sources.xm3600 import read_xm3600
+from clipid_utils.data.sources.flickr import read_xflickrco, read_xm3600
 from clipid_utils.data.translation.translate import SHIPPED
 from clipid_utils.paths import DATA
 
