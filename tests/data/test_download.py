@@ -137,7 +137,8 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(server, tmp_path):
         with Image.open(path) as image:
             image.load()  # not a half-written picture
     assert 100 <= len(done) < 300 and all((tmp_path / line["path"]).exists() for line in done if line["path"])
-    (tmp_path / ".parts/000000299.jpg").write_bytes(b"half")  # a kill in the middle of a write
+    for name in (".parts/000000299.jpg", "manifest.jsonl.1.partial"):
+        (tmp_path / name).write_bytes(b"half")  # a kill in the middle of a write
     final = {line["url"]: server.asked[asked(line["url"])] for line in done if line["status"] != "failed"}
     report = fetch(urls, tmp_path, tries=1)
     assert sorted(manifest(tmp_path)) == list(range(300))  # manifest() sees to it that none is doubled

@@ -31,7 +31,7 @@ from clipid_utils.data.download.fetcher import Fetcher, Limits, to_jpeg
 from clipid_utils.data.download.manifest import Manifest, url_key
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.tables import SURROGATE
-from clipid_utils.files import input_files, numbered_lines, parse_line
+from clipid_utils.files import PARTIAL, input_files, numbered_lines, parse_line
 
 AGENT = "clip-indonesian/{version} (+https://github.com/galuhsahid/clip-indonesian{contact})"
 ROWS_AHEAD = 2000  # rows in work or waiting for their host's turn, so that a slow host delays the others less
@@ -61,6 +61,8 @@ def download(
     except Timeout:
         raise RuntimeError(f"{folder}: another download writes here: wait for it, or choose another") from None
     agent = AGENT.format(version=clipid_utils.__version__, contact=f"; {contact}" if contact else "")
+    for leftover in folder.glob(f"*{PARTIAL}"):  # a kill left it
+        leftover.unlink()
     with lock, warnings.catch_warnings(), Manifest(folder / "manifest.jsonl") as manifest:
         warnings.filterwarnings("ignore", module="PIL")  # about odd pictures, which the manifest lists
         shutil.rmtree(folder / ".parts", ignore_errors=True)  # half-written files that a kill left

@@ -9,20 +9,20 @@ COCO 2017's training pictures include most of 2014's validation pictures, on whi
 split, xFlickrCO). `joining.join` leaves out pictures that are held out.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipid_utils.data.report import Report
+from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
-from clipid_utils.data.sources.tables import Paths, caption_table, example, json_items, local_records, picked_captions
+from clipid_utils.data.sources.tables import PathLike, Paths, example, json_items
 
 # Flags of VizWiz: the worker was a spammer; "Quality issues are too severe to recognize visual content."
 UNWANTED = ("is_rejected", "is_precanned")
 
 
 def read_coco(
-    path: str | os.PathLike, pictures: Paths, report: Report, *, split: str | None = None, source: str = "coco"
+    path: PathLike, pictures: Paths, report: Report, *, split: str | None = None, source: str = "coco"
 ) -> Iterator[dict]:
     """Captions records, one for each picture, of COCO's captions_*.json or of a translated TSV.
 
@@ -33,12 +33,10 @@ def read_coco(
     path = Path(path)
     remedy = "take the captions_*.json of the annotations' archive (instances_*.json and test sets have no captions)"
     captions = annotations(path, report, (), remedy) if path.suffix == ".json" else named_captions(path, report)
-    return local_records(captions, pictures, report, source, split)
+    return tables.local_records(captions, pictures, report, source, split)
 
 
-def read_vizwiz(
-    path: str | os.PathLike, pictures: Paths, report: Report, *, split: str | None = None
-) -> Iterator[dict]:
+def read_vizwiz(path: PathLike, pictures: Paths, report: Report, *, split: str | None = None) -> Iterator[dict]:
     """Captions records, one for each picture, of VizWiz-Captions' train.json or val.json, or of the translated JSON.
 
     The first have COCO's format; captions that their flags reject are dropped. The translation is a list of
@@ -47,10 +45,10 @@ def read_vizwiz(
     path, remedy = Path(path), "take VizWiz-Captions' train.json or val.json, or its translation"
     if first_character(path) == "[":
         entries = ((f"entry {number}", row) for number, row in enumerate(json_items(path, "item", remedy), 1))
-        captions = picked_captions(path, entries, _translated, report, remedy)
+        captions = tables.picked_captions(path, entries, _translated, report, remedy)
     else:
         captions = annotations(path, report, UNWANTED, remedy)
-    return local_records(captions, pictures, report, "vizwiz", split)
+    return tables.local_records(captions, pictures, report, "vizwiz", split)
 
 
 def first_character(path: Path) -> str:
@@ -61,7 +59,7 @@ def first_character(path: Path) -> str:
 
 def named_captions(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
     """(file name, place, caption) of each row of a TSV with the columns `caption` and `image_name`."""
-    for _, line, name, caption in caption_table(path, "image_name", report):
+    for _, line, name, caption in tables.caption_table(path, "image_name", report):
         yield name, example(path, line), caption
 
 
@@ -83,7 +81,7 @@ def annotations(path: Path, report: Report, unwanted: Sequence[str], remedy: str
         return reason or (name, [row["caption"]])
 
     rows = enumerate(json_items(path, "annotations.item", remedy), 1)
-    return picked_captions(path, ((f"annotation {number}", row) for number, row in rows), pick, report, remedy)
+    return tables.picked_captions(path, ((f"annotation {number}", row) for number, row in rows), pick, report, remedy)
 
 
 def _translated(row: object) -> tuple[str, list] | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
-from clipid_utils.data.sources.tables import Paths, caption_table, clean_caption, example
+from clipid_utils.data.sources.tables import PathLike, Paths, caption_table, clean_caption, example
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 SBU_FILES = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
@@ -30,9 +30,7 @@ MAX_MEMBER = 2**27  # bytes of one file in a tar
 MAX_RATIO = 100  # a packed tar may unpack to as many times its size: pictures do not shrink, bombs do
 
 
-def read_conceptual(
-    path: str | os.PathLike, report: Report, *, source: str, split: str | None = None
-) -> Iterator[dict]:
+def read_conceptual(path: PathLike, report: Report, *, source: str, split: str | None = None) -> Iterator[dict]:
     """Rows of pictures to download, of the TSV of CC3M, CC12M or a translation.
 
     The columns are `caption` and `url` in either order, with the translations' header or, as published, without one. A
@@ -42,7 +40,7 @@ def read_conceptual(
     return _addressed(caption_table(Path(path), "url", report), Path(path), report, source, split)
 
 
-def read_sbu(folder: str | os.PathLike, report: Report, *, split: str | None = None) -> Iterator[dict]:
+def read_sbu(folder: PathLike, report: Report, *, split: str | None = None) -> Iterator[dict]:
     """Rows as `read_conceptual` gives them, of SBU's two text files, whose lines belong together by number.
 
     SBU's translation is a TSV for `read_conceptual`. Raises ValueError if one file has more lines.
@@ -76,7 +74,7 @@ def _addressed(
             yield {"url": url, "captions": [caption], "source": source, "split": split, "row": row}
 
 
-def address_captions(path: str | os.PathLike, report: Report) -> Iterator[tuple[str, str]]:
+def address_captions(path: PathLike, report: Report) -> Iterator[tuple[str, str]]:
     """(url, caption) of each row of a TSV that `read_conceptual` reads. Dropped rows are reported."""
     for _, _, url, caption in caption_table(Path(path), "url", report):
         yield url, caption

@@ -1,6 +1,5 @@
 """Flickr8k and Flickr30k as published, as Kaggle has them and as translated; xFlickrCO and Crossmodal-3600."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.coco import first_character, named_captions
-from clipid_utils.data.sources.tables import Paths, json_records, local_records, picked_captions
+from clipid_utils.data.sources.tables import PathLike, Paths, json_records, local_records, picked_captions
 
 TOKEN = re.compile(r"(?P<name>[^\t]+)#\d+\t(?P<caption>.*)")  # 1000092795.jpg#0<TAB>Two young guys …
 # 1000092795.jpg| 0| Two young guys …; one line, 2199200615.jpg| 4   A dog …, lacks its second bar
@@ -18,7 +17,7 @@ MARKS = re.compile("<start>|<end>")
 
 
 def read_flickr(
-    path: str | os.PathLike, pictures: Paths, report: Report, *, source: str, split: str | None = None
+    path: PathLike, pictures: Paths, report: Report, *, source: str, split: str | None = None
 ) -> Iterator[dict]:
     """Captions records, one for each picture, of Flickr8k or Flickr30k (`source`).
 
@@ -60,9 +59,7 @@ def _matched(path: Path, form: re.Pattern, header: int, report: Report) -> Itera
     return picked_captions(path, lines, pick, report, "take the file as it was published")
 
 
-def read_xflickrco(
-    path: str | os.PathLike, pictures: Paths, report: Report, *, split: str | None = "test"
-) -> Iterator[dict]:
+def read_xflickrco(path: PathLike, pictures: Paths, report: Report, *, split: str | None = "test") -> Iterator[dict]:
     """Captions records of xFlickrCO (Bugliarello et al. 2022, IGLUE), such as annotations/id/test.jsonl.
 
     A line is `{"sentences": [str, …], "id": …, "img_path": name}`. `pictures` are two folders: Flickr30k's and COCO's,
@@ -78,7 +75,7 @@ def read_xflickrco(
 
 
 def read_xm3600(
-    path: str | os.PathLike, pictures: Paths, report: Report, *, language: str = "id", split: str | None = "test"
+    path: PathLike, pictures: Paths, report: Report, *, language: str = "id", split: str | None = "test"
 ) -> Iterator[dict]:
     """Captions records of Crossmodal-3600 (Thapliyal et al. 2022) in one of its 36 languages, of captions.jsonl.
 

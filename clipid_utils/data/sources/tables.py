@@ -23,7 +23,8 @@ from clipid_utils.files import MAX_LINE, numbered_lines, parse_line, read_json
 
 ENTITY = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|\w+);")  # without the bare &not that html.unescape finds in &note
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-Paths = str | os.PathLike | Iterable  # one path or several
+PathLike = str | os.PathLike
+Paths = PathLike | Iterable  # one path or several
 SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that is not UTF-8, after surrogateescape, or half of a character
 # These patterns find the other column of a caption table that has no header
 LOOKS = {"url": re.compile(r"https?://", re.IGNORECASE), "image_name": re.compile(r"\S+\.(jpe?g|png)$", re.IGNORECASE)}
@@ -45,7 +46,7 @@ def clean_caption(text: object) -> str:
 
 def as_paths(paths: Paths) -> list[Path]:
     """The paths of one path or of several."""
-    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    return [Path(path) for path in ([paths] if isinstance(paths, PathLike) else paths)]
 
 
 def example(path: Path, place: int | str, text: object = "") -> str:

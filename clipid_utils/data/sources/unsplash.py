@@ -1,20 +1,19 @@
 """Unsplash Lite: 25,000 photographs to search in. Its TERMS.md forbids passing on the photographs and their data."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.disk_table import OnDisk, gathered
-from clipid_utils.data.sources.tables import clean_caption, example, quoted_table
+from clipid_utils.data.sources.tables import PathLike, clean_caption, example, quoted_table
 
 PREFIX = "https://images.unsplash.com/"
 PART = re.compile(r"(photos|keywords)\.[ct]sv\d*$")  # photos.tsv000; since 2025 photos.csv000, also with tabs
 
 
 def read_unsplash(
-    folder: str | os.PathLike, report: Report, *, width: int = 640, confidence: int | float = 60,
+    folder: PathLike, report: Report, *, width: int = 640, confidence: int | float = 60,
     split: str | None = None,
 ) -> Iterator[dict]:
     """Rows of pictures to download, of the folder with photos.tsv000 and keywords.tsv000.
