@@ -126,15 +126,18 @@ def header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-@pytest.mark.parametrize("content", [
-    b"<html>", header(MAX_MEMBER + 1), header(10**10, tarfile.XHDTYPE), header(10**10, tarfile.GNUTYPE_LONGNAME),
-    header(100) + bytes(512) + b"<html>" + bytes(506),
-    gzip.compress((header(2**20) + bytes(2**20)) * 20 + bytes(1024))], ids=range(6))
-def test_a_file_that_is_not_a_tar_or_unpacks_to_a_bomb_is_named(tmp_path, content):
+@pytest.mark.parametrize("content, reason", [
+    (b"<html>", "truncated header"), (header(100) + bytes(512) + b"<html>" + bytes(506), "bad checksum"),
+    (header(MAX_MEMBER + 1), "'a.jpg' has 134,217,729 bytes"),
+    (header(10**10, tarfile.XHDTYPE), "'a.jpg' has 10,000,000,000 bytes"),
+    (header(10**10, tarfile.GNUTYPE_LONGNAME), "'a.jpg' has 10,000,000,000 bytes"),
+    (gzip.compress((header(2**20) + bytes(2**20)) * 20 + bytes(1024)), "it unpacks to more than 100 times its size"),
+], ids=range(6))
+def test_a_file_that_is_not_a_tar_or_unpacks_to_a_bomb_is_named(tmp_path, content, reason):
     (tmp_path / "cc3m.tar").write_bytes(content)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"cc3m\.tar: not a whole tar"):
+        with pytest.raises(ValueError, match=rf"cc3m\.tar: not a whole tar \({reason}"):
             list(read_mirror(tmp_path / "cc3m.tar", Report(), source="cc3m"))
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:

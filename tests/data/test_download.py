@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from email.utils import formatdate
 from ipaddress import IPv6Address
@@ -107,6 +108,17 @@ def test_every_fault_has_its_status_and_reason(server, tmp_path):
     records = read_captions(tmp_path / "captions.jsonl")
     assert records["captions"] == [rows[row]["captions"] for row in sorted(kept)]
     assert records["image_path"] == [str(tmp_path / lines[row]["path"]) for row in sorted(kept)]
+
+
+@pytest.mark.parametrize("kind", ["gzipbomb", "gzipmore", "gzipnothing", "endless"])
+def test_an_answer_without_end_takes_no_more_memory_than_its_limit(server, tmp_path, kind):
+    picture_server.gzip_bomb()  # made and remembered by the server, which is in this process
+    tracemalloc.start()
+    try:
+        assert fetch([server.url(kind, 95)], tmp_path).kept == 0
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def start(urls: list, folder: Path, **limits) -> subprocess.Popen:
@@ -494,7 +506,6 @@ def scans(count: int) -> bytes:
 @pytest.mark.parametrize("file, reason", [
     (bomb(1001, 1000), "too many pixels"), (bomb(100_000, 100_000), "too many pixels"),
     (picture(0, kind="PNG")[:-1000], "broken picture"), (picture(0)[:1200], "broken picture"),
-    (scans(101), "broken picture"),
     (picture_server.SVG, "SVG"), (b"\xef\xbb\xbf <svg/>", "SVG"), (picture_server.HTML, "HTML"),
     (b"GIF89a", "not a picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
     (b"\x00" * 50, "not a picture"),
@@ -503,6 +514,16 @@ def test_what_is_no_picture_is_refused_with_the_reason(file, reason):
     with pytest.raises(PermanentFailure) as error:
         to_jpeg(file, 10**6)
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("count, refused", [(100, False), (101, True)])
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(count, refused):
+    try:
+        to_jpeg(scans(count), 10**6)
+        details = ""
+    except PermanentFailure as error:  # the scans of the smaller one are broken too
+        details = str(error)
+    assert (details == "broken picture: a JPEG of more than 100 scans") is refused
 
 
 @given(st.binary(max_size=200), st.integers(0, 3))

@@ -13,7 +13,6 @@ from clipid_utils.data.report import Report
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk, gathered
 from clipid_utils.data.sources.tables import (
-    MAX_CAPTION_LINES,
     caption_table,
     clean_caption,
     find_picture,
@@ -96,7 +95,7 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, captions):
     assert not report.dropped
 
 
-@pytest.mark.parametrize("count, rows", [(MAX_CAPTION_LINES, 2), (MAX_CAPTION_LINES + 1, 1)])
+@pytest.mark.parametrize("count, rows", [(20, 2), (21, 1)])
 def test_a_quoted_caption_has_at_most_so_many_further_lines(tmp_path, count, rows):
     caption = "\n".join(f"baris {number}" for number in range(count + 1))
     found, report = table(tmp_path / "a.tsv", f'caption\turl\n"{caption}"\t{URL}\nakhir\t{URL}\n'.encode())
