@@ -116,7 +116,7 @@ def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
                                      "file of lines; fetch it again")
                 yield number, line.rstrip(b"\r\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{number + 1}: the .gz is cut off or broken here ({error}): fetch it again") from None
+        raise ValueError(f"{path}:{number + 1}: not gzip, or cut off ({error}): fetch the file again") from None
 
 
 def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None, str | None]]:
