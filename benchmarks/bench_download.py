@@ -1,9 +1,9 @@
 """Pictures a second that `download` fetches, decodes, shrinks and keeps, from a server of its own process; its memory.
 
 The server (tests/picture_server.py) answers from memory with JPEGs of 500 x 375 pixels, as bench_loader.py makes them,
-under 50 names of hosts, so that most requests need a new connection, as on the web; nothing is waited for between two
-requests to a host. What is measured is the processor's work a picture, which is the most that any network allows. The
-second part counts rows that no request is made for: memory over many of them.
+under 50 host names, so that most requests need a new connection, as on the web. There is no wait between two requests
+to a host. This measures the processor's work for each picture, which limits the rate on any network. The second part
+measures memory over many rows that need no request.
 
     python benchmarks/bench_download.py [--pictures 10000] [--rows 200000] [--out build/bench/download.json]
 """
@@ -31,7 +31,7 @@ DIFFERENT = 50  # pictures
 
 
 def serve() -> None:
-    """Prints its port and serves until standard input ends."""
+    """Prints its port, and serves until standard input ends."""
     files = [bench_loader.photograph(number) for number in range(DIFFERENT)]
     picture_server.KINDS["photograph"] = (
         "kept", None, lambda n, asked: picture_server.reply(files[n % DIFFERENT] + n.to_bytes(4)))
@@ -41,7 +41,7 @@ def serve() -> None:
 
 
 def measure(urls: Iterator[str], count: int) -> dict:
-    """A download of `count` URLs into a folder that is thrown away; its memory half-way and at the end."""
+    """Rate and memory, half-way and at the end, of a download of `count` URLs into a temporary folder."""
     process, memory = psutil.Process(), []
 
     def rows() -> Iterator[dict]:

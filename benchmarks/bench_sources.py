@@ -2,14 +2,14 @@
 
     python benchmarks/bench_sources.py [--rows 10000 1000000] [--copies 10000 1000000] [--out build/bench/sources.json]
 
-Each reader reads files made for it, in the published format, in a process of its own, which keeps no record. They are
-removed after it: a million samples in tars take 3 GB. A row is a caption, of CC12M's tars a sample, of Unsplash one of
-either table. Seconds are of that process on a processor, so that a busy machine slows it little. Peak memory is its
-largest resident set, in all and beyond what it was after the imports.
+Each reader has its own process and reads files in the published format, which are made for it and removed after it: a
+million samples in tars take 3 GB. A row is a caption; for CC12M's tars it is a sample, for Unsplash a row of either
+table. Seconds are processor seconds of that process, which a busy machine changes little. Peak memory is its largest
+resident set, in total and beyond the imports.
 
-The last table is the search for near copies of 2,000 pictures among many (`NearIndex`), random but as unevenly spread
-as photographs are, beside comparing the hashes alone of each with all (faiss IndexBinaryFlat, which needs the
-thumbnails after that), both on one core.
+The last table is the search for near copies of 2,000 pictures among many (`NearIndex`). The pictures are random and
+as unevenly spread as photographs. Its peer compares the hashes of each with all (faiss IndexBinaryFlat, which then
+still needs the thumbnails); both use one core.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipid_utils.data.sources.coco import UNWANTED
 from clipid_utils.data.sources.conceptual import SBU_FILES
-from clipid_utils.data.sources.vizwiz import UNWANTED
 
 FOLDER = Path("build/bench/sources")
 WORDS = "seekor sebuah seorang kucing anjing kuda merah biru besar kecil duduk tidur di atas meja dekat jendela".split()
@@ -55,7 +55,7 @@ READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, vizwiz, wit, xm3600
+from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, wit
 from clipid_utils.data.sources.disk_table import OnDisk
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
@@ -75,9 +75,9 @@ rows = {
     "flickr30k.token": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
     "flickr30k.csv": lambda: flickr.read_flickr(path, folder, report, source="flickr30k"),
     "xflickrco.jsonl": lambda: flickr.read_xflickrco(path, folder, report),
-    "vizwiz_train.json": lambda: vizwiz.read_vizwiz(path, folder, report),
-    "vizwiz.json": lambda: vizwiz.read_vizwiz(path, folder, report),
-    "xm3600.jsonl": lambda: xm3600.read_xm3600(path, folder, report),
+    "vizwiz_train.json": lambda: coco.read_vizwiz(path, folder, report),
+    "vizwiz.json": lambda: coco.read_vizwiz(path, folder, report),
+    "xm3600.jsonl": lambda: flickr.read_xm3600(path, folder, report),
     "unsplash": lambda: unsplash.read_unsplash(path, report),
     "wit.tsv.gz": lambda: wit.read_wit([path], report),
 }[kind]()

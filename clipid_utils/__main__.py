@@ -38,19 +38,20 @@ def check(options: argparse.Namespace) -> None:
 
 
 def download(options: argparse.Namespace) -> None:
-    from clipid_utils.data.download.download import download, read_urls
+    from clipid_utils.data.download.download import count_urls, download, read_urls
     from clipid_utils.data.download.fetcher import Limits
 
     limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
     try:
-        with open(options.rows, "rb") as file:
-            total = sum(1 for _ in file)
-        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact, total=total)
+        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact,
+                          total=count_urls(options.rows))
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on where it stopped") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
-    print(f"{report}\n{options.folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
+    print(f"{report}\n{options.folder}: manifest.jsonl lists all rows, captions.jsonl the pictures with captions")
+    if not report.kept:
+        raise SystemExit("no picture was fetched: the reasons are above")
 
 
 def translate(options: argparse.Namespace) -> None:

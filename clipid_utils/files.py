@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 PARTIAL = ".partial"  # the ending of a file or folder that is not finished
 PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
+MAX_LINE = 2**24  # bytes of one line of a text file
 
 
 # Writing
@@ -95,19 +97,40 @@ def read_json(path: str | os.PathLike) -> object:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}): correct the line") from None
 
 
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and bytes of each line of a text file, without its line end.
+
+    A byte-order mark, Windows line ends and gzip (by the ending .gz) are accepted. Raises ValueError, with the line,
+    for UTF-16, for a line of over 16 MiB (a small .gz can unpack to many GB), and for a .gz that is cut off or broken.
+    """
+    number, path = 0, Path(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+                if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ValueError(f"{path}:1: this is UTF-16: save the file as UTF-8")
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes: this is not a text "
+                                     "file of lines; fetch it again")
+                yield number, line.rstrip(b"\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}:{number + 1}: not gzip, or cut off ({error}): fetch the file again") from None
+
+
 def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict | None, str | None]]:
     """For each line that is not blank: its number from 1, its JSON object, and a problem with its remedy.
 
-    One of the last two is None. A byte-order mark, Windows line ends and gzip (by the ending .gz) are accepted.
+    One of the last two is None. What `numbered_lines` would raise for the file is the last problem.
     """
-    path, number = Path(path), 0
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                    yield number, *parse_line(line)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield number + 1, None, f"not gzip, or cut off ({error}): fetch the file again"
+    number = 0
+    try:
+        for number, line in numbered_lines(path):
+            if line := line.strip():
+                yield number, *parse_line(line)
+    except ValueError as error:  # the file's, which also ends it
+        yield number + 1, None, str(error).removeprefix(f"{path}:{number + 1}: ")
 
 
 def parse_line(line: bytes) -> tuple[dict | None, str | None]:
@@ -118,8 +141,8 @@ def parse_line(line: bytes) -> tuple[dict | None, str | None]:
         return None, f"byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON ({error.msg} at character {error.pos + 1}): write one record a line"
-    except RecursionError:
-        return None, "the JSON is nested too deeply: write one record a line"
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        return None, f"JSON that cannot be read ({error}): write one record a line"
     if not isinstance(record, dict):
         return None, f"{str(record)[:40]!r} is not a record: write an object, {{\"key\": value, …}}"
     return record, None

@@ -1,18 +1,18 @@
-"""What became of the rows that went through a reader, a filter or a gate: how many, why, and which."""
+"""A report on the rows that a reader, a filter or a check has seen: how many were kept, and why others were dropped."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-EXAMPLES = 5  # kept of each reason
+EXAMPLES = 5  # shown for each reason
 
 
 @dataclass
 class Report:
-    """Counts of rows: every row that was `read` is `kept` or dropped for one reason."""
+    """Counts of rows: each row that was `read` is `kept`, or dropped for one reason."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)  # the first few of each reason
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first few for each reason
 
     @property
     def read(self) -> int:
@@ -22,7 +22,7 @@ class Report:
         self.kept += 1
 
     def drop(self, reason: str, example: str) -> None:
-        """Counts a row that was left out; `example` names it: its line, its key or its text."""
+        """Counts a dropped row. `example` names it, by its line, its key or its text."""
         self.dropped[reason] += 1
         if len(shown := self.examples.setdefault(reason, [])) < EXAMPLES:
             shown.append(example)

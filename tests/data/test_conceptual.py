@@ -1,5 +1,6 @@
 """CC3M, CC12M and SBU: rows for the downloader, and the mirrors' pictures with translated captions."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -9,7 +10,14 @@ import pytest
 
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.conceptual import SBU_FILES, address_captions, read_conceptual, read_mirror, read_sbu
+from clipid_utils.data.sources.conceptual import (
+    MAX_MEMBER,
+    SBU_FILES,
+    address_captions,
+    read_conceptual,
+    read_mirror,
+    read_sbu,
+)
 from clipid_utils.data.sources.disk_table import OnDisk
 
 
@@ -22,8 +30,8 @@ def test_rows_for_the_downloader_count_as_the_ancestors_did(tmp_path):
     assert rows == [
         {"url": url, "captions": [caption], "source": "cc12m", "split": "train", "row": row} for url, caption, row in
         (("http://a.id/1.jpg", "seekor <PERSON> kucing", 0), ("https://a.id/4.jpg?w=3", "sapi", 5))]
-    assert report.dropped == {"empty caption": 1, "SVG": 1, "address came before": 1, "no http(s) address": 1}
-    assert report.examples["address came before"] == ["cc12m_translate_final.tsv:6: 'http://a.id/1.jpg'"]
+    assert report.dropped == {"empty caption": 1, "SVG": 1, "repeated address": 1, "not an http(s) address": 1}
+    assert report.examples["repeated address"] == ["cc12m_translate_final.tsv:6: 'http://a.id/1.jpg'"]
 
 
 def test_sbus_two_files_belong_together_by_line(tmp_path):
@@ -80,7 +88,7 @@ def test_translations_are_found_by_address(tmp_path, tars):
     translations, report = OnDisk(address_captions(tmp_path / "cc3m.tsv", Report())), Report()
     records = read_mirror(tars, report, source="cc3m", translations=translations)
     assert [record["captions"] for record in records] == [["seekor kucing"], ["seekor sapi"]]
-    assert report.dropped == {"no translation of its address": 3, "no picture in the sample": 1}
+    assert report.dropped == {"no translation for its address": 3, "no picture in the sample": 1}
 
 
 def test_memory_does_not_grow_with_a_tar(tmp_path):
@@ -96,9 +104,52 @@ def test_memory_does_not_grow_with_a_tar(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 3], lambda content: b"<html>",
-                                    lambda content: b""])
-def test_a_tar_that_is_none_or_cut_off_is_named(tars, damage):
-    tars[0].write_bytes(damage(tars[0].read_bytes()))
-    with pytest.raises(ValueError, match=r"cc3m-train-0000\.tar: no tar, or cut off"):
-        list(read_mirror(tars, Report(), source="cc3m"))
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_tar_that_is_cut_off_anywhere_is_named(tmp_path, pack):
+    path = tmp_path / "cc3m.tar"
+    write_tar(path, {**sample("1", picture=b"x" * 700), **sample("2")})
+    whole = path.read_bytes()
+    (end,) = [place for place in range(0, len(whole), 512) if not whole[place:].strip(b"\0")][:1]
+    packed = pack(whole)
+    cuts = [*range(0, end + 512, 256), end + 511] if pack is bytes else range(0, len(packed) - 8, 37)
+    for cut in cuts:
+        path.write_bytes(packed[:cut])
+        with pytest.raises(ValueError, match=r"cc3m\.tar: not a whole tar \(.*\): fetch it again"):
+            list(read_mirror(path, Report(), source="cc3m"))
+    path.write_bytes(pack(whole[: end + 512]))  # the mark of the end
+    assert len(list(read_mirror(path, Report(), source="cc3m"))) == 2
+
+
+def header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo("a.jpg")
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"<html>", "truncated header"), (header(100) + bytes(512) + b"<html>" + bytes(506), "bad checksum"),
+    (header(MAX_MEMBER + 1), "'a.jpg' has 134,217,729 bytes"),
+    (header(10**10, tarfile.XHDTYPE), "'a.jpg' has 10,000,000,000 bytes"),
+    (header(10**10, tarfile.GNUTYPE_LONGNAME), "'a.jpg' has 10,000,000,000 bytes"),
+    (gzip.compress((header(2**20) + bytes(2**20)) * 20 + bytes(1024)), "it unpacks to more than 100 times its size"),
+], ids=range(6))
+def test_a_file_that_is_not_a_tar_or_unpacks_to_a_bomb_is_named(tmp_path, content, reason):
+    (tmp_path / "cc3m.tar").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"cc3m\.tar: not a whole tar \({reason}"):
+            list(read_mirror(tmp_path / "cc3m.tar", Report(), source="cc3m"))
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_text_file_is_the_caption_and_then_the_json_and_folders_are_parts_of_names(tmp_path):
+    write_tar(tmp_path / "cc3m.tar", {
+        **sample("a/1", "the text", caption="not this"), **sample("b/1", None, caption="the JSON"),
+        **sample("b/2", None), "b/3.jpg": b"x", "b/3.json": b"[" * 100_000, "b/4.seg.txt": b"not this", "b/4.jpg": b"x",
+    })
+    report = Report()
+    records = list(read_mirror(tmp_path / "cc3m.tar", report, source="cc3m"))
+    assert [record["captions"] for record in records] == [["the text"], ["the JSON"]]
+    assert report.examples == {"no caption in the sample": [f"cc3m.tar, b/{number}" for number in (2, 3, 4)]}

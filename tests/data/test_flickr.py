@@ -42,8 +42,9 @@ def test_the_token_files_as_published(tmp_path, pictures):
     found, report = read(tmp_path / "results_20130124.token", pictures)
     assert found == {"1000092795.jpg": ["Two young guys with \u201cshaggy\u201d hair .", "Two men ."],
                      "2199200615.jpg": ["A dog runs across the grass ."]}
-    assert report.dropped == {"picture not found": 1, "empty caption": 1, "no picture and caption": 1, "not UTF-8": 1}
-    assert report.examples["no picture and caption"] == ["results_20130124.token:5: '1000092795.jpg 3 no mark'"]
+    assert report.dropped == {"picture not found": 1, "empty caption": 1, "not a picture and a caption": 1,
+                              "not UTF-8": 1}
+    assert report.examples["not a picture and a caption"] == ["results_20130124.token:5: '1000092795.jpg 3 no mark'"]
 
 
 def test_kaggles_table_with_the_line_that_lacks_a_bar(tmp_path, pictures):
@@ -53,8 +54,8 @@ def test_kaggles_table_with_the_line_that_lacks_a_bar(tmp_path, pictures):
     found, report = read(tmp_path / "results.csv", pictures)
     assert found == {"1000092795.jpg": ['Two young guys , "one" | two .'],
                      "2199200615.jpg": ["A dog .", "A dog runs across the grass ."]}
-    assert report.examples == {"empty caption": ["results.csv:5: '1000092795.jpg| 1|'"],
-                               "no picture and caption": ["results.csv:6: 'nothing'"]}
+    assert report.examples == {"empty caption": ["results.csv:5: '1000092795.jpg'"],
+                               "not a picture and a caption": ["results.csv:6: 'nothing'"]}
 
 
 def test_flickr30k_translated(tmp_path, pictures):
@@ -65,7 +66,7 @@ def test_flickr30k_translated(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"images": [{"id": 1}]}', "key 'images' has .*, no list of captions"), ('{"a": ', r"flickr:1: no JSON"),
+    ('{"images": [{"id": 1}]}', "key images: .*different format: this reads"), ('{"a": ', r"flickr:1: not valid JSON"),
     ("a,b,c", "neither the header"), ("", "neither the header"),
 ])
 def test_another_file_is_refused_at_once(tmp_path, pictures, text, message):
@@ -87,7 +88,7 @@ def test_xflickrco_from_two_folders(tmp_path, pictures):
          "split": "test"},
         {"image_path": str(pictures / "000000391895.jpg"), "captions": ["Pengendara motor"], "source": "xflickrco",
          "split": "test"}]
-    assert report.dropped == {"empty caption": 1, "no sentences or img_path": 1, "picture not found": 1}
+    assert report.dropped == {"empty caption": 1, "no 'sentences' or 'img_path'": 1, "picture not found": 1}
     (tmp_path / "test.jsonl").write_text('{"id": 1}')
-    with pytest.raises(ValueError, match=r"test\.jsonl:1: no keys 'sentences' and 'img_path'"):
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: .*: no 'sentences' or 'img_path': take xFlickrCO's"):
         list(read_xflickrco(tmp_path / "test.jsonl", pictures, Report()))

@@ -1,4 +1,4 @@
-"""The card's recipe for the ancestor's sources, its code run as it stands on miniatures of the published files."""
+"""The data card's recipe for the ancestor's sources: its code runs unchanged on miniatures of the published files."""
 
 import io
 import json
@@ -25,8 +25,7 @@ from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.download import download
 from clipid_utils.data.download.addresses import PublicNetwork
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.flickr import read_xflickrco
-from clipid_utils.data.sources.xm3600 import read_xm3600
+from clipid_utils.data.sources.flickr import read_xflickrco, read_xm3600
 from clipid_utils.data.translation.translate import SHIPPED
 from clipid_utils.paths import DATA
 
@@ -67,9 +66,9 @@ main()
 
 
 def steps() -> list[tuple[str, str]]:
-    """The language and the text of each block of code in the card's section that is the recipe.
+    """The language and the text of each block of code in the card's recipe.
 
-    In place of opus-mt stands the small model, in place of two hundredths a share of which few pictures are some.
+    The small model replaces opus-mt, and a larger share of validation replaces 0.02, since there are few pictures.
     """
     card = (DATA / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## [^\n]*a recipe\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
@@ -80,13 +79,13 @@ def steps() -> list[tuple[str, str]]:
 
 
 def commands(block: str) -> list[list[str]]:
-    """The arguments of the package's own commands, but for `train`."""
+    """The arguments of the package's own commands, except `train`."""
     lines = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
     return [line[3:] for line in lines if line[:3] == ["python", "-m", "clipid_utils"] and line[3] != "train"]
 
 
 def write_published(server: PictureServer) -> None:
-    """The files that step 1 fetches, and the test sets' records, in the folder that is the present one."""
+    """Writes the files that step 1 fetches, and the records of the test sets, to the current folder."""
     for folder in ("translated", "train2017", "Flicker8k_Dataset", "wit", "cc12m-wds"):
         Path(folder).mkdir()
     for number in COCO:

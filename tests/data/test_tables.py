@@ -3,18 +3,20 @@
 import csv
 import gzip
 import io
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipid_utils.data.report import Report
+from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk, gathered
 from clipid_utils.data.sources.tables import (
     caption_table,
     clean_caption,
     find_picture,
-    json_lines,
+    json_records,
     quoted_table,
     refused,
     text_lines,
@@ -93,6 +95,14 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, captions):
     assert not report.dropped
 
 
+@pytest.mark.parametrize("count, rows", [(20, 2), (21, 1)])
+def test_a_quoted_caption_has_at_most_so_many_further_lines(tmp_path, count, rows):
+    caption = "\n".join(f"baris {number}" for number in range(count + 1))
+    found, report = table(tmp_path / "a.tsv", f'caption\turl\n"{caption}"\t{URL}\nakhir\t{URL}\n'.encode())
+    assert [text for *_, text in found][: rows - 1] == [clean_caption(caption)][: rows - 1]
+    assert found[-1][1:] == (count + 3, URL, "akhir")
+
+
 def test_a_quoted_table_with_line_breaks_and_a_broken_end(tmp_path):
     path = tmp_path / "wit.tsv.gz"
     text = ('id\tcaption\tnote\n1\t"two\n\nlines ""here"""\tx\n2\tshort\n3\ta\rb\ty\n\n4\t' + "x" * 200_000 + "\tz\n")
@@ -104,7 +114,7 @@ def test_a_quoted_table_with_line_breaks_and_a_broken_end(tmp_path):
                                                          (13, 11)]
     assert report.dropped == {"2 columns where the header has 3": 2, "not UTF-8": 2}
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match=r"wit\.tsv\.gz:\d+: the \.gz is cut off.*fetch it again"):
+    with pytest.raises(ValueError, match=r"wit\.tsv\.gz:\d+: not gzip, or cut off.*fetch the file again"):
         list(quoted_table([path], ("id",), report))
     (tmp_path / "open.tsv").write_text('id\n1\n"2\n' + ("3" * 1000 + "\n") * 17_000)
     with pytest.raises(ValueError, match=r"open\.tsv:3: .*does not close"):
@@ -118,23 +128,37 @@ def test_a_quoted_table_with_line_breaks_and_a_broken_end(tmp_path):
         list(quoted_table([tmp_path / "open.tsv"], ("id", "caption"), report))
 
 
+def test_a_small_file_that_unpacks_to_an_endless_line_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"id\n" + b"x" * 2**27, 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.tsv\.gz:2: the line is longer than 16,777,216 bytes: .*fetch"):
+            list(text_lines(tmp_path / "a.tsv.gz"))
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(tables, "MAX_LINE", 1000)
+    (tmp_path / "b.tsv").write_text("id\n" + '1\t"2\n"\n' * 200 + '"\n"\t' * 300 + "\n")  # the last row has many lines
+    with pytest.raises(ValueError, match=r"b\.tsv:402: .*over 16 MiB"):
+        list(quoted_table([tmp_path / "b.tsv"], ("id",), Report()))
+
+
 def test_what_is_no_text_or_no_gz_is_named(tmp_path):
     (tmp_path / "a.tsv").write_bytes("caption\turl".encode("utf-16"))
     with pytest.raises(ValueError, match=r"a\.tsv:1: this is UTF-16: save the file as UTF-8"):
         list(text_lines(tmp_path / "a.tsv"))
     (tmp_path / "a.gz").write_bytes(b"caption")
-    with pytest.raises(ValueError, match=r"a\.gz:1: the \.gz"):
+    with pytest.raises(ValueError, match=r"a\.gz:1: not gzip, or cut off"):
         list(text_lines(tmp_path / "a.gz"))
 
 
-def test_json_lines_that_are_none_are_dropped_but_for_the_first(tmp_path):
+def test_lines_that_are_not_json_are_dropped(tmp_path):
     path, report = tmp_path / "a.jsonl", Report()
-    path.write_bytes(b'\xef\xbb\xbf\n{"a": 1}\r\n[2]\n{"a": \n{"a": "\xff"}\n' + b"[" * 100_000 + b'\n{"a": 3}')
-    assert list(json_lines(path, report)) == [(2, {"a": 1}), (7, {"a": 3})]
-    assert report.dropped == {"no JSON object": 3, "not UTF-8": 1}
-    path.write_text('[\n{"a": 1}]')
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: '\[' is no JSON object: this reads JSON lines"):
-        list(json_lines(path, report))
+    path.write_bytes(b'\xef\xbb\xbf\n{"a": 1}\r\n[2]\n{"a": \n{"a": "\xff"}\n'
+                     + b"[" * 100_000 + b"\n" + b"1" * 5000 + b'\n{"a": 3}')
+    assert list(json_records(path, report)) == [(2, {"a": 1}), (8, {"a": 3})]
+    assert report.dropped == {"not a JSON object": 4, "not UTF-8": 1}
+    assert report.examples["not UTF-8"][0].startswith("a.jsonl:5: 'byte 8 of the line is not UTF-8")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd\u00e9"), st.integers(0, 9), st.text(st.characters(codec="utf-8")))))
@@ -168,7 +192,7 @@ def test_the_first_text_of_a_key_stays(items):
 @pytest.mark.parametrize("url, mime_type, reason", [
     (URL, "image/jpeg", None), ("HTTPS://a.id/svg", "", None), ("https://a.id/x.svg/300px-x.svg.png", "", None),
     ("https://a.id/x.SVG?width=3", "", "SVG"), ("https://a.id/x", "image/svg+xml", "SVG"), ("//a.id/x.jpg", "",
-     "no http(s) address"), ("ftp://a.id/x.jpg", "", "no http(s) address"), ("", "", "no http(s) address"),
+     "not an http(s) address"), ("ftp://a.id/x.jpg", "", "not an http(s) address"), ("", "", "not an http(s) address"),
 ])
 def test_addresses_not_worth_asking_for(url, mime_type, reason):
     assert refused(url, mime_type) == reason
@@ -181,5 +205,8 @@ def test_pictures_are_found_under_the_names_of_2014_and_in_several_folders(tmp_p
         path.touch()
     assert find_picture("COCO_train2014_000000000009.jpg", [two, one]) == str(one / "000000000009.jpg")
     assert find_picture("COCO_val2014_000000000007.jpg", [one, two]) == str(two / "COCO_val2014_000000000007.jpg")
+    (two / "images").mkdir()
+    (two / "images/c.jpg").touch()
+    assert find_picture("images/c.jpg", [one, two]) == str(two / "images/c.jpg")
     assert find_picture("images/a.jpg", [one, two]) == str(two / "a.jpg")
     assert find_picture("b.jpg", [one, two]) is None and find_picture("", [one]) is None

@@ -30,8 +30,8 @@ def test_photos_with_their_descriptions_and_keywords(tmp_path, ending):
         {"url": f"https://images.unsplash.com/photo-{name}?w=640&fm=jpg&fit=max", "captions": captions,
          "source": "unsplash", "split": "test", "row": row}
         for name, captions, row in (("a", ['Say "hi" to all', "a lake", "lake, Danau Toba"], 0), ("d", ["a lake"], 3))]
-    assert report.dropped == {"photo without captions": 1, "address of another host": 1, "photo came before": 1}
-    assert report.examples["photo came before"] == [f"photos.{ending}:7: 'a'"]
+    assert report.dropped == {"photo without captions": 1, "address of a different host": 1, "repeated photo": 1}
+    assert report.examples["repeated photo"] == [f"photos.{ending}:7: 'a'"]
 
 
 def test_the_full_set_comes_in_parts(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.vizwiz import read_vizwiz
+from clipid_utils.data.sources.coco import read_vizwiz
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_rejected_and_canned_captions_are_left_out(tmp_path, pictures):
         {"image_path": str(tmp_path / f"VizWiz_train_{number:08d}.jpg"), "captions": [caption], "source": "vizwiz",
          "split": "train"} for number, caption in ((0, "A can of food"), (1, "a mug"))]
     assert report.dropped == {"is_precanned": 1, "is_rejected": 1, "picture not found": 2}
-    assert report.examples["is_precanned"] == [f"train.json, annotation 1: {canned!r}"]
+    assert report.examples["is_precanned"] == [
+        f"train.json, annotation 2: {str(value['annotations'][1])[:80]!r}"]
 
 
 def test_the_translation(tmp_path, pictures):
@@ -43,7 +44,7 @@ def test_the_translation(tmp_path, pictures):
     assert record["captions"] == ["cangkir", "sebuah cangkir"]
     assert report.dropped == {"empty caption": 1, "picture without captions": 1, "picture not found": 1,
                               "the picture has this caption already": 1}
-    assert report.examples["picture without captions"] == ["vizwiz.json, entry 1: 'VizWiz_train_00000000.jpg'"]
+    assert report.examples["picture without captions"] == ["vizwiz.json, entry 2: 'VizWiz_train_00000000.jpg'"]
 
 
 @pytest.mark.parametrize("value", [{"images": []}, [{"image": "a.jpg", "captions": ["a"]}], ["a"]])

@@ -41,9 +41,9 @@ def test_rows_of_the_language_and_their_captions_by_picture(tmp_path):
     assert rows == [{"url": COMMONS + name, "captions": captions, "source": "wit", "split": None, "row": number}
                     for name, captions, number in (("a.jpg", ["Candi Sewu", "Candi dari jauh"], 0),
                                                    ("d.jpg", ['"Candi", dari timur'], 5), ("e.jpg", ["Gunung"], 8))]
-    assert report.dropped == {"SVG": 2, "empty caption_reference_description": 1, "another language than id": 1,
+    assert report.dropped == {"SVG": 2, "empty caption_reference_description": 1, "language is not id": 1,
                               "the picture has this caption already": 1}
-    assert report.examples["another language than id"] == [
+    assert report.examples["language is not id"] == [
         f"wit_v1.train.all-00000-of-00010.tsv.gz:5: 'en: {COMMONS}a.jpg'"]
     assert report.examples["empty caption_reference_description"] == [
         f"wit_v1.train.all-00000-of-00010.tsv.gz:14: '{COMMONS}c.jpg'"] and report.kept == 4
@@ -56,9 +56,9 @@ def test_every_row_of_every_language_is_counted(tmp_path):
     report = Report()
     assert [found["row"] for found in read_wit([tmp_path / "wit.tsv.gz"], report)] == [1]
     assert (report.read, report.kept) == (len(languages), 1)
-    assert report.dropped == {"another language than id": 8, "empty caption_reference_description": 1}
-    assert len(report.examples["another language than id"]) == EXAMPLES < 8
-    assert str(report).splitlines()[:2] == ["10 read, 1 kept, 9 dropped", "       8 another language than id"]
+    assert report.dropped == {"language is not id": 8, "empty caption_reference_description": 1}
+    assert len(report.examples["language is not id"]) == EXAMPLES < 8
+    assert str(report).splitlines()[:2] == ["10 read, 1 kept, 9 dropped", "       8 language is not id"]
     everything = Report()
     assert len(list(read_wit([tmp_path / "wit.tsv.gz"], everything, language=None))) == 9 and everything.read == 10
 

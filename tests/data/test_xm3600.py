@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.xm3600 import read_xm3600
+from clipid_utils.data.sources.flickr import read_xm3600
 
 
 def test_the_captions_of_one_language(tmp_path):
@@ -20,8 +20,8 @@ def test_the_captions_of_one_language(tmp_path):
     assert list(read_xm3600(tmp_path / "captions.jsonl", tmp_path, report)) == [
         {"image_path": str(tmp_path / "000411001ff7dd4f.jpg"), "captions": ["Sepiring kentang", "Kentang\u200b"],
          "source": "xm3600", "split": "test"}]
-    assert report.examples == {"no captions in id": ["captions.jsonl:2: 'cff633a4ebf8d8d6'"],
+    assert report.examples == {"no captions in 'id'": [f"captions.jsonl:2: {str(rows[1])[:80]!r}"],
                                "picture not found": ["captions.jsonl:3: 'ffff.jpg'"]}
     assert len(list(read_xm3600(tmp_path / "captions.jsonl", tmp_path, Report(), language="en"))) == 2
-    with pytest.raises(ValueError, match=r"captions\.jsonl:1: no keys 'image/key' and 'jv'.*\(here: en, id\)"):
+    with pytest.raises(ValueError, match=r"captions\.jsonl:1: .*: no captions in 'jv': take XM3600's"):
         list(read_xm3600(tmp_path / "captions.jsonl", tmp_path, Report(), language="jv"))

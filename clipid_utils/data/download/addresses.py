@@ -1,34 +1,32 @@
-"""Which addresses a download may connect to: only those of the public internet, checked while connecting."""
+"""The guard of downloads: connections go to addresses of the public internet only, checked at each connection."""
 
 import ipaddress
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 
 import anyio
 import httpcore2
 
-# Newer Pythons know these as not global, 3.11's first releases do not
+# Newer Pythons know that these are not global; the first releases of 3.11 do not
 SPECIAL = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")]
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out so far
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
-MOST_ADDRESSES = 3  # of a name that has several, tried one after the other
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is allocated so far
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # has an IPv4 address in its last 32 bits
+MAX_ADDRESSES = 3  # of a name with several, tried one after the other
 
 
 class NotPublic(Exception):
-    """A name that leads to no public address, or that is none."""
+    """A host's name without a public address."""
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Whether an address belongs to the public internet.
 
     Private, shared, loopback, link-local, multicast, documentation and reserved addresses do not (IANA's registries of
-    special addresses). An IPv6 address that holds one of IPv4 (mapped, 6to4, NAT64) is as public as that.
+    special addresses). An IPv6 address that contains an IPv4 address (mapped, 6to4, NAT64) is as public as that.
     """
     if isinstance(address, IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in NAT64:
-            inner = IPv4Address(int(address) & 0xFFFFFFFF)
+        inner = IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else address.ipv4_mapped or address.sixtofour
         if inner is not None:
             return is_public(inner)
         if address not in GLOBAL_UNICAST:
@@ -38,30 +36,28 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host's name, in the system's order; blocks."""
+    """The addresses of a host's name, in the system's order. Blocks."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
 class PublicNetwork(httpcore2.AsyncNetworkBackend):
-    """Connects httpcore to public addresses and to no others.
+    """Connects httpcore to public addresses only.
 
-    Each connection resolves its name once and goes to an address of that very answer: a name that leads elsewhere a
-    moment later (DNS rebinding) gains nothing. The Host header and the name that TLS verifies stay the URL's. Raises
-    NotPublic where no address of a name is public. Tests give a `resolve` and an `inner` network of their own.
+    A connection resolves its name once and goes to an address of that answer, so a name that leads elsewhere a moment
+    later (DNS rebinding) gains nothing. The Host header and the name that TLS verifies stay those of the URL. Raises
+    NotPublic for a name without a public address. Tests pass their own `resolve` and `inner` network.
     """
 
     def __init__(
         self, resolve: Callable[[str, int], list[str]] = resolve, inner: httpcore2.AsyncNetworkBackend | None = None
     ):
         self.resolve, self.inner = resolve, inner or httpcore2.AnyIOBackend()
-        # Threads of its own: names of dead hosts take seconds each, which decoding should not wait for
+        # Names of dead hosts take seconds each; decoding must not wait for their threads
         self.lookups = anyio.CapacityLimiter(64)
 
-    async def connect_tcp(
-        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
-        socket_options: Iterable | None = None,
-    ) -> httpcore2.AsyncNetworkStream:
+    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, *options, **named):
+        """Connects to the first public address of `host` that answers."""
         try:
             with anyio.fail_after(timeout):
                 found = await anyio.to_thread.run_sync(
@@ -70,14 +66,14 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
             raise httpcore2.ConnectTimeout(f"no address of {host} in time") from None
         except OSError as error:
             raise httpcore2.ConnectError(f"no address of {host}: {error.strerror or error}") from error
-        except ValueError as error:  # too long a label, a null byte
-            raise NotPublic(f"{host} is no host's name") from error
+        except ValueError as error:  # a label that is too long, a null byte
+            raise NotPublic(f"{host} is not the name of a host") from error
         public = [address for address in found if is_public(ipaddress.ip_address(address))]
         if not public:
             raise NotPublic(host if found == [host] else f"{host} is {', '.join(found) or 'nowhere'}")
-        for address in public[:MOST_ADDRESSES]:
+        for address in public[:MAX_ADDRESSES]:
             try:
-                return await self.inner.connect_tcp(address, port, timeout, local_address, socket_options)
+                return await self.inner.connect_tcp(address, port, timeout, *options, **named)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure

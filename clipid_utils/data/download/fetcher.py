@@ -1,5 +1,6 @@
-"""One picture from its URL: asked for politely, within limits, and brought to a JPEG of training size."""
+"""One picture from its URL: requested politely, within limits, and made a JPEG of training size."""
 
+import functools
 import importlib.util
 import io
 import random
@@ -19,39 +20,49 @@ import httpx2
 from PIL import Image, UnidentifiedImageError
 
 from clipid_utils.data.download.addresses import NotPublic, PublicNetwork
-from clipid_utils.files import to_rgb, usable_threads
+from clipid_utils.files import open_picture, usable_threads
 
-SHORT_SIDE = 512  # pixels; what is larger is reduced to it, as the ancestor did
+SHORT_SIDE = 512  # pixels; larger pictures are reduced to it, as the ancestor did
 QUALITY = 90
-MOST_REDIRECTS = 5
-MOST_SILENCES = 10  # connections in a row that a host did not take: its other rows are left for another run
-PASSING = {408, 425, 429, *range(500, 600)}  # answers that another try can change
-# No SVG, which is drawn elsewhere, and nothing that starts other programs (EPS) or is hardly met
+MAX_REDIRECTS = 5
+MAX_SILENCES = 10  # failed connections in a row, after which a host's other rows are left for a later run
+MAX_HOSTS = 20_000  # whose state is remembered: several times the rows that are in work at once
+MAX_SCANS = 100  # of a progressive JPEG; each decodes the whole picture again
+TRANSIENT = {408, 425, 429, *range(500, 600)}  # answers that may be different at a later try
+# Without SVG, which needs a renderer, and without formats that start other programs (EPS) or are rare
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 
 
-class Refused(Exception):
-    """What no other try would change; the arguments are a reason from a short list, and the details."""
+class Failure(Exception):
+    """A picture was not fetched, for a reason from a short list, with details."""
+
+    def __init__(self, reason: str, details: object, again: bool = False):
+        super().__init__(f"{reason}: {details}"[:300])
+        self.reason, self.again = reason, again
 
 
-class Passing(Exception):
-    """What may pass: the arguments are as Refused's. `again`: whether to try again in this run."""
+class PermanentFailure(Failure):
+    """No later try would change it."""
 
-    def __init__(self, reason: str, details: str, again: bool = True):
-        super().__init__(reason, details)
-        self.again = again
+    status = "refused"
+
+
+class TransientFailure(Failure):
+    """A later try may succeed; with `again`, a later try in this run."""
+
+    status = "failed"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take from hosts, time and memory; seconds, bytes and pixels."""
+    """What a run may take from hosts, time and memory, in seconds, bytes and pixels."""
 
-    connections: int = 32  # at once; as many answers are in memory at most
-    per_host: int = 4  # connections
+    connections: int = 32  # at once; at most as many answers are in memory
+    per_host: int = 4  # connections at once
     interval: float = 0.1  # between two requests to a host, at least
     tries: int = 3
-    backoff: float = 1.0  # before the second try; doubled for each further one, with jitter
-    patience: float = 120.0  # the longest Retry-After that is waited for; else the row is left for another run
+    backoff: float = 1.0  # before the second try; doubles for each further try, with jitter
+    patience: float = 120.0  # the longest Retry-After to wait for; the row of a longer one is left for a later run
     seconds: float = 60.0  # for a request with its answer
     silence: float = 10.0  # for a connection, and between two parts of an answer
     most_bytes: int = 20_000_000
@@ -59,193 +70,163 @@ class Limits:
 
 
 @dataclass
-class _Host:
+class Host:
+    """The state of a host: its free connections, the time of its next request, its failed connections in a row."""
+
     lanes: anyio.Semaphore
-    free_at: float = 0.0  # when the next request may start
+    free_at: float = 0.0
     silences: int = 0
-    users: int = 0
 
 
 class Hosts:
-    """Whose turn it is: at most `per_host` requests to a host at once, `interval` apart, `connections` in all."""
+    """Gives turns: at most `per_host` requests to a host at once, `interval` apart, and `connections` in all."""
 
     def __init__(self, limits: Limits):
-        self.limits, self.hosts, self.slots = limits, {}, anyio.Semaphore(limits.connections)
+        self.limits, self.slots = limits, anyio.Semaphore(limits.connections)
+        self.host = functools.lru_cache(MAX_HOSTS)(lambda name: Host(anyio.Semaphore(limits.per_host)))
 
     @asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[_Host]:
-        """Waits for a turn at a host and yields it; raises Passing for one that asks for too much patience."""
-        host = self._host(name)
-        host.users += 1
-        try:
-            async with host.lanes:
-                await self._wait(host, name)
-                try:
-                    yield host
-                finally:
-                    self.slots.release()
-        finally:
-            host.users -= 1
-
-    async def _wait(self, host: _Host, name: str) -> None:
-        while True:
-            if host.silences >= MOST_SILENCES:
-                raise Passing("host is silent", f"{name} took none of {MOST_SILENCES} connections", again=False)
-            wait = host.free_at - time.monotonic()
-            if wait > self.limits.patience:
-                raise Passing("host asks to wait", f"{name} for {wait:.0f} s", again=False)
-            if wait > 0:  # without a slot, which other hosts can use meanwhile
-                await anyio.sleep(wait)
-                continue
-            await self.slots.acquire()
-            if host.free_at <= time.monotonic():
-                host.free_at = time.monotonic() + self.limits.interval
-                return
-            self.slots.release()
-
-    def _host(self, name: str) -> _Host:
-        if name not in self.hosts:
-            if len(self.hosts) > 10_000:  # those of no more use are forgotten, lest millions of rows fill the memory
-                now = time.monotonic()
-                self.hosts = {key: host for key, host in self.hosts.items()
-                              if host.users or host.free_at > now or host.silences >= MOST_SILENCES}
-            self.hosts[name] = _Host(anyio.Semaphore(self.limits.per_host))
-        return self.hosts[name]
+    async def turn(self, name: str) -> AsyncIterator[Host]:
+        """Waits for a turn at a host. Raises TransientFailure if the host is silent or asks to wait too long."""
+        host = self.host(name)
+        async with host.lanes:
+            while True:
+                if host.silences >= MAX_SILENCES:
+                    raise TransientFailure("host is silent", f"{name} took none of {MAX_SILENCES} connections")
+                wait = host.free_at - time.monotonic()
+                if wait > self.limits.patience:
+                    raise TransientFailure("host asks to wait", f"{name} for {wait:.0f} s")
+                await anyio.sleep(max(0.0, wait))  # without a slot, which other hosts can use meanwhile
+                async with self.slots:
+                    if host.free_at <= time.monotonic():
+                        host.free_at = time.monotonic() + self.limits.interval
+                        yield host
+                        return
 
 
-def parse_url(text) -> httpx2.URL:
-    """A URL in its normal form; raises Refused where it is none of http or https."""
+def parse_url(text: object, base: httpx2.URL | None = None) -> httpx2.URL:
+    """A URL, which may be relative to `base`. Raises PermanentFailure unless it is an http or https URL."""
     try:
-        url = httpx2.URL(text.strip())
+        url = base.join(text) if base else httpx2.URL(text.strip())
     except (AttributeError, TypeError, ValueError, httpx2.InvalidURL) as error:
-        raise Refused("no URL", str(error)) from None
+        raise PermanentFailure("not a URL", f"{str(text)[:200]!r} ({error})") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise Refused("neither http nor https", f"{url.scheme or 'no scheme'}")
+        raise PermanentFailure("not http or https", f"{str(text)[:200]!r}")
     return url
 
 
 class Fetcher:
-    """Fetches URLs through one pool of connections; to be entered with `async with`.
+    """Fetches URLs through one pool of connections, within `async with fetcher.pool`.
 
-    httpcore is what httpx sends its requests with, and takes a network of one's own. httpx's client would add cookies,
-    proxies from the environment, which resolve names themselves, and unpacking without limits: here unwanted.
+    It uses httpcore, which sends httpx's requests and accepts a network of one's own. httpx's client would add cookies,
+    proxies from the environment (which resolve names themselves) and unpacking without limits, all unwanted here.
     """
 
     def __init__(self, limits: Limits, agent: str, network: PublicNetwork, tls: SSLContext | None = None):
         self.limits, self.hosts, self.threads = limits, Hosts(limits), anyio.CapacityLimiter(usable_threads())
-        self.headers = {"User-Agent": agent, "Accept": "image/*", "Accept-Encoding": "identity"}
-        silence = limits.silence
-        self.timeout = {"connect": silence, "read": silence, "write": silence, "pool": None}
+        headers = {"User-Agent": agent, "Accept": "image/*", "Accept-Encoding": "identity"}
+        timeout = {"connect": limits.silence, "read": limits.silence, "write": limits.silence, "pool": None}
+        self.options = {"headers": headers, "extensions": {"timeout": timeout}}
         self.pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(), network_backend=network, keepalive_expiry=10.0,
             max_connections=limits.connections, http2=importlib.util.find_spec("h2") is not None,
         )
 
-    async def __aenter__(self) -> "Fetcher":
-        await self.pool.__aenter__()
-        return self
+    async def fetch(self, text: object, finish: Callable[[bytes], dict]) -> dict:
+        """The outcome of a URL: `status`, `error`, `tries`, and the result of `finish(file)`, which a thread calls.
 
-    async def __aexit__(self, *error) -> None:
-        await self.pool.__aexit__(*error)
-
-    async def fetch(self, url: httpx2.URL, finish: Callable[[bytes], dict]) -> dict:
-        """What became of a URL: `status`, `tries`, `error`, and what `finish` makes of the picture's file in a thread.
-
-        The status is kept, refused (for good) or failed (may pass; all tries of this run are used up).
+        The status is kept, refused (permanent) or failed (transient, and the tries of this run are used up).
         """
-        for attempt in range(1, self.limits.tries + 1):
-            try:
-                return {"status": "kept", "tries": attempt, "error": None, **await self._follow(url, finish)}
-            except Refused as error:
-                return {"status": "refused", "tries": attempt, "error": ": ".join(error.args)}
-            except Passing as error:
-                failure = {"status": "failed", "tries": attempt, "error": ": ".join(error.args)}
-                if not error.again:
-                    break
-            if attempt < self.limits.tries:
-                await anyio.sleep(self.limits.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        return failure
+        tries = 0
+        try:
+            url = parse_url(text)
+            while True:
+                tries += 1
+                try:
+                    return {"status": "kept", "error": None, **await self._follow(url, finish), "tries": tries}
+                except TransientFailure as error:
+                    if not error.again or tries == self.limits.tries:
+                        raise
+                await anyio.sleep(self.limits.backoff * 2 ** (tries - 1) * random.uniform(0.5, 1.5))
+        except Failure as error:
+            return {"status": error.status, "error": str(error), "tries": tries}
 
     async def _follow(self, url: httpx2.URL, finish: Callable[[bytes], dict]) -> dict:
-        for _ in range(MOST_REDIRECTS + 1):
+        for _ in range(MAX_REDIRECTS + 1):
             async with self.hosts.turn(url.host) as host:
                 found = await self._ask(url, host)
                 if isinstance(found, bytes):
                     return await anyio.to_thread.run_sync(finish, found, limiter=self.threads)
             url = found
-        raise Refused("too many redirects", f"more than {MOST_REDIRECTS}, the last to {url}")
+        raise PermanentFailure("too many redirects", f"more than {MAX_REDIRECTS}, the last to {url}")
 
-    async def _ask(self, url: httpx2.URL, host: _Host) -> bytes | httpx2.URL:
-        """One request: the body of its answer, or where it is redirected to."""
+    async def _ask(self, url: httpx2.URL, host: Host) -> bytes | httpx2.URL:
+        """One request: the body of its answer, or the URL that it redirects to."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         try:
             with anyio.fail_after(self.limits.seconds):
-                async with self.pool.stream(
-                    "GET", target, headers=self.headers, extensions={"timeout": self.timeout}
-                ) as response:
+                async with self.pool.stream("GET", target, **self.options) as response:
                     host.silences = 0
                     headers = httpx2.Headers(response.headers)
                     if response.status in (301, 302, 303, 307, 308) and "location" in headers:
-                        return _joined(url, headers["location"])
+                        return parse_url(headers["location"], url)
                     self._check(response.status, headers, host)
                     return await self._body(response, headers)
-        except (Refused, Passing):
+        except Failure:
             raise
         except NotPublic as error:
-            raise Refused("no public address", str(error)) from error
+            raise PermanentFailure("not a public address", error) from error
         except (httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol) as error:
-            raise Refused("no URL", str(error)) from error
-        except Exception as error:  # whatever a connection can raise: one odd host should not end a run of millions
-            if isinstance(error.__context__, SSLCertVerificationError):  # no __cause__: the pool takes it away
-                raise Passing("certificate", error.__context__.verify_message, again=False) from error
-            if isinstance(error, httpcore2.ConnectTimeout | httpcore2.ConnectError):
-                host.silences += 1
+            raise PermanentFailure("not a URL", error) from error
+        except Exception as error:  # a connection can raise anything, and must not end a run of millions
+            if isinstance(error.__context__, SSLCertVerificationError):  # the pool removes __cause__
+                raise TransientFailure("certificate", error.__context__.verify_message) from error
+            host.silences += isinstance(error, httpcore2.ConnectTimeout | httpcore2.ConnectError)
             late = isinstance(error, TimeoutError | httpcore2.TimeoutException)
-            raise Passing("too late" if late else "connection", str(error) or type(error).__name__) from error
+            reason, details = "timeout" if late else "connection", str(error) or type(error).__name__
+            raise TransientFailure(reason, details, again=True) from error
 
-    def _check(self, status: int, headers: httpx2.Headers, host: _Host) -> None:
-        if 200 <= status < 300:
-            return
-        if status not in PASSING:
-            raise Refused(f"answer {status}", responses.get(status, "unknown"))
-        wait = retry_after(headers.get("retry-after", ""))
-        if wait is not None or status in (429, 503):  # the whole host is to be left alone
-            host.free_at = max(host.free_at, time.monotonic() + (self.limits.backoff if wait is None else wait))
-        details = responses.get(status, "unknown") + ("" if wait is None else f", to be asked again in {wait:.0f} s")
-        raise Passing(f"answer {status}", details, again=wait is None or wait <= self.limits.patience)
+    def _check(self, status: int, headers: httpx2.Headers, host: Host) -> None:
+        """Raises the failure that an answer's status stands for, and notes how long to leave the host alone."""
+        details = responses.get(status, "unknown")
+        if status not in TRANSIENT and not 200 <= status < 300:
+            raise PermanentFailure(f"HTTP {status}", details)
+        if status in TRANSIENT:
+            wait = retry_after(headers.get("retry-after", ""))
+            if wait is not None or status in (429, 503):
+                pause = self.limits.backoff if wait is None else wait
+                host.free_at = max(host.free_at, time.monotonic() + pause)
+                details += f", asks to wait {pause:.0f} s"
+            raise TransientFailure(f"HTTP {status}", details, again=(wait or 0) <= self.limits.patience)
 
     async def _body(self, response: httpcore2.Response, headers: httpx2.Headers) -> bytes:
-        """The bytes of an answer, unpacked no further than `most_bytes`."""
-        most, body, packed = self.limits.most_bytes, bytearray(), headers.get("content-encoding", "identity").lower()
-        if packed not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise Refused("unknown packing", packed)
-        length = headers.get("content-length", "")
+        """The body of an answer, unpacked. Its bytes are limited before and after they are unpacked."""
+        most, raw, body = self.limits.most_bytes, 0, bytearray()
+        packing, length = headers.get("content-encoding", "").lower(), headers.get("content-length", "")
+        if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise PermanentFailure("unknown encoding", packing)
         if length.isdecimal() and int(length) > most:
-            raise Refused("too many bytes", length)
-        unpacker = zlib.decompressobj(47) if packed not in ("identity", "") else None  # 47: gzip and zlib
+            raise PermanentFailure("too many bytes", length)
+        unpacker = zlib.decompressobj(47) if packing not in ("", "identity") else None  # 47: gzip and zlib
         async for part in response.aiter_stream():
+            raw += len(part)
             try:
                 body += unpacker.decompress(part, most - len(body) + 1) if unpacker else part
             except zlib.error as error:
-                raise Refused("broken packing", str(error)) from None
-            if len(body) > most:
-                raise Refused("too many bytes", f"more than {most}")
+                raise PermanentFailure("broken encoding", error) from None
+            if max(raw, len(body)) > most:
+                raise PermanentFailure("too many bytes", f"more than {most}")
+            if unpacker and unpacker.unused_data:  # zlib would keep all that follows in memory
+                raise PermanentFailure("broken encoding", f"bytes after the end of the {packing} stream")
+        if unpacker and not unpacker.eof:
+            raise PermanentFailure("broken encoding", f"the {packing} stream is cut off")
         if not body:
-            raise Refused("empty", "an answer without a body")
+            raise PermanentFailure("empty answer", "no body")
         return bytes(body)
 
 
-def _joined(url: httpx2.URL, location: str) -> httpx2.URL:
-    try:
-        return parse_url(str(url.join(location)))
-    except (ValueError, httpx2.InvalidURL) as error:
-        raise Refused("no URL", f"redirected to {location[:200]!r}: {error}") from None
-    except Refused as error:
-        raise Refused(error.args[0], f"redirected to {location[:200]!r}") from None
-
-
 def retry_after(header: str) -> float | None:
-    """The seconds that a Retry-After asks for, given in seconds or as a date; None where it asks nothing."""
+    """The seconds of a Retry-After header, which has a number or a date; None for anything else."""
     if header.strip().isdecimal():
         return float(header)
     try:
@@ -257,38 +238,30 @@ def retry_after(header: str) -> float | None:
 
 
 def to_jpeg(file: bytes, most_pixels: int) -> tuple[bytes, int, int]:
-    """A picture's file as a JPEG without metadata, upright, RGB, its short side at most 512; width and height of it.
+    """A picture's file as a JPEG (upright, RGB, short side at most 512, without metadata), its width and its height.
 
-    Of an animation the first frame. Raises Refused for what is no picture of FORMATS, broken, cut off or too large.
+    An animation gives its first frame. Raises PermanentFailure for a file that is broken, cut off, too large or in none
+    of FORMATS.
     """
     Image.init()
     try:
         with Image.open(io.BytesIO(file), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > most_pixels:
-                raise Refused("too many pixels", f"{image.width} x {image.height}")
-            image.draft(None, (SHORT_SIDE, SHORT_SIDE))
-            image = to_rgb(image)
-        scale = SHORT_SIDE / min(image.size)
-        if scale < 1:
-            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        image.info.clear()  # comments, which may hold anything
-        jpeg = io.BytesIO()
-        image.save(jpeg, "JPEG", quality=QUALITY)
-    except Image.DecompressionBombError as error:
-        raise Refused("too many pixels", str(error)) from None
-    except UnidentifiedImageError:
-        raise Refused(*_looks_like(file)) from None
-    except Refused:
+                raise PermanentFailure("too many pixels", f"{image.width} x {image.height}")
+            if file.startswith(b"\xff\xd8") and file.count(b"\xff\xda") > MAX_SCANS:
+                raise PermanentFailure("broken picture", f"a JPEG of more than {MAX_SCANS} scans")
+        image = open_picture(file, short_side=SHORT_SIDE)
+        image.info.clear()  # comments, which may be anything
+        image.save(jpeg := io.BytesIO(), "JPEG", quality=QUALITY)
+    except Failure:
         raise
+    except Image.DecompressionBombError as error:
+        raise PermanentFailure("too many pixels", error) from None
+    except UnidentifiedImageError:
+        start = file[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        kinds = {"SVG": b"<svg" in start, "HTML": start.startswith(b"<!doctype html") or b"<html" in start}
+        kind = next((kind for kind, found in kinds.items() if found), "not a picture")
+        raise PermanentFailure(kind, f"starts with {file[:16]!r}") from None
     except Exception as error:  # a broken file can raise anything
-        raise Refused("broken picture", f"{type(error).__name__}: {error}"[:200]) from None
+        raise PermanentFailure("broken picture", error) from None
     return jpeg.getvalue(), image.width, image.height
-
-
-def _looks_like(file: bytes) -> tuple[str, str]:
-    start = file[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if b"<svg" in start:
-        return "SVG", "drawn by code, not by pixels"
-    if start.startswith(b"<!doctype html") or b"<html" in start or b"<head" in start:
-        return "HTML", "a page in place of a picture"
-    return "no picture", f"starts with {file[:16]!r}"

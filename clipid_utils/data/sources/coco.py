@@ -1,4 +1,4 @@
-"""COCO captions: the annotation JSON of 2014 or 2017 as published, and its translation as a table.
+"""COCO captions and VizWiz-Captions, which share a format: annotations as published, and their translations.
 
     report = Report()
     records = read_coco("annotations/captions_train2017.json", "train2017", report, split="train")
@@ -6,71 +6,85 @@
     print(report)
 
 COCO 2017's training pictures include most of 2014's validation pictures, on which others evaluate (Karpathy's test
-split, xFlickrCO): `joining.join` leaves those out that are named to it as held out.
+split, xFlickrCO). `joining.join` leaves out pictures that are held out.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipid_utils.data.report import Report
+from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
-from clipid_utils.data.sources.tables import caption_table, clean_caption, example, json_items, load_json, local_records
+from clipid_utils.data.sources.tables import PathLike, Paths, example, json_items
 
-REMEDY = "take the captions_*.json of the annotations' archive"
+# Flags of VizWiz: the worker was a spammer; "Quality issues are too severe to recognize visual content."
+UNWANTED = ("is_rejected", "is_precanned")
 
 
 def read_coco(
-    path: str | os.PathLike, pictures: str | os.PathLike | Sequence, report: Report, *, split: str | None = None,
-    source: str = "coco",
+    path: PathLike, pictures: Paths, report: Report, *, split: str | None = None, source: str = "coco"
 ) -> Iterator[dict]:
-    """Captions records, one a picture with its five or so captions, of captions_*.json or of the translated TSV.
+    """Captions records, one for each picture, of COCO's captions_*.json or of a translated TSV.
 
-    The TSV has the columns `caption` and `image_name`, in any order of rows. `pictures` is the folder of the pictures,
-    or several; a number without a file name is `%012d.jpg`. The captions' case and full stops stay. Raises
-    ValueError for a file that is neither.
+    The TSV has the columns `caption` and `image_name`; its rows may be in any order. `pictures` is the folder of the
+    pictures, or several. A number without a file name means `%012d.jpg`. Captions keep their case and full stops.
+    Raises ValueError for a different file.
     """
     path = Path(path)
-    captions = annotations(path, report) if path.suffix == ".json" else named_captions(path, report)
-    return local_records(captions, pictures, report, source, split)
+    remedy = "take the captions_*.json of the annotations' archive (instances_*.json and test sets have no captions)"
+    captions = annotations(path, report, (), remedy) if path.suffix == ".json" else named_captions(path, report)
+    return tables.local_records(captions, pictures, report, source, split)
+
+
+def read_vizwiz(path: PathLike, pictures: Paths, report: Report, *, split: str | None = None) -> Iterator[dict]:
+    """Captions records, one for each picture, of VizWiz-Captions' train.json or val.json, or of the translated JSON.
+
+    The first have COCO's format; captions that their flags reject are dropped. The translation is a list of
+    `{"image_path": name, "captions": [str, …]}`. Raises ValueError for a different file.
+    """
+    path, remedy = Path(path), "take VizWiz-Captions' train.json or val.json, or its translation"
+    if first_character(path) == "[":
+        entries = ((f"entry {number}", row) for number, row in enumerate(json_items(path, "item", remedy), 1))
+        captions = tables.picked_captions(path, entries, _translated, report, remedy)
+    else:
+        captions = annotations(path, report, UNWANTED, remedy)
+    return tables.local_records(captions, pictures, report, "vizwiz", split)
+
+
+def first_character(path: Path) -> str:
+    """The first character of a file, after spaces; "" if its first thousand characters are spaces."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.read(1000).lstrip()[:1]
 
 
 def named_captions(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
-    """(file name, place, caption) of each row of a TSV of captions and pictures' names."""
-    for _, line, name, caption in caption_table(path, "image_name", report):
+    """(file name, place, caption) of each row of a TSV with the columns `caption` and `image_name`."""
+    for _, line, name, caption in tables.caption_table(path, "image_name", report):
         yield name, example(path, line), caption
 
 
-def annotations(
-    path: Path, report: Report, unwanted: Sequence[str] = (), remedy: str = REMEDY
-) -> Iterator[tuple[str, str, str]]:
+def annotations(path: Path, report: Report, unwanted: Sequence[str], remedy: str) -> Iterator[tuple[str, str, str]]:
     """(file name, place, caption) of each annotation of a JSON file in COCO's format.
 
-    One of which a flag in `unwanted` is true is dropped for it. Raises ValueError for another format.
+    An annotation with a true flag of `unwanted` is dropped. Raises ValueError for a different format.
     """
     # A file may list no pictures: the ancestor's did not
-    listed = OnDisk((repr(image.get("id")), image["file_name"]) for image in json_items(path, "images.item", remedy)
-                    if isinstance(image, dict) and isinstance(image.get("file_name"), str))
-    number = None
-    for number, row in enumerate(json_items(path, "annotations.item", remedy)):
-        if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
-            raise ValueError(f"{path}: annotation {number} is {str(row)[:80]}, without an image_id and a caption "
-                             f"(instances_*.json and person_keypoints_*.json have none): {remedy}")
-        name = listed.get(repr(row["image_id"])) or _bare_name(row["image_id"])
-        caption, place = clean_caption(row["caption"]), f"annotation {number}"
-        if flag := next((flag for flag in unwanted if row.get(flag)), None):
-            report.drop(flag, example(path, place, row["caption"]))
-        elif not caption:
-            report.drop("empty caption", example(path, place, row))
-        elif not name:
-            report.drop("picture not listed", example(path, place, row))
-        else:
-            yield name, example(path, place), caption
-    if number is None:
-        value = load_json(path, remedy)
-        if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
-            raise ValueError(f"{path}:1: no key 'annotations' with a list (a test set has none): {remedy}")
+    names = OnDisk((repr(image.get("id")), image["file_name"]) for image in json_items(path, "images.item", remedy)
+                   if isinstance(image, dict) and isinstance(image.get("file_name"), str))
+
+    def pick(row: object) -> tuple[str, list] | str | None:
+        if not isinstance(row, dict) or not row.keys() >= {"image_id", "caption"}:
+            return None
+        number = row["image_id"]
+        name = names.get(repr(number)) or (f"{number:012d}.jpg" if isinstance(number, int) else None)
+        reason = next((flag for flag in unwanted if row.get(flag)), None if name else "picture not listed")
+        return reason or (name, [row["caption"]])
+
+    rows = enumerate(json_items(path, "annotations.item", remedy), 1)
+    return tables.picked_captions(path, ((f"annotation {number}", row) for number, row in rows), pick, report, remedy)
 
 
-def _bare_name(image_id) -> str | None:
-    return f"{image_id:012d}.jpg" if isinstance(image_id, int) else None
+def _translated(row: object) -> tuple[str, list] | None:
+    if not isinstance(row, dict) or not isinstance(row.get("captions"), list) or not row.get("image_path"):
+        return None
+    return row["image_path"], row["captions"]

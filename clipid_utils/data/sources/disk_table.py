@@ -1,4 +1,4 @@
-"""What has to be remembered of a file larger than memory: in a temporary file, which SQLite keeps and removes."""
+"""Tables in a temporary file on disk, for data that may be larger than memory. SQLite makes and removes the file."""
 
 import hashlib
 import itertools
@@ -7,21 +7,20 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 
 
-def _disk() -> sqlite3.Connection:
-    """A temporary database, on disk beyond a few MiB, which is gone when it is closed."""
+def temporary_database() -> sqlite3.Connection:
+    """A database in memory up to a few MiB and on disk beyond. It disappears when it is closed."""
     database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-    for pragma in ("cache_size=-4096", "journal_mode=off", "synchronous=off", "temp_store=file"):
-        database.execute(f"pragma {pragma}")
-    database.execute("begin")
+    database.executescript("pragma cache_size = -4096; pragma journal_mode = off; pragma synchronous = off;"
+                           "pragma temp_store = file; begin")
     return database
 
 
 def gathered(rows: Iterable[tuple[str, int | str, str]]) -> Iterator[tuple[str, int | str, list[str]]]:
-    """(key, its first place, its texts) of (key, place, text) rows, keys and texts in the order in which they came.
+    """Groups (key, place, text) rows by key: each key, the place of its first row, and its texts.
 
-    Reads all rows before the first key; they wait on disk.
+    Keys and texts keep the order in which they came. All rows are read, onto the disk, before the first key is given.
     """
-    database = _disk()
+    database = temporary_database()
     try:
         database.execute("create table rows (key text, place, text text)")
         database.executemany("insert into rows values (?, ?, ?)", rows)
@@ -35,24 +34,25 @@ def gathered(rows: Iterable[tuple[str, int | str, str]]) -> Iterator[tuple[str, 
 
 
 class OnDisk:
-    """A text for each key, the first that came; the keys are held as 64 bits of a hash."""
+    """A text for each key: the first that was given. Keys are stored as 64 bits of a hash."""
 
     def __init__(self, items: Iterable[tuple[str, str]] = ()):
-        self.database = _disk()
+        self.database = temporary_database()
         self.database.execute("create table texts (key integer primary key, text text)")
-        rows = ((_hash(key), text) for key, text in items)
+        rows = ((hash_key(key), text) for key, text in items)
         self.database.executemany("insert or ignore into texts values (?, ?)", rows)
 
     def add(self, key: str, text: str = "") -> bool:
-        """Whether the key was not there before."""
-        return self.database.execute("insert or ignore into texts values (?, ?)", (_hash(key), text)).rowcount == 1
+        """Adds a key with its text. Returns whether the key was new."""
+        return self.database.execute("insert or ignore into texts values (?, ?)", (hash_key(key), text)).rowcount == 1
 
     def get(self, key: str) -> str | None:
-        """The key's text, None where there is none."""
-        found = self.database.execute("select text from texts where key = ?", (_hash(key),)).fetchone()
+        """The text of a key, or None."""
+        found = self.database.execute("select text from texts where key = ?", (hash_key(key),)).fetchone()
         return found and found[0]
 
 
-def _hash(key: str) -> int:
-    key = key.encode("utf-8", "surrogatepass")  # JSON can hold half a character
+def hash_key(key: str) -> int:
+    """64 bits of a text's hash, as a signed integer for SQLite."""
+    key = key.encode("utf-8", "surrogatepass")  # JSON can contain half of a character
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big", signed=True)

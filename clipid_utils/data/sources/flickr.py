@@ -1,24 +1,13 @@
-"""Flickr8k, Flickr30k and xFlickrCO: captions as published, as Kaggle has them, and as translated."""
+"""Flickr8k and Flickr30k as published, as Kaggle has them and as translated; xFlickrCO and Crossmodal-3600."""
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources.coco import named_captions
-from clipid_utils.data.sources.tables import (
-    NO_TEXT,
-    NOT_UTF8,
-    clean_caption,
-    example,
-    first_mark,
-    json_items,
-    json_lines,
-    listed_captions,
-    local_records,
-    text_lines,
-)
+from clipid_utils.data.sources import tables
+from clipid_utils.data.sources.coco import first_character, named_captions
+from clipid_utils.data.sources.tables import PathLike, Paths, json_records, local_records, picked_captions
 
 TOKEN = re.compile(r"(?P<name>[^\t]+)#\d+\t(?P<caption>.*)")  # 1000092795.jpg#0<TAB>Two young guys …
 # 1000092795.jpg| 0| Two young guys …; one line, 2199200615.jpg| 4   A dog …, lacks its second bar
@@ -28,19 +17,20 @@ MARKS = re.compile("<start>|<end>")
 
 
 def read_flickr(
-    path: str | os.PathLike, pictures: str | os.PathLike | Sequence, report: Report, *, source: str,
-    split: str | None = None,
+    path: PathLike, pictures: Paths, report: Report, *, source: str, split: str | None = None
 ) -> Iterator[dict]:
-    """Captions records, one a picture with its captions, of Flickr8k or Flickr30k (`source`).
+    """Captions records, one for each picture, of Flickr8k or Flickr30k (`source`).
 
     `path` is Flickr8k.token.txt or results_20130124.token (name#number<TAB>caption), Kaggle's results.csv (name|
     number| caption), the translated JSON of Flickr8k ({name: ["<start> … <end>", …]}) or the translated TSV of
-    Flickr30k (columns `caption` and `image_name`). Raises ValueError for a file that is none of them.
+    Flickr30k (columns `caption` and `image_name`). Raises ValueError for a different file.
     """
     path = Path(path)
-    if first_mark(path) == "{":
-        return local_records(_marked(path, report), pictures, report, source, split)
-    number, first = next(((number, line) for number, line in text_lines(path) if line.strip()), (1, ""))
+    if first_character(path) == "{":
+        remedy = 'this reads {"picture.jpg": ["<start> a caption <end>", …], …}'
+        pairs = ((f"key {pair[0]}", pair) for pair in tables.json_items(path, "", remedy, pairs=True))
+        return local_records(picked_captions(path, pairs, _marked, report, remedy), pictures, report, source, split)
+    number, first = next(((number, line) for number, line in tables.text_lines(path) if line.strip()), (1, ""))
     if TOKEN.fullmatch(first):
         captions = _matched(path, TOKEN, 0, report)
     elif KAGGLE_HEADER.match(first):
@@ -50,50 +40,53 @@ def read_flickr(
     return local_records(captions, pictures, report, source, split)
 
 
-def _marked(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
-    remedy = 'this reads {"picture.jpg": ["<start> a caption <end>", …], …}'
-    for name, captions in json_items(path, "", remedy, pairs=True):
-        if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
-            raise ValueError(f"{path}: key {name!r} has {str(captions)[:80]!r}, no list of captions: {remedy}")
-        captions = [MARKS.sub(" ", caption or "") for caption in captions]
-        yield from listed_captions(name, captions, example(path, f"key {name}"), report)
+def _marked(pair: tuple[str, object]) -> tuple[str, list] | None:
+    name, captions = pair
+    if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
+        return None
+    return name, [MARKS.sub(" ", caption or "") for caption in captions]
 
 
 def _matched(path: Path, form: re.Pattern, header: int, report: Report) -> Iterator[tuple[str, str, str]]:
-    """The rows after line `header` that have the form, others dropped."""
-    for number, line in text_lines(path):
-        if number <= header or not line.strip():
-            continue
-        if NO_TEXT.search(line):
-            report.drop(NOT_UTF8, example(path, number, line))
-        elif not (found := form.fullmatch(line)):
-            report.drop("no picture and caption", example(path, number, line))
-        elif not (caption := clean_caption(found["caption"])):
-            report.drop("empty caption", example(path, number, line))
-        else:
-            yield found["name"].strip(), example(path, number), caption
+    """The captions of the lines after line `header`; a line that does not have the form is dropped."""
+    def pick(line: str) -> tuple[str, list] | str:
+        if tables.SURROGATE.search(line):
+            return tables.NOT_UTF8
+        found = form.fullmatch(line)
+        return (found["name"].strip(), [found["caption"]]) if found else "not a picture and a caption"
+
+    lines = ((number, line) for number, line in tables.text_lines(path) if number > header and line.strip())
+    return picked_captions(path, lines, pick, report, "take the file as it was published")
 
 
-def read_xflickrco(
-    path: str | os.PathLike, pictures: str | os.PathLike | Sequence, report: Report, *, split: str | None = "test"
-) -> Iterator[dict]:
+def read_xflickrco(path: PathLike, pictures: Paths, report: Report, *, split: str | None = "test") -> Iterator[dict]:
     """Captions records of xFlickrCO (Bugliarello et al. 2022, IGLUE), such as annotations/id/test.jsonl.
 
     A line is `{"sentences": [str, …], "id": …, "img_path": name}`. `pictures` are two folders: Flickr30k's and COCO's,
-    of 2014 or of 2017. Meant for evaluation. Raises ValueError where the first line is another.
+    of 2014 or of 2017. Meant for evaluation. Raises ValueError for a different file.
     """
-    path = Path(path)
-    return local_records(_sentences(path, report), pictures, report, "xflickrco", split)
+    def pick(row: dict) -> tuple[str, list] | None:
+        fits = isinstance(row.get("sentences"), list) and isinstance(row.get("img_path"), str)
+        return (row["img_path"], row["sentences"]) if fits else None
+
+    path, remedy = Path(path), "take xFlickrCO's annotations/id/test.jsonl"
+    captions = picked_captions(path, json_records(path, report), pick, report, remedy, "no 'sentences' or 'img_path'")
+    return local_records(captions, pictures, report, "xflickrco", split)
 
 
-def _sentences(path: Path, report: Report) -> Iterator[tuple[str, str, str]]:
-    seen = False
-    for number, row in json_lines(path, report):
-        if isinstance(row.get("sentences"), list) and isinstance(row.get("img_path"), str):
-            yield from listed_captions(row["img_path"], row["sentences"], example(path, number), report)
-        elif not seen:
-            raise ValueError(f"{path}:{number}: no keys 'sentences' and 'img_path': take xFlickrCO's "
-                             "annotations/id/test.jsonl")
-        else:
-            report.drop("no sentences or img_path", example(path, number, row))
-        seen = True
+def read_xm3600(
+    path: PathLike, pictures: Paths, report: Report, *, language: str = "id", split: str | None = "test"
+) -> Iterator[dict]:
+    """Captions records of Crossmodal-3600 (Thapliyal et al. 2022) in one of its 36 languages, of captions.jsonl.
+
+    A line is `{"image/key": key, "id": {"caption": [str, …], …}, "en": {…}, …}`; the picture is `key.jpg`. Meant for
+    evaluation, not for training. Raises ValueError for a different file, or if its first line lacks the language.
+    """
+    def pick(row: dict) -> tuple[str, list] | None:
+        key, texts = row.get("image/key"), row.get(language)
+        fits = isinstance(key, str) and isinstance(texts, dict) and isinstance(texts.get("caption"), list)
+        return (f"{key}.jpg", texts["caption"]) if fits else None
+
+    path, remedy = Path(path), "take XM3600's captions.jsonl, and one of its languages"
+    captions = picked_captions(path, json_records(path, report), pick, report, remedy, f"no captions in {language!r}")
+    return local_records(captions, pictures, report, "xm3600", split)

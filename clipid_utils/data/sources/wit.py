@@ -1,31 +1,29 @@
 """WIT, the pictures of Wikipedia with the captions that its pages give them (Srinivasan et al. 2021)."""
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from clipid_utils.data.report import EXAMPLES, Report
 from clipid_utils.data.sources.disk_table import gathered
-from clipid_utils.data.sources.tables import clean_caption, each, example, quoted_table, refused
+from clipid_utils.data.sources.tables import Paths, as_paths, clean_caption, example, quoted_table, refused
 
 CAPTION = "caption_reference_description"  # the caption under the picture on the page
 
 
 def read_wit(
-    paths: str | os.PathLike | Iterable, report: Report, *, language: str | None = "id", split: str | None = None,
-    caption: str = CAPTION,
+    paths: Paths, report: Report, *, language: str | None = "id", split: str | None = None, caption: str = CAPTION
 ) -> Iterator[dict]:
-    """Rows for pictures yet to be downloaded, of wit_v1.train.all-*.tsv.gz, packed or not.
+    """Rows of pictures to download, of wit_v1.train.all-*.tsv.gz, packed or not.
 
     A row is `{"url", "captions", "source", "split", "row"}`: an address with all captions that pages in the language
-    give it, `row` its first row, counted from 0 over all files. Rows of other languages are dropped, which are most of
-    a published file; with language None, such as for a file that has been filtered, none is. SVG and rows without a
-    caption are dropped. Raises ValueError for a file without the columns.
+    give it. `row` is the address's first row, from 0 over all files. Rows in a different language, most of a published
+    file, are dropped; `language=None` keeps all. SVG and rows without a caption are dropped. Raises ValueError for a
+    file that lacks the columns.
     """
-    for url, row, captions in gathered(_rows(each(paths), report, language, caption)):
+    for url, row, captions in gathered(_rows(as_paths(paths), report, language, caption)):
         unique = list(dict.fromkeys(captions))
         for _ in range(len(captions) - len(unique)):
-            report.drop("the picture has this caption already", f"row {row}: {url!r}")
+            report.drop("the picture has this caption already", f"row {row + 1}: {url!r}")
         for _ in unique:
             report.keep()
         yield {"url": url, "captions": unique, "source": "wit", "split": split, "row": row}
@@ -33,15 +31,13 @@ def read_wit(
 
 def _rows(paths: list[Path], report: Report, language: str | None, caption: str) -> Iterator[tuple[str, int, str]]:
     columns = ("image_url", caption, "mime_type?", "language?" if language is None else "language")
-    other = f"another language than {language}"
+    misfit = f"language is not {language}"
     for row, path, number, (url, text, mime_type, spoken) in quoted_table(paths, columns, report):
         if language is not None and spoken != language:
-            # Of millions of rows few are shown, and to name one takes longer than to count it
-            few = report.dropped[other] < EXAMPLES
-            report.drop(other, example(path, number, f"{spoken}: {url}") if few else "")
-            continue
-        text = clean_caption(text)
-        if not text:
+            # Few of millions of rows are shown, and to name a row takes longer than to count it
+            few = report.dropped[misfit] < EXAMPLES
+            report.drop(misfit, example(path, number, f"{spoken}: {url}") if few else "")
+        elif not (text := clean_caption(text)):
             report.drop(f"empty {caption}", example(path, number, url))
         elif reason := refused(url, mime_type):
             report.drop(reason, example(path, number, url))
