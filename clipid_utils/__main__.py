@@ -240,22 +240,19 @@ def search(
 
 def parse(arguments: list[str]) -> Callable[[], None]:
     """The call that the arguments ask for. Wrong arguments are one line and exit status 2."""
-    name, prog = next(iter(arguments), ""), "clipid"
-    options = {"config": (FlagCreatePairsOff,), "args": arguments, "description": __doc__.split(":")[0]}
-    cli = COMMANDS.cli
+    name, cli, prog, words = next(iter(arguments), ""), COMMANDS.cli, "clipid", __doc__.partition(".")[0]
     if name == "train":
         from clipid_utils.training.command import RECIPES
 
         chosen = {key: RECIPES[key] for key in arguments[1:2] if key in RECIPES}  # its own options are suggested
-        options |= {"args": arguments[1:], "description": "Train a CLIP by a recipe, with changes of your own."}
         cli = functools.partial(tyro.extras.overridable_config_cli, chosen or RECIPES)
-        prog = "clipid train"
+        prog, words, arguments = "clipid train", "Train by a recipe, with changes of your own.", arguments[1:]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = cli(prog=prog, **options)
-    except SystemExit as stop:
-        if stop.code:
+            parsed = cli(prog=prog, description=words, args=arguments, config=(FlagCreatePairsOff,))
+    except SystemExit as ended:
+        if ended.code:
             print(short(said.getvalue(), name), file=sys.stderr)
         raise
     return functools.partial(run_recipe, parsed) if name == "train" else parsed

@@ -274,7 +274,7 @@ def train_model(recipe: Recipe, stage: Stage, model, processor, data, validation
                sinks={"tensorboard": recipe.tensorboard, "wandb": recipe.wandb})
 
 
-def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, data) -> None:
+def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, data, validation) -> None:
     """Writes `out/model`: the weights, and the settings and the log of the last stage for the model card."""
     last = recipe.out / f"stage-{len(recipe.stages)}"
     with whole_folder(recipe.out / "model") as folder:
@@ -282,8 +282,9 @@ def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, dat
         for name in ("fit.json", "metrics.jsonl"):
             shutil.copyfile(last / name, folder / name)
         if isinstance(data, PicturePairs):
-            write_json(folder / "recipe.json", {"recipe": recipe.name, "seed": recipe.seed, "pictures": len(data),
-                                                "train_sha256": pairs_checksum(data)})
+            write_json(folder / "recipe.json", {
+                "recipe": recipe.name, "seed": recipe.seed, "pictures": len(data),
+                "train_sha256": pairs_checksum(data), "validation_sha256": pairs_checksum(validation)})
 
 
 def run(recipe: Recipe) -> bool:
@@ -316,5 +317,5 @@ def run(recipe: Recipe) -> bool:
             return False
         model = result.model
     if jax.process_index() == 0:
-        save_result(recipe, model, processor, data)
+        save_result(recipe, model, processor, data, validation)
     return True
