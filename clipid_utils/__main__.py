@@ -297,6 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
             parse(words)()
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"\nstopped: run the same command{' with --resume' * (name == 'train')} to continue", file=sys.stderr)
         raise SystemExit(130) from None
