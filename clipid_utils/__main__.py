@@ -1,14 +1,52 @@
-"""The course's long runs in a shell: `python -m clipid_utils prepare | check | download | translate | …`."""
+"""The command `clipid`: the library's long runs in a shell. `python -m clipid_utils` is the same."""
 
-import argparse
+import contextlib
+import difflib
+import functools
+import io
 import json
+import os
+import re
+import signal
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from clipid_utils.paths import CHECKPOINTS
+try:  # Ctrl-C here comes before `main` can catch it
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+    from clipid_utils.paths import CACHE
+except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    raise SystemExit(130) from None
+
+# The extra that a command needs
+EXTRAS = {"prepare": "data", "check": "data", "download": "download", "translate": "translate", "embed": "scale",
+          "train": "train", "evaluate": "data", "search": "data"}
+COMMANDS = tyro.extras.SubcommandApp()
+
+Input = Annotated[Positional[str], arg(metavar="INPUT")]
+Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
+Model = Annotated[str, arg(aliases=("-m",))]
+Ray = Annotated[tuple[str, ...] | None, arg(metavar="[ADDRESS]")]
 
 
-def prepare(options: argparse.Namespace) -> None:
+def command(function: Callable) -> Callable:
+    """Makes a function a command. Its parameters are the options; the parser gives a call that is made later."""
+    @functools.wraps(function)
+    def prepared(*args, **options):
+        return functools.partial(function, *args, **options)
+
+    COMMANDS.command(prepared)
+    return function
+
+
+@command
+def prepare() -> None:
+    """Fetch the picture dictionary and prepare it under data/cache."""
     from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.data.dictionary.fetch import FetchError
     from clipid_utils.data.dictionary.openclipart import load_openclipart
@@ -17,119 +55,263 @@ def prepare(options: argparse.Namespace) -> None:
         print(f"{split:16} {len(rows):5} pictures")
     try:
         print(f"{'openclipart':16} {len(load_openclipart()[0]):5} pictures, named in English")
-    except FetchError as error:  # without apt-get: notebook 02 then translates the dictionary's own English
+    except FetchError as error:  # without apt-get notebook 02 translates the dictionary's own English
         print(error)
 
 
-def check(options: argparse.Namespace) -> None:
+@command
+def check(records: Input, root: Path | None = None, pictures: bool = True) -> None:
+    """Name every bad record and every picture that cannot be read.
+
+    Args:
+        records: captions records: a .jsonl or .parquet file, a folder of part files, or a glob
+        root: folder where relative picture paths start, if not at the folder of the file
+        pictures: do not open the pictures, only look whether their files are there
+    """
+    from tqdm.auto import tqdm
+
     from clipid_utils.data.captions import check_captions
 
-    count, bad = 0, 0
-    try:
-        for count, problem in enumerate(check_captions(options.file, root=options.root), 1):  # noqa: B007
-            if problem:
-                bad += 1
-                print(problem)
-    except (OSError, ValueError) as error:  # no such file, no Parquet
-        raise SystemExit(f"{options.file}: {error}") from None
-    print(f"{options.file}: {count:,} records, {bad:,} bad", file=sys.stderr)
-    if bad or not count:
+    count = bad = 0
+    found = check_captions(records, root=root, pictures=pictures)
+    for count, problem in enumerate(tqdm(found, "checking", unit=" records", disable=None), 1):  # noqa: B007
+        if problem:
+            bad += 1
+            tqdm.write(problem)
+    print(f"{records}: {count:,} records, {bad:,} bad", file=sys.stderr)
+    if bad:
         raise SystemExit(1)
+    print(f"next: clipid train RECIPE --train {records}")
 
 
-def download(options: argparse.Namespace) -> None:
+@command
+def download(
+    rows: Input, folder: Folder, *, contact: str = "", connections: int = 32, per_host: int = 4, interval: float = 0.1
+) -> None:
+    """Fetch the pictures of a list of URLs. Run it again for those that are not done yet.
+
+    Args:
+        rows: list of URLs: a .jsonl or .txt file, a folder of them, or a glob; a line is {"url": …, "captions": […]}
+        folder: where the pictures, the manifest and the captions records go
+        contact: mail address or page of yours, for the sites that are asked
+        connections: most connections at once
+        per_host: most connections to one host at once
+        interval: seconds between two requests to one host
+    """
     from clipid_utils.data.download.download import count_urls, download, read_urls
     from clipid_utils.data.download.fetcher import Limits
 
-    limits = Limits(connections=options.connections, per_host=options.per_host, interval=options.interval)
-    try:
-        report = download(read_urls(options.rows), options.folder, limits=limits, contact=options.contact,
-                          total=count_urls(options.rows))
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on where it stopped") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
-    print(f"{report}\n{options.folder}: manifest.jsonl lists all rows, captions.jsonl the pictures with captions")
+    limits = Limits(connections=connections, per_host=per_host, interval=interval)
+    report = download(read_urls(rows), folder, limits=limits, contact=contact, total=count_urls(rows))
+    print(f"{report}\n{folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
     if not report.kept:
-        raise SystemExit("no picture was fetched: the reasons are above")
+        raise SystemExit(1)
+    print(f"next: clipid check {folder / 'captions.jsonl'}")
 
 
-def translate(options: argparse.Namespace) -> None:
+@command
+def translate(
+    rows: Input, folder: Folder, *, model: Annotated[str | None, arg(aliases=("-m",))] = None, column: str = "captions",
+    beam: int = 4, device: Literal["auto", "cpu", "cuda"] = "auto", ray: Ray = None, workers: int | None = None,
+    cores: int = 1, gpus: float = 0.0,
+) -> None:
+    """Translate English captions into Indonesian. Run it again to continue.
+
+    Args:
+        rows: a .jsonl or .parquet file, a folder of part files, or a glob
+        folder: where the Parquet shards go
+        model: a folder, or a hub id such as Helsinki-NLP/opus-mt-en-id; by default the small model of this project
+        column: the column with the English
+        beam: hypotheses of the beam search
+        device: where to compute, without Ray
+        ray: run on Ray: on this machine, or on the cluster at ADDRESS; write it last
+        workers: processes on Ray; by default as many as there is room for
+        cores: cores of one process on Ray
+        gpus: GPUs of one process on Ray
+    """
     from clipid_utils.data.translation.translate import SHIPPED, Translator, translate_rows
 
-    if options.model is None:
-        print("by the small model of data/translator, which is there to try this out: for captions to train on name "
-              "another, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
-    try:
-        translator = Translator(options.model or SHIPPED, beam=options.beam, device=options.device)
-        report = translate_rows(options.file, options.folder, translator, column=options.column)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on where it stopped") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
-    print(f"{report}\n{options.folder}: part-*.parquet; dropped are the captions that stayed English, each marked so")
+    if model is None:
+        print("by the small model of data/translator, which is there to try this out: for captions to train on name a "
+              "larger one, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
+    if ray is None:
+        report = translate_rows(rows, folder, Translator(model or SHIPPED, beam=beam, device=device), column=column)
+    else:
+        from clipid_utils.data.translation.on_ray import translate_on_ray
+
+        report = translate_on_ray(rows, folder, model=model or SHIPPED, column=column, beam=beam, workers=workers,
+                                  cores=cores, gpus=gpus, address=cluster(ray))
+    print(f"{report}\n{folder}: part files; captions that stayed English are marked\nnext: clipid check {folder}")
 
 
-def train_mini(options: argparse.Namespace) -> None:
-    from clipid_utils.data.dictionary.build import load_picture_dictionary
-    from clipid_utils.training.recipes import train_mini
+@command
+def embed(
+    rows: Input, folder: Folder, *, model: Model = "mini", ray: Ray = None, workers: int | None = None, cores: int = 1,
+    gpus: float = 0.0,
+) -> None:
+    """Add the column image_embeds to Parquet shards, on Ray. Run it again to continue.
 
-    result = train_mini(load_picture_dictionary(), options.out, seed=options.seed)
-    if result.interrupted:
-        raise SystemExit(f"{options.out} is as it was")
-    print(f"{options.out}: trained; `python -m clipid_utils evaluate {options.out}` measures it")
+    Args:
+        rows: Parquet shards with the column image or image_path: a file, a folder, or a glob
+        folder: where shards of the same names go
+        model: a shipped model by name, a run, a model's folder, or a hub id
+        ray: run on the cluster at ADDRESS, not on this machine; write it last
+        workers: processes; by default as many as there is room for
+        cores: cores of one process
+        gpus: GPUs of one process
+    """
+    from clipid_utils.data.translation.on_ray import map_shards
+    from clipid_utils.files import input_files
+    from clipid_utils.inference.embed_shards import EmbedPictures
+
+    options = {"checkpoint": model, "root": str(folder.absolute())}
+    count = map_shards(input_files(rows, (".parquet",)), folder, EmbedPictures, options, workers=workers, cores=cores,
+                       gpus=gpus, address=cluster(ray or ()))
+    print(f"{folder}: {count:,} rows with image_embeds")
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def cluster(ray: tuple[str, ...]) -> str | None:
+    """The address that follows --ray, if any."""
+    if len(ray) > 1:
+        raise ValueError(f"--ray takes one address, not {' '.join(ray)}: write it after the files and folders")
+    return next(iter(ray), None)
+
+
+@command
+def train(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
+    """Train by a recipe; `clipid train --help` lists the recipes."""
+    # `parse` calls run_recipe: the options of a recipe take the whole library
+
+
+def run_recipe(recipe) -> None:
+    """Trains by a `training.command.Recipe`."""
+    from clipid_utils.training.command import run
+
+    if not run(recipe):
+        raise KeyboardInterrupt
+    print(f"{recipe.out / 'model'}: trained\nnext: clipid evaluate {recipe.out}, or clipid search FOLDER \"kucing\" -m "
+          f"{recipe.out}")
+
+
+@command
+def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini") -> None:
+    """Measure a model on the picture dictionary and write its metrics.json.
+
+    Args:
+        model: a shipped model by name, a run, or a model's folder
+    """
     from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.inference.evaluate import evaluate_checkpoint
+    from clipid_utils.model.pretrained.hub import fetch_checkpoint
 
-    out = options.checkpoint / "metrics.json"
-    report = evaluate_checkpoint(options.checkpoint, load_picture_dictionary(), out=out)
-    print(json.dumps(report["retrieval"], indent=1))
-    print(f"all figures: {out}")
+    folder = fetch_checkpoint(model)
+    out = folder / "metrics.json"
+    report = evaluate_checkpoint(folder, load_picture_dictionary(), out=out)
+    print(f"{json.dumps(report['retrieval'], indent=1)}\nall figures: {out}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m clipid_utils", description=__doc__.split(":")[0])
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("prepare", help="fetch and prepare the picture dictionary under data/cache")
-    command.set_defaults(run=prepare)
-    command = commands.add_parser("check", help="name every bad line of a file of captions records")
-    command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
-    command.add_argument("--root", type=Path, help="where relative paths start, if not at the file's folder")
-    command.set_defaults(run=check)
-    command = commands.add_parser("download", help="fetch the pictures of a list of URLs; again: what is not done yet")
-    command.add_argument("rows", type=Path, help='JSON lines: {"url": …, "captions": […]}')
-    command.add_argument("folder", type=Path, help="where the pictures, the manifest and the captions records go")
-    command.add_argument("--contact", default="", help="a mail address or a page for the sites that are asked")
-    command.add_argument("--connections", type=int, default=32, help="at once")
-    command.add_argument("--per-host", type=int, default=4, help="connections to one host at once")
-    command.add_argument("--interval", type=float, default=0.1, help="seconds between two requests to one host")
-    command.set_defaults(run=download)
-    command = commands.add_parser("translate", help="English captions into Indonesian; again: what is not done yet")
-    command.add_argument("file", type=Path, help="a .jsonl or .parquet file")
-    command.add_argument("folder", type=Path, help="where the Parquet shards go")
-    command.add_argument("--model", default=None, help="a folder or an id such as Helsinki-NLP/opus-mt-en-id; by "
-                         "default the small model of data/translator")
-    command.add_argument("--column", default="captions", help="the one with the English")
-    command.add_argument("--beam", type=int, default=4)
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    command.set_defaults(run=translate)
-    command = commands.add_parser("train-mini", help="train by the shipped checkpoint's recipe")
-    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
-    command.add_argument("--seed", type=int, default=0)
-    command.set_defaults(run=train_mini)
-    command = commands.add_parser("evaluate", help="measure a checkpoint into its metrics.json")
-    command.add_argument("checkpoint", type=Path, nargs="?", default=CHECKPOINTS / "mini")
-    command.set_defaults(run=evaluate)
-    commands.add_parser("train", help="train by a recipe; `train --help` lists them", add_help=False)
-    if sys.argv[1:2] == ["train"]:
-        from clipid_utils.training.command import main as train
+@command
+def search(
+    folder: Folder, query: Annotated[Positional[str], arg(metavar="QUERY")] = "", *,
+    image: Annotated[Path | None, arg(aliases=("-i",))] = None, model: Model = "mini",
+    k: Annotated[int, arg(aliases=("-k",))] = 12,
+) -> None:
+    """Find pictures in a folder by words, by a picture, or by both.
 
-        return train(sys.argv[2:])
-    options = parser.parse_args()
-    options.run(options)
+    Args:
+        folder: folder of pictures, with its subfolders
+        query: words, such as "kucing tidur"
+        image: a picture to find similar ones
+        model: a shipped model by name, a run, a model's folder, or a hub id
+        k: pictures to print, the best first
+    """
+    if not query.strip() and image is None:
+        raise ValueError('give words, such as "kucing tidur", or a picture with --image')
+    from clipid_utils import load_clip
+    from clipid_utils.inference.index import build_index
+    from clipid_utils.inference.search import query_embeds, search
+
+    model, processor = load_clip(model)
+    index = build_index(model, processor, folder, cache=CACHE / "search")
+    scores, rows = search(index, query_embeds(model, processor, query or None, image), k)
+    for score, row in zip(scores[0], rows[0], strict=True):
+        print(f"{score:.3f}  {folder / index.keys[row]}")
+
+
+def parse(arguments: list[str]) -> Callable[[], None]:
+    """The call that the arguments ask for. Wrong arguments are one line and exit status 2."""
+    name, cli, prog, words = next(iter(arguments), ""), COMMANDS.cli, "clipid", __doc__.partition(".")[0]
+    if name == "train":
+        from clipid_utils.training.command import RECIPES
+
+        chosen = {key: RECIPES[key] for key in arguments[1:2] if key in RECIPES}  # its own options are suggested
+        cli = functools.partial(tyro.extras.overridable_config_cli, chosen or RECIPES)
+        prog, words, arguments = "clipid train", "Train by a recipe, with changes of your own.", arguments[1:]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = cli(prog=prog, description=words, args=arguments, config=(FlagCreatePairsOff,))
+    except SystemExit as ended:
+        if ended.code:
+            print(short(said.getvalue(), name), file=sys.stderr)
+        raise
+    return functools.partial(run_recipe, parsed) if name == "train" else parsed
+
+
+def short(box: str, name: str) -> str:
+    """tyro's box around an error as one line: the problem, the nearest name, and where the options are listed."""
+    prog = f"clipid {name}" if name in EXTRAS else "clipid"
+    inside = re.sub("[│╭╮╰╯|+]", " ", re.sub(r"\x1b\[[\d;]*m", "", box).partition("\n")[2])
+    problem, *rest = (text for part in re.split("[─-]{4,}", inside) if (text := " ".join(part.split())))
+    nearest = re.findall(r"Perhaps you meant: (--[\w.-]+)", "\n".join(rest))
+    nearest += [] if name in EXTRAS else difflib.get_close_matches(name, EXTRAS, 1)
+    guess = f": did you mean {nearest[0]}?" if nearest else ""
+    return f"{prog}: {problem}{guess} ({prog} --help)"
+
+
+def stop(number: int, frame) -> None:
+    """Ctrl-C raises KeyboardInterrupt, but ends the process at once during an import, and when it comes again."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):  # an import may swallow the exception
+            os.write(2, b"stopped\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def with_home(word: str) -> str:
+    """An argument with `~` expanded, where the shell leaves it: in quotes and behind `=`."""
+    option, sign, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return option + sign + os.path.expanduser(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command. Exit status: 0 done, 1 bad input or nothing fetched, 2 wrong usage, 130 stopped by Ctrl-C."""
+    words = list(map(with_home, sys.argv[1:] if arguments is None else arguments))
+    name, before = next(iter(words), ""), signal.getsignal(signal.SIGINT)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no fault
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            parse(words)()
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped: run the same command{' with --resume' * (name == 'train')} to continue", file=sys.stderr)
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        from clipid_utils.files import install_line
+
+        raise SystemExit(f"clipid {name} needs {error.name}: {install_line(EXTRAS[name])}") from error
+    except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+        raise SystemExit(f"clipid {name}: {error}") from error
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def results_table(report: dict) -> str:
     within, group = (named[key]["templates"] for key in ("concept_within_group", "group"))
     lines.append("")
     lines.append(
-        f"Zero-shot on `unseen_artist`, with Indonesian templates: the right one of {group['classes']} groups for "
-        f"{cell(group['top1'])} of the pictures; the right concept, among the {within['classes']:.0f} of its own "
-        f"group in the mean, for {cell(within['top1'])}."
+        f"Zero-shot on `unseen_artist`, with Indonesian templates: the right one of {group['classes']} groups is found "
+        f"for {cell(group['top1'])} of the pictures. If the group is known, the right concept is found for "
+        f"{cell(within['top1'])}; a group has {within['classes']:.0f} concepts on average."
     )
     return "\n".join(lines)
 

@@ -1,115 +1,126 @@
-"""`python -m clipid_utils train`: whole runs by name, each a frozen dataclass whose fields are the command's options.
+"""The recipes of `clipid train`: each is a frozen dataclass, and its fields are the command's options.
 
-The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; what differs is
-listed above `ANCESTOR`. `indobert-base`, `indobert-large` and `indonesian-roberta-base` train towers of that kind with
-what is known today. No run of such a size has been made here.
+The two `ancestor-…` recipes are the runs of 2021 (galuhsahid/clip-indonesian) with their settings; the differences are
+listed above `ANCESTOR`. `indobert-base`, `indobert-large` and `indonesian-roberta-base` train the same kinds of towers
+in the way that is usual today. No run of that size has been made here.
 """
 
 import dataclasses
 import functools
-import glob
-import json
 import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from tyro.conf import Suppress, arg
 
-from clipid_utils.data.batches.loader import Feed, load_pairs, load_records, records_feed, stream_feed
+from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
+from clipid_utils.data.batches.loader import Feed, PicturePairs, load_pairs, load_records, records_feed, stream_feed
+from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.dictionary.build import load_picture_dictionary
-from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.pretrained.load import load_clip
-from clipid_utils.model.pretrained.save import save_clip
-from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.files import input_files, whole_folder, write_json
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form
 from clipid_utils.training.features import cache_features
-from clipid_utils.training.fit import FitConfig, fit
+from clipid_utils.training.fit import FitConfig, FitResult, fit
 from clipid_utils.training.heads import ProjectionConfig, train_projections
 from clipid_utils.training.log import RunLog
+from clipid_utils.training.loop import fitting_batch
 from clipid_utils.training.optimizers import adabelief, adamw, muon
-from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
-from clipid_utils.training.run import check_same
+from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini, pairs_checksum
+from clipid_utils.training.run_folder import check_same
 
 FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
 OPTIMIZERS = {"adamw": adamw, "adabelief": adabelief, "muon": muon}
-# What a run that goes on must not change: of these its weights are made. Devices, forms and sinks may be others.
-FIXED = ("train", "validation", "validation_pictures", "vision", "text", "logit_scale", "stages", "dtype", "seed")
+# Settings that must be the same when a run resumes; devices, forms and sinks may change.
+SAME_ON_RESUME = ("train", "validation", "validation_pictures", "image_column", "caption_column", "vision", "text",
+                  "logit_scale", "stages", "dtype", "seed")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: from the weights of the one before it, with its own schedule."""
+    """One stage of a run. It starts from the weights of the stage before it and has its own schedule."""
 
-    fit: FitConfig | None = None
+    # Settings. With a ProjectionConfig the towers are frozen, and the projections learn from their cached features.
+    fit: FitConfig | ProjectionConfig = FitConfig()
+    # AdaBelief with adaptive clipping was used in 2021; Muon takes the matrices of the blocks, AdamW the rest
     optimizer: Literal["adamw", "adabelief", "muon"] = "adamw"
-    """AdaBelief, with adaptive clipping, was the ancestor's; Muon takes the matrices in the blocks, AdamW the rest."""
-    features: ProjectionConfig | None = None
-    """In place of fit: the towers frozen, their features computed once, the projections trained on them."""
+
+    @property
+    def on_features(self) -> bool:
+        return isinstance(self.fit, ProjectionConfig)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A whole run of training."""
 
-    out: Annotated[Path, tyro.conf.arg(help="the run's folder")]
+    out: Annotated[Path, arg(aliases=("-o",), help="folder of the run")]
+    # Captions records (a .jsonl or .parquet file, a folder of part files, or a glob), the picture dictionary, or,
+    # for stages without features, WebDataset tars ("shards/*.tar")
     train: str = "dictionary"
-    """Captions records (JSONL or Parquet), the picture dictionary, or, for stages without features, WebDataset tars
-    ("shards/*.tar")."""
+    # Captions records to measure recall on; the dictionary has its own
     validation: str | None = None
-    """Captions records; the dictionary's own where it is trained on."""
+    # Ending of the pictures in tars, such as input.jpg; none: found by itself
+    image_column: str | None = None
+    # Ending of the captions in tars, such as outputs.txt; none: found by itself
+    caption_column: str | None = None
+    # Folder or hub id of the image tower; none: a mini model with random weights
     vision: str | None = "openai/clip-vit-base-patch32"
-    """Folder or hub id of the image tower; none: a mini model with random weights."""
+    # Folder or hub id of the text tower
     text: str = "indobenchmark/indobert-base-p2"
-    """Folder or hub id of the text tower."""
+    # Factor on the cosines at the start; none: the one of CLIP
     logit_scale: float | None = None
-    """Factor on the cosines to start from; none: CLIP's."""
+    # One after the other
     stages: tuple[Stage, ...] = ()
-    """One after the other."""
+    # Type in which the towers compute; parameters are float32
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the towers compute in; parameters are float32."""
+    # How the step runs on several devices
     form: Literal["jit", "shard_map", "pmap"] = "jit"
-    """How the step runs on several devices."""
+    # Mesh axis along which parameters are cut (only with jit; the optimizer's state is always cut along data)
     shard: Literal["none", "data", "model"] = "none"
-    """The mesh axis along which parameters are cut (jit alone; the optimizer's state is always cut along data)."""
+    # Devices along the mesh axis model
     model_devices: int = 1
-    """Devices along the mesh axis model."""
+    # For several processes: call jax.distributed.initialize(), which finds the others on a TPU pod or under Slurm
     hosts: bool = False
-    """Several processes: calls jax.distributed.initialize(), which finds the others on a TPU pod or under Slurm."""
+    # Processes that decode the pictures of captions records; 0: threads
     workers: int = 0
-    """Processes that decode the pictures of captions records; 0: threads."""
+    # Most validation records that recall is measured on: the first ones
     validation_pictures: int = 2000
-    """The most of the validation records that are measured on: the first ones."""
+    # Queries; the first pictures found for them are kept at each evaluation
     samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
-    """Queries whose first pictures are kept at each evaluation."""
+    # Of everything that is drawn: the order of the data, captions, augmentations, the first weights of a mini
+    # model
     seed: int = 0
-    """Of all that is drawn: the order of the data, captions, augmentations, a mini model's first weights."""
+    # Continue the run in the folder, if there is one
     resume: bool = False
-    """Go on with the run in the folder, if there is one."""
+    # Curves and pictures for TensorBoard, in the folders of the stages
     tensorboard: bool = False
-    """Curves and pictures for TensorBoard, in the folders of the stages."""
+    # Name of a Weights & Biases project
     wandb: str | None = None
-    """Name of a Weights & Biases project."""
+    # Name of the recipe
+    name: Suppress[str] = ""
 
 
-# The runs of 2021: 20 epochs of 8 x 64 pairs, of at most 96 tokens; AdaBelief, adaptive clipping at 0.01, no decay; a
-# tenth of the steps to the peak, then a cosine to 0; the scale fixed at 20; first the projections, then all else too.
-# What was a fault is not repeated: the loss sees the whole batch, not each device's part, RoBERTa's positions begin
-# where they did in its pretraining, a flip does not make kiri and kanan false, and a resumed run is the same run. What
-# else differs:
-# - BERT's dropout of 0.1 was on, in both stages; here is none.
-# - A random square of the picture became the middle one, a shear along both axes one along x, the grey (127) behind a
-#   moved picture white, and a hue turned in HSV one turned in YIQ. Perspective, autocontrast and equalize are absent.
+# The runs of 2021: 20 epochs of 8 x 64 pairs of at most 96 tokens; AdaBelief, adaptive clipping at 0.01, no decay; the
+# rate rises for a tenth of the steps and falls to 0 along a cosine; the scale is fixed at 20; first the projections
+# learn, then everything else too. Faults of that run are not repeated: the loss sees the whole batch, not the part of
+# each device; RoBERTa's positions begin where they did in its pretraining; a flip does not make kiri and kanan false;
+# a resumed run is the same run. Other differences:
+# - BERT's dropout of 0.1 was on in both stages; here there is none.
+# - A random square of the picture is now the middle one; a shear along both axes is now along x; the grey (127) behind
+#   a moved picture is now white; hue is turned in YIQ, not HSV. Perspective, autocontrast and equalize are absent.
 # - The text projection began at a standard deviation of 0.02; here at one over the root of the width.
-# - Every 1,000 steps, in the second stage 500, the loss of the validation pairs was measured, and 5 checkpoints were
-#   kept; here each epoch their recall, of the first of them (--validation-pictures), and 3. The log is as it was.
-# - The second stage began at a checkpoint that was chosen by hand (its scripts name steps 40,000 and 71,000 of 477,000)
-#   and ended with its last weights; here each ends with those of the best recall, where it is measured.
+# - Every 1,000 steps (second stage: 500) the loss of the validation pairs was measured, and 5 checkpoints were kept;
+#   here their recall is measured each epoch on the first ones (--validation-pictures), and 3 are kept.
+# - The second stage began at a checkpoint chosen by hand (its scripts name steps 40,000 and 71,000 of 477,000) and
+#   ended with its last weights; here each stage ends with the weights of the best recall, if recall is measured.
 _ANCESTOR = FitConfig(
     epochs=20, batch_size=512, learning_rate=5e-5, weight_decay=0.0, warmup=0.1, clip_norm=0.01, caption_tokens=96,
     average_decay=0.0, evaluate_every=1, log_every=200, checkpoint_every=1000, trainable=("*.projection.*",),
@@ -122,173 +133,189 @@ ANCESTOR = (
                               checkpoint_every=500), "adabelief"),
 )
 TODAY = (
-    Stage(features=ProjectionConfig(batch_size=4096)),
+    Stage(ProjectionConfig(batch_size=4096)),
     Stage(FitConfig(
         epochs=10, batch_size=4096, chunks=8, learning_rate=2e-4, weight_decay=0.1, layer_decay=0.8, caption_tokens=64,
         rates={"*.projection.*": 2.0}, evaluate_every=1, log_every=20, checkpoint_every=500,
     )),
 )
-_HERE = Path("runs")
-RECIPES = {
-    "mini": (
-        "the shipped checkpoint's recipe: mini on the picture dictionary, from random weights",
-        Recipe(_HERE / "mini", vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
-    ),
-    "ancestor-indobert-large": (
-        "the run of 2021: ViT-B/32 and IndoBERT large; frozen, then unfrozen",
-        Recipe(_HERE / "ancestor-indobert-large", text="indobenchmark/indobert-large-p2", logit_scale=20.0,
-               stages=ANCESTOR),
-    ),
-    "ancestor-indonesian-roberta": (
-        "the run of 2021: ViT-B/32 and Indonesian RoBERTa base; frozen, then unfrozen",
-        Recipe(_HERE / "ancestor-indonesian-roberta", text="flax-community/indonesian-roberta-base", logit_scale=20.0,
-               stages=ANCESTOR),
-    ),
-    "indobert-base": (
-        "today: ViT-B/32 and IndoBERT base; stage 1 on cached features, batches of 4,096, a learned scale, layer decay",
-        Recipe(_HERE / "indobert-base", stages=TODAY, dtype="bfloat16"),
-    ),
-    "indobert-large": (
-        "today: ViT-B/32 and IndoBERT large, as indobert-base",
-        Recipe(_HERE / "indobert-large", text="indobenchmark/indobert-large-p2", stages=TODAY, dtype="bfloat16"),
-    ),
-    "indonesian-roberta-base": (
-        "today: ViT-B/32 and Indonesian RoBERTa base, as indobert-base",
-        Recipe(_HERE / "indonesian-roberta-base", text="flax-community/indonesian-roberta-base", stages=TODAY,
-               dtype="bfloat16"),
-    ),
-}
+TEXTS = {"indobert-base": "indobenchmark/indobert-base-p2", "indobert-large": "indobenchmark/indobert-large-p2",
+         "indonesian-roberta": "flax-community/indonesian-roberta-base"}
 
 
-def start(recipe: Recipe, pictures: Dataset | None) -> tuple[HybridCLIP, CLIPProcessor]:
+def _recipe(name: str, tower: str, words: str, **settings) -> tuple[str, tuple[str, Recipe]]:
+    text = TEXTS[tower]
+    return name, (words.format(text), Recipe(Path("runs", name), text=text, name=name, **settings))
+
+
+_ANCESTOR_WORDS = "the run of 2021: ViT-B/32 and {}; first the projections, then the towers"
+_TODAY_WORDS = "today: ViT-B/32 and {}; first cached features, then the towers, in large batches"
+RECIPES = dict((  # by name: a description, and the settings
+    _recipe("mini", "indobert-base", "the shipped model: mini on the picture dictionary, from random weights",
+            vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
+    *(_recipe(f"ancestor-{tower}", tower, _ANCESTOR_WORDS, logit_scale=20.0, stages=ANCESTOR)
+      for tower in ("indobert-large", "indonesian-roberta")),
+    *(_recipe(name, tower, _TODAY_WORDS, stages=TODAY, dtype="bfloat16") for name, tower in (
+        ("indobert-base", "indobert-base"), ("indobert-large", "indobert-large"),
+        ("indonesian-roberta-base", "indonesian-roberta"))),
+))
+
+
+def is_tars(train: str) -> bool:
+    """Whether the training data is WebDataset tars: by its ending, or a folder that has some."""
+    return train.endswith(".tar") or any(Path(train).expanduser().glob("*.tar"))
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises ValueError for options that do not fit together, before anything is loaded."""
+    tars, columns = is_tars(recipe.train), (recipe.image_column, recipe.caption_column)
+    if recipe.shard != "none" and recipe.form != "jit":
+        raise ValueError(f"--shard {recipe.shard} needs --form jit: the other forms keep all parameters on each device")
+    if recipe.vision is None and recipe.train != "dictionary":
+        raise ValueError(f"a mini model learns its tokenizer from the picture dictionary and can only train on it: "
+                         f"leave --train {recipe.train} out, or train other towers on it with --vision and --text, or "
+                         "with another recipe, such as indobert-base")
+    if any(columns) and not (all(columns) and tars):
+        raise ValueError("--image-column and --caption-column are for tars, and go together: give both or none")
+    on_features = [number for number, stage in enumerate(recipe.stages, 1) if stage.on_features]
+    if tars and on_features:
+        raise ValueError(f"stage {on_features[0]} computes features of captions records, and --train {recipe.train} "
+                         "names tars: take a recipe without such a stage, or name .jsonl or .parquet files")
+    without_end = [number for number, stage in enumerate(recipe.stages) if tars and stage.fit.steps is None]
+    if without_end:
+        options = (f"--stages.{number}.fit.steps N --stages.{number}.fit.evaluate-every N" for number in without_end)
+        raise ValueError(f"--train {recipe.train} is a stream, which has no epochs: give {' '.join(options)}, in steps "
+                         "(an epoch has as many steps as there are pairs, divided by the batch size)")
+
+
+def claim_folder(recipe: Recipe) -> None:
+    """Writes the recipe into the folder of a new run, as `recipe.json`.
+
+    Raises FileExistsError if the folder has a run that is not to be resumed, and ValueError if it began with different
+    settings.
+    """
+    path = recipe.out / "recipe.json"
+    settings = dataclasses.asdict(recipe)
+    if any(any(recipe.out.glob(f"stage-*/{kept}")) for kept in ("checkpoints/[0-9]*", "model")):
+        if not recipe.resume:
+            raise FileExistsError(f"{recipe.out} has a run already: continue it with --resume, or name a "
+                                  "different folder with --out")
+        if path.is_file():
+            check_same(path, {name: settings[name] for name in SAME_ON_RESUME})
+    elif jax.process_index() == 0:
+        write_json(path, {**settings, "out": str(recipe.out)})
+
+
+def new_model(recipe: Recipe, dictionary: Mapping[str, Dataset]) -> tuple[HybridCLIP, CLIPProcessor]:
     """The model that the first stage starts from, and its processor."""
+    dtype = jnp.dtype(recipe.dtype)
     if recipe.vision is None:
-        if pictures is None:
-            raise ValueError("a mini model learns its tokenizer from the picture dictionary: name the towers with "
-                             "--vision and --text to train on other data")
-        model, processor = new_mini(load_pairs(pictures, SOURCE_SIZE), seed=recipe.seed,
-                                    dtype=jnp.dtype(recipe.dtype))
+        model, processor = new_mini(load_pairs(dictionary["train"], SOURCE_SIZE), seed=recipe.seed, dtype=dtype)
     else:
-        model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=jnp.dtype(recipe.dtype))
+        model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=dtype)
         processor = CLIPProcessor.from_towers(recipe.vision, recipe.text)
     if recipe.logit_scale is not None:
         model.logit_scale[...] = jnp.asarray(math.log(recipe.logit_scale), jnp.float32)
     return model, processor
 
 
-def check(recipe: Recipe) -> None:
-    """Raises ValueError for options that do not go together, before anything is loaded."""
-    if recipe.shard != "none" and recipe.form != "jit":
-        raise ValueError(f"--shard {recipe.shard} needs --form jit: the others keep a copy of all on each device")
-    for number, stage in enumerate(recipe.stages, 1):
-        if (stage.fit is None) == (stage.features is None):
-            raise ValueError(f"stage {number} has {'neither' if stage.fit is None else 'both'} of fit and features: "
-                             "give one")
-        if stage.features is not None and recipe.train.endswith(".tar"):
-            raise ValueError(f"stage {number} computes features of captions records, which --train {recipe.train} are "
-                             "not: take a recipe without such a stage, or name a .jsonl or .parquet file")
-    if recipe.train.endswith(".tar"):
-        endless = [number for number, stage in enumerate(recipe.stages) if stage.fit.steps is None]
-        options = " ".join(f"--stages.{number}.fit.steps N --stages.{number}.fit.evaluate-every N"
-                           for number in endless)
-        if endless:
-            raise ValueError(f"--train {recipe.train} is a stream, which has no epochs to count: give {options}, in "
-                             "steps (an epoch has as many as there are pairs, divided by the batch size)")
+def load_data(recipe: Recipe, dictionary: Mapping[str, Dataset], processor: CLIPProcessor):
+    """The data to train on, None if it is tars, and the pictures to measure recall on, if any."""
+    data, validation, size, decode = None, None, processor.image_size, processor.decoder
+    if recipe.train == "dictionary":
+        data = load_pairs(dictionary["train"], *((SOURCE_SIZE,) if recipe.vision is None else (size, decode)))
+        validation = load_pairs(dictionary["validation"], size, decode)
+    elif not is_tars(recipe.train):
+        data = read_captions(recipe.train)
+    if recipe.validation is not None:
+        validation = load_records(read_captions(recipe.validation), size, recipe.validation_pictures, decode)
+    return data, validation
 
 
-def keep(recipe: Recipe) -> None:
-    """Writes the whole recipe into its folder, as `recipe.json`, where no run has begun there.
-
-    Raises FileExistsError where one has and is not to go on, ValueError where it is to go on with another recipe.
-    """
-    path = recipe.out / "recipe.json"
-    settings = dataclasses.asdict(recipe)
-    if any(any(recipe.out.glob(f"stage-*/{kept}")) for kept in ("checkpoints/[0-9]*", "model")):
-        if not recipe.resume:
-            raise FileExistsError(f"{recipe.out} holds a run: go on with it (--resume), or name another folder (--out)")
-        if path.is_file():
-            check_same(path, {name: settings[name] for name in FIXED})
-    elif jax.process_index() == 0:
-        recipe.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+def make_feed(recipe: Recipe, config: FitConfig, records: Dataset | None, processor: CLIPProcessor) -> Feed:
+    """Batches of captions records, or of the tars of `recipe.train`."""
+    options = {"seed": recipe.seed, "length": config.caption_tokens, "decode": processor.decoder,
+               "process_index": jax.process_index(), "process_count": jax.process_count()}
+    settings = processor.tokenize, processor.image_size, config.batch_size
+    if records is not None:
+        return records_feed(records, *settings, workers=recipe.workers, **options)
+    columns = (recipe.image_column, recipe.caption_column) if recipe.image_column else None
+    stream = tar_stream(input_files(recipe.train, (".tar",)))
+    return stream_feed(stream, *settings, columns=columns, **options)
 
 
-def make_feed(recipe: Recipe, stage: Stage, size: int, tokenize) -> Feed:
-    """Batches of `recipe.train`: captions records, or tars."""
-    options = {"seed": recipe.seed, "length": stage.fit.caption_tokens, "process_index": jax.process_index(),
-               "process_count": jax.process_count()}
-    if recipe.train.endswith(".tar"):
-        files = sorted(glob.glob(recipe.train))
-        if not files:
-            raise FileNotFoundError(f"no file fits --train {recipe.train}")
-        stream = load_dataset("webdataset", data_files=files, split="train", streaming=True)
-        return stream_feed(stream, tokenize, size, stage.fit.batch_size, **options)
-    return records_feed(read_captions(Path(recipe.train)), tokenize, size, stage.fit.batch_size,
-                        workers=recipe.workers, **options)
+def train_heads(recipe: Recipe, stage: Stage, model, processor, data, validation, folder: Path) -> FitResult:
+    """A stage on features: computes or reads them, trains the projections, and keeps the model in the folder."""
+    features = cache_features(model, processor, data, folder / "features")
+    log = RunLog(folder, dataclasses.asdict(stage.fit) | {"seed": recipe.seed}, tensorboard=recipe.tensorboard,
+                 wandb=recipe.wandb)
+    try:
+        result = train_projections(model, features, stage.fit, seed=recipe.seed, optimizer=OPTIMIZERS[stage.optimizer],
+                                   on_log=lambda history: log.log(history[-1]))
+    finally:
+        log.close()
+    if not result.interrupted and jax.process_index() == 0:
+        with whole_folder(folder / "model") as made:
+            save_clip(result.model, processor, made)
+    return result
+
+
+def train_model(recipe: Recipe, stage: Stage, model, processor, data, validation, folder: Path) -> FitResult:
+    """A stage through the towers, with checkpoints."""
+    form = FORMS[recipe.form] if recipe.shard == "none" else functools.partial(jit_form, params=recipe.shard)
+    mesh, config, feed = make_mesh(model=recipe.model_devices), stage.fit, data
+    if not isinstance(data, PicturePairs):
+        if data is not None:
+            size = fitting_batch(config.batch_size, len(data), multiple=mesh.shape["data"] * config.chunks)
+            config = dataclasses.replace(config, batch_size=size)
+        feed = make_feed(recipe, config, data, processor)
+    return fit(model, processor, feed, validation, config, seed=recipe.seed, out=folder, form=form, mesh=mesh,
+               optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,
+               sinks={"tensorboard": recipe.tensorboard, "wandb": recipe.wandb})
+
+
+def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, data, validation) -> None:
+    """Writes `out/model`: the weights, and the settings and the log of the last stage for the model card."""
+    last = recipe.out / f"stage-{len(recipe.stages)}"
+    with whole_folder(recipe.out / "model") as folder:
+        save_clip(model, processor, folder)
+        for name in ("fit.json", "metrics.jsonl"):
+            shutil.copyfile(last / name, folder / name)
+        if isinstance(data, PicturePairs):
+            write_json(folder / "recipe.json", {
+                "recipe": recipe.name, "seed": recipe.seed, "pictures": len(data),
+                "train_sha256": pairs_checksum(data), "validation_sha256": pairs_checksum(validation)})
 
 
 def run(recipe: Recipe) -> bool:
-    """Trains stage after stage, each in `out/stage-…`, into the checkpoint `out/model`; whether it came to the end.
+    """Trains stage after stage, each in `out/stage-…`, and writes the model to `out/model`; False if it was stopped.
 
-    The folder also gets `recipe.json`, from which a run that goes on may not differ in what its weights are made of.
-    With `recipe.resume` a stage goes on from its last checkpoint, and one that is finished is read; a stage on features
-    keeps its features and, in `stage-…/model`, what it ended with, but no checkpoints: stopped, its projections are
-    trained anew, in minutes, to the same weights. Raises what `fit` raises.
+    The folder also gets `recipe.json`; a resumed run must have the same settings (`SAME_ON_RESUME`). With
+    `recipe.resume` a stage continues from its last checkpoint, and a finished stage is read. A stage on features keeps
+    its features and, in `stage-…/model`, its result, but no checkpoints: if it is stopped, its projections are trained
+    again, in minutes, to the same weights. Raises ValueError for options that do not fit together, and what `fit`
+    raises.
     """
-    check(recipe)
+    check_options(recipe)
     if recipe.hosts:
         jax.distributed.initialize()
-    keep(recipe)
+    claim_folder(recipe)
     dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
-    model, processor = start(recipe, dictionary.get("train"))
-    size, pairs, validation = model.config.vision.image_size, None, None
-    if dictionary:
-        pairs = load_pairs(dictionary["train"], SOURCE_SIZE if recipe.vision is None else size)
-        validation = load_pairs(dictionary["validation"], size)
-    if recipe.validation is not None:
-        validation = load_records(read_captions(Path(recipe.validation)), size, recipe.validation_pictures)
-    mesh = make_mesh(model=recipe.model_devices)
-    sinks = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb}
+    model, processor = new_model(recipe, dictionary)
+    data, validation = load_data(recipe, dictionary, processor)
+    if validation is None:
+        print("without --validation no recall is measured: the last weights are kept, not the best")
     for number, stage in enumerate(recipe.stages, 1):
-        out = recipe.out / f"stage-{number}"
-        print(f"stage {number} of {len(recipe.stages)}: {out}")
-        if recipe.resume and (out / "model").is_dir():
-            model, _ = load_clip(out / "model", dtype=jnp.dtype(recipe.dtype))
+        folder = recipe.out / f"stage-{number}"
+        print(f"stage {number} of {len(recipe.stages)}: {folder}; its first step is compiled, for 10 to 60 seconds")
+        if recipe.resume and (folder / "model").is_dir():
+            model, _ = load_clip(folder / "model", dtype=jnp.dtype(recipe.dtype))
             continue
-        if stage.features is not None:
-            data = read_captions(Path(recipe.train)) if pairs is None else pairs
-            features = cache_features(model, processor, data, out / "features")
-            log = RunLog(out, dataclasses.asdict(stage.features) | {"seed": recipe.seed}, **sinks)
-            try:
-                result = train_projections(model, features, stage.features, seed=recipe.seed,
-                                           optimizer=OPTIMIZERS[stage.optimizer],
-                                           on_log=lambda history, log=log: log.log(history[-1]))
-            finally:
-                log.close()
-        else:
-            form = FORMS[recipe.form] if recipe.shard == "none" else functools.partial(jit_form, params=recipe.shard)
-            feed = pairs if pairs is not None else make_feed(recipe, stage, size, processor.tokenize)
-            result = fit(model, processor, feed, validation, stage.fit, seed=recipe.seed, out=out, form=form, mesh=mesh,
-                         optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,
-                         sinks=sinks)
+        train_stage = train_heads if stage.on_features else train_model
+        result = train_stage(recipe, stage, model, processor, data, validation, folder)
         if result.interrupted:
             return False
         model = result.model
-        if stage.features is not None and jax.process_index() == 0:
-            save_clip(model, processor, out / "model.part")
-            (out / "model.part").replace(out / "model")
     if jax.process_index() == 0:
-        save_clip(model, processor, recipe.out / "model")
+        save_result(recipe, model, processor, data, validation)
     return True
-
-
-def main(arguments: list[str]) -> None:
-    recipe = tyro.extras.overridable_config_cli(RECIPES, prog="python -m clipid_utils train", args=arguments,
-                                                description="Train a CLIP, by a named recipe with changes of your own.")
-    try:
-        finished = run(recipe)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    if not finished:
-        raise SystemExit(f"stopped: the same command with --resume goes on from where {recipe.out} is")
-    print(f"{recipe.out / 'model'}: trained")

@@ -1,4 +1,4 @@
-"""`python -m clipid_utils train`: its recipes run on small towers and records, and an error is one line."""
+"""`clipid train`: its recipes run on small towers and records, and resume with the same settings only."""
 
 import dataclasses
 import io
@@ -9,21 +9,24 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import grain
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 from reference import config_of, unpack, weights_of, write_folder
-from tiny import tiny_pairs
+from tiny import tiny_clip, tiny_pairs
 
 from clipid_utils import load_clip
+from clipid_utils.__main__ import main
+from clipid_utils.data.batches.loader import Feed
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
 from clipid_utils.training import command
-from clipid_utils.training.command import RECIPES, Recipe, Stage, main, run
+from clipid_utils.training.command import RECIPES, Recipe, run
 from clipid_utils.training.fit import FitConfig
-from clipid_utils.training.heads import ProjectionConfig
 from clipid_utils.training.optimizers import check_patterns, dotted, matching
+from clipid_utils.training.recipes import pairs_checksum
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seekor", "kucing", "tidur", "anjing", "mobil", "merah", "rumah"]
 COUNT = 16
@@ -60,6 +63,9 @@ def write_place(root: Path) -> Path:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     (root / "captions.jsonl").write_text("\n".join(lines))
+    (root / "parts").mkdir()
+    for part in (0, 1):
+        (root / "parts" / f"part-{part}.jsonl").write_text("\n".join(lines[part::2]).replace('": "', '": "../'))
     return root
 
 
@@ -73,14 +79,15 @@ def no_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def small(name: str, place, out, train="captions.jsonl", **changes) -> Recipe:
-    """A recipe as it stands, on the small towers, for few steps of few pairs."""
+def small(name: str, place, out, train="captions.jsonl", batch_size=8, **changes) -> Recipe:
+    """A recipe with the small towers, for few steps of few pairs."""
 
     def few(stage):
-        config = stage.fit and dataclasses.replace(stage.fit, epochs=1, steps=2, batch_size=8, chunks=1,
-                                                   caption_tokens=8, log_every=1, evaluate_every=2, checkpoint_every=2)
-        features = stage.features and dataclasses.replace(stage.features, batch_size=8, epochs=1)
-        return dataclasses.replace(stage, fit=config, features=features)
+        settings = {"epochs": 1, "batch_size": batch_size}
+        if isinstance(stage.fit, FitConfig):
+            settings |= {"steps": 2, "chunks": 1, "caption_tokens": 8, "log_every": 1, "evaluate_every": 2,
+                         "checkpoint_every": 2}
+        return dataclasses.replace(stage, fit=dataclasses.replace(stage.fit, **settings))
 
     recipe = RECIPES[name][1]
     return dataclasses.replace(
@@ -91,29 +98,36 @@ def small(name: str, place, out, train="captions.jsonl", **changes) -> Recipe:
 
 
 # The ancestor's with the other text tower has the stages of the first and the tower of the last
-@pytest.mark.parametrize("name", ["ancestor-indobert-large", "indobert-base", "indonesian-roberta-base"])
-def test_a_recipe_runs_its_stages(name, place, tmp_path, monkeypatch):
-    recipe = small(name, place, tmp_path / "run")
-    started, processor = command.start(recipe, None)  # a second time it would take seconds
-    monkeypatch.setattr(command, "start", lambda *_: (started, processor))
+@pytest.mark.parametrize("name, train, batch_size", [
+    ("ancestor-indobert-large", "parts", 8), ("indobert-base", "captions.jsonl", 4096),  # more than there is
+    ("indonesian-roberta-base", "captions.jsonl", 8)])
+def test_a_recipe_runs_its_stages(name, train, batch_size, place, tmp_path, monkeypatch, capsys):
+    recipe = small(name, place, tmp_path / "run", train, batch_size)
+    started, processor = command.new_model(recipe, {})  # a second time it would take seconds
+    monkeypatch.setattr(command, "new_model", lambda *_: (started, processor))
     assert run(recipe)
-    model, _ = load_clip(tmp_path / "run" / "model")
+    model, _ = load_clip(tmp_path / "run")
     for path, value in nnx.to_flat_state(nnx.state(started, nnx.Param)):
         trained = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))[path]
         assert np.isfinite(np.asarray(trained[...])).all()
         if path[-1] == "kernel" and "projection" in path:
             assert not np.array_equal(trained[...], value[...])
     for number, stage in enumerate(recipe.stages, 1):
-        folder, config = tmp_path / "run" / f"stage-{number}", stage.features or stage.fit
-        kept = ["features", "model"] if stage.features else ["checkpoints", "best", "samples/step_000002.png"]
+        folder = tmp_path / "run" / f"stage-{number}"
+        kept = ["features", "model"] if stage.on_features else ["checkpoints", "best", "samples/step_000002.png"]
         for file in ("fit.json", "versions.json", "metrics.jsonl", *kept):
             assert (folder / file).exists(), file
-        settings = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": recipe.seed}))
-        assert json.loads((folder / "fit.json").read_text()) == settings
+        settings = json.loads(json.dumps(dataclasses.asdict(stage.fit) | {"seed": recipe.seed}))
+        written = json.loads((folder / "fit.json").read_text())
+        assert written == settings | ({"batch_size": written["batch_size"]} if batch_size > COUNT else {})
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "loss" in line][-1] == 2
+        assert [line["step"] for line in lines if "loss" in line][-1] == (1 if stage.on_features and batch_size > COUNT
+                                                                         else 2)
+    for name in ("fit.json", "metrics.jsonl"):  # of the last stage, for the model card
+        assert (tmp_path / "run" / "model" / name).read_bytes() == (folder / name).read_bytes()
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert kept == json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+    assert (f"{COUNT}" in capsys.readouterr().out) == (batch_size > COUNT)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -125,17 +139,17 @@ def test_the_patterns_of_a_recipe_fit_the_towers_it_is_for(name):
                                  text=dataclasses.replace(config.text, layers=1))
     params = nnx.eval_shape(lambda: nnx.state(HybridCLIP(config, rngs=nnx.Rngs(0)), nnx.Param))
     for stage in recipe.stages:
-        check_patterns(params, (stage.features or stage.fit).trainable)
-        check_patterns(params, stage.fit.rates if stage.fit else ())
+        check_patterns(params, stage.fit.trainable)
+        check_patterns(params, getattr(stage.fit, "rates", ()))
 
 
-def test_tars_and_going_on(place, tmp_path):
+def test_a_run_on_tars_resumes_with_the_same_settings_only(place, tmp_path):
     recipe = small("ancestor-indobert-large", place, tmp_path / "run", train="pairs-*.tar")
     assert run(recipe)
     with pytest.raises(FileExistsError, match="resume"):
         run(recipe)
     before = (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text()
-    assert run(dataclasses.replace(recipe, resume=True))  # finished: read, not trained again
+    assert run(dataclasses.replace(recipe, resume=True))  # a finished stage is read, not trained again
     assert (tmp_path / "run" / "stage-2" / "metrics.jsonl").read_text() == before
     first, second = recipe.stages
     second = dataclasses.replace(second, optimizer="adamw", fit=dataclasses.replace(second.fit, rates={"text.*": 2.0}))
@@ -153,10 +167,10 @@ def test_tars_and_going_on(place, tmp_path):
 
 
 def test_tars_have_no_epochs_and_the_options_to_give_are_named(capsys, tmp_path):
-    """By the recipe as it stands, before the towers are loaded; these options it has."""
-    command_line = ["ancestor-indobert-large", "--train", "none-*.tar", "--out", str(tmp_path)]
+    """Before the towers are loaded; and the recipe has these options."""
+    command_line = ["train", "ancestor-indobert-large", "--train", "none-*.tar", "--out", str(tmp_path)]
     named = "--stages.0.fit.steps N --stages.0.fit.evaluate-every N --stages.1.fit.steps N"
-    with pytest.raises(SystemExit, match=f"none-.*no epochs to count: give {named} --stages.1.fit.evaluate-every N,"):
+    with pytest.raises(SystemExit, match=f"none-.*no epochs: give {named} --stages.1.fit.evaluate-every N,"):
         main([*command_line, "--vision", "no-such-folder"])
     with pytest.raises(SystemExit, match="no file fits|no-such-folder"):
         main([*command_line, *f"{named} --stages.1.fit.evaluate-every N".replace("N", "9").split(),
@@ -168,57 +182,68 @@ def test_features_are_not_computed_of_tars(place, tmp_path):
         run(small("indobert-base", place, tmp_path / "run", train="pairs-*.tar"))
 
 
-def test_a_stage_has_one_of_fit_and_features(tmp_path):
-    for stage, words in (Stage(), "neither"), (Stage(FitConfig(), features=ProjectionConfig()), "both"):
-        with pytest.raises(ValueError, match=f"stage 1 has {words} of fit and features"):
-            run(Recipe(tmp_path, stages=(stage,)))
+@pytest.mark.parametrize("train, columns", [("pairs-0.tar", ("input.jpg", "outputs.txt")), ("", None)])
+def test_tars_are_named_by_a_glob_or_their_folder_and_their_columns_by_options(train, columns, place, monkeypatch):
+    seen, feed = {}, Feed(grain.MapDataset.range(1).to_iter_dataset(), 8, None)
+    monkeypatch.setattr(command, "stream_feed", lambda *_, **options: seen.update(options) or feed)
+    monkeypatch.setattr(command, "tar_stream", lambda files: seen.update(files=files))
+    recipe = small("ancestor-indobert-large", place, place / "run", train, **(
+        dict(zip(("image_column", "caption_column"), columns, strict=True)) if columns else {}))
+    assert command.is_tars(recipe.train)
+    _, processor = tiny_clip()
+    command.make_feed(recipe, recipe.stages[0].fit, None, processor)
+    assert seen["files"] == [place / "pairs-0.tar"] and seen["columns"] == columns
+    assert callable(seen["decode"])  # the processor's: training sees the same pixels as use
 
 
-def test_what_a_stage_on_features_ended_with_is_read_by_its_own_recipe_alone(tmp_path):
+def test_a_model_of_the_dictionary_has_its_recipe_beside_its_weights(tmp_path):
+    """For the model card, and for the shipped checkpoint, which `make train-mini` copies from here."""
+    pairs, recipe = tiny_pairs(12), dataclasses.replace(RECIPES["mini"][1], out=tmp_path)
+    (tmp_path / "stage-1").mkdir()
+    for name in ("fit.json", "metrics.jsonl"):
+        (tmp_path / "stage-1" / name).write_text("{}")
+    command.save_result(recipe, *tiny_clip(), pairs, pairs.take(slice(4)))
+    assert json.loads((tmp_path / "model" / "recipe.json").read_text()) == {
+        "recipe": "mini", "seed": 0, "pictures": 12, "train_sha256": pairs_checksum(pairs),
+        "validation_sha256": pairs_checksum(pairs.take(slice(4)))}
+
+
+def test_the_model_of_a_stage_on_features_is_read_by_its_own_recipe_only(tmp_path):
     recipe = dataclasses.replace(RECIPES["indobert-base"][1], out=tmp_path)
-    command.keep(recipe)
+    command.claim_folder(recipe)
     (tmp_path / "stage-1" / "model").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="--resume"):
-        command.keep(recipe)
-    command.keep(dataclasses.replace(recipe, resume=True))
+        command.claim_folder(recipe)
+    command.claim_folder(dataclasses.replace(recipe, resume=True))
     with pytest.raises(ValueError, match="seed 0, now 1"):
-        command.keep(dataclasses.replace(recipe, resume=True, seed=1))
+        command.claim_folder(dataclasses.replace(recipe, resume=True, seed=1))
 
 
 def test_a_new_mini_computes_in_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_pairs", lambda pictures, size: tiny_pairs(12, size))
-    model, _ = command.start(Recipe(tmp_path, vision=None, dtype="bfloat16"), datasets.Dataset.from_dict({}))
+    recipe = Recipe(tmp_path, vision=None, dtype="bfloat16")
+    model, _ = command.new_model(recipe, {"train": datasets.Dataset.from_dict({})})
     assert model.vision.dtype == model.text.dtype == np.dtype("bfloat16")
 
 
-def test_help_lists_the_recipes_and_a_recipe_its_options(capsys):
-    for arguments, words in (["--help"], list(RECIPES)), (["mini", "--help"], ["--resume", "--out", "--tensorboard"]):
-        shown = shown_by(arguments, capsys)
-        assert all(word in shown for word in words)
-
-
-def shown_by(arguments: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 0
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_option_says_what_it_is(name, capsys):
+def test_every_option_of_a_recipe_is_explained(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", name, "--help"])
+    assert end.value.code == 0
     words = {}
-    for line in shown_by([name, "--help"], capsys).splitlines():  # tyro draws its boxes in lines or in blanks
+    for line in capsys.readouterr().out.splitlines():  # tyro draws its boxes in lines or in blanks
         if re.match(r"[│ ] --?\w", line):
             option = line.strip("│ ")
             words[option] = ""
         elif re.match(r"[│ ]  {4}", line):
             words[option] += " " + line.strip("│ ")
     assert sum(option.startswith("--stages.") for option in words) > 30
+    assert {option.split()[0].strip(",") for option in words} >= {"-o", "--resume", "--image-column", "--tensorboard"}
     assert not [option for option, text in words.items() if not re.match(r" (?!\(default)\S+ \S", text)]
-    for number, stage in enumerate(RECIPES[name][1].stages):  # what a stage does not read it does not offer
-        for kind in ("fit", "features"):
-            offered = any(option.startswith(f"--stages.{number}.{kind}.") for option in words)
-            assert offered == (getattr(stage, kind) is not None)
+    for number, stage in enumerate(RECIPES[name][1].stages):  # options are those that the stage reads
+        offered = any(option.startswith(f"--stages.{number}.fit.chunks") for option in words)
+        assert offered == isinstance(stage.fit, FitConfig)
 
 
 @pytest.mark.parametrize("name, options, expected", [
@@ -231,7 +256,7 @@ def test_every_option_says_what_it_is(name, capsys):
 def test_learning_rates_of_groups_are_an_option(name, options, expected, monkeypatch):
     recipes = []
     monkeypatch.setattr(command, "run", lambda recipe: not recipes.append(recipe))
-    main([name, *options])
+    main(["train", name, *options])
     assert list(recipes[0].stages[1].fit.rates.items()) == list(expected.items())  # the first that fits counts
 
 
@@ -240,13 +265,13 @@ def test_learning_rates_of_groups_are_an_option(name, options, expected, monkeyp
     ("ancestor-indonesian-roberta", "flax-community/indonesian-roberta-base"),
 ])
 def test_the_ancestors_settings_are_those_of_2021(name, text):
-    """Those of run_hybrid_clip.py and of the run_training_….sh and their …_unfreeze.sh."""
+    """As in run_hybrid_clip.py, in the run_training_….sh and their …_unfreeze.sh."""
     recipe = RECIPES[name][1]
     assert (recipe.vision, recipe.text, recipe.dtype) == ("openai/clip-vit-base-patch32", text, "float32")
     assert recipe.logit_scale == 20.0 and len(recipe.stages) == 2
     for stage, rate, log, save in zip(recipe.stages, (5e-5, 1e-5), (200, 100), (1000, 500), strict=True):
         fit, moved = stage.fit, stage.fit.augmentation
-        assert stage.optimizer == "adabelief" and stage.features is None
+        assert stage.optimizer == "adabelief" and not stage.on_features
         assert (fit.epochs, fit.steps, fit.batch_size, fit.caption_tokens) == (20, None, 8 * 64, 96)
         assert (fit.learning_rate, fit.warmup, fit.weight_decay, fit.clip_norm) == (rate, 0.1, 0.0, 0.01)
         assert (fit.log_every, fit.checkpoint_every, fit.average_decay, fit.layer_decay) == (log, save, 0.0, 1.0)
@@ -263,15 +288,14 @@ def test_the_ancestors_settings_are_those_of_2021(name, text):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--train", "missing.jsonl"], "missing.jsonl"), 
+    (["--train", "missing.jsonl"], "missing.jsonl"),
     (["--train", "none-*.tar", "--stages.0.fit.steps", "9", "--stages.1.fit.steps", "9"], "no file fits"),
     (["--model-devices", "3"], "divisor of 8"), (["--form", "pmap", "--shard", "data"], "--form jit"),
+    (["--stages.0.fit.epochs", "0"], "nothing to train"),
 ])
-def test_what_is_wrong_is_one_line(options, message, place, tmp_path):
+def test_an_error_is_one_line(options, message, place, tmp_path):
     towers = ["--vision", str(place / "vision"), "--text", str(place / "bert"), "--out", str(tmp_path)]
     options = ["--train", str(place / "captions.jsonl")] * ("--train" not in options) + options
     with pytest.raises(SystemExit, match=message) as end:
-        main(["ancestor-indobert-large", *towers, *options])
-    assert "Traceback" not in str(end.value)
-
-
+        main(["train", "ancestor-indobert-large", *towers, *options])
+    assert "\n" not in end.value.code

@@ -1,7 +1,6 @@
-"""`train RECIPE`, stopped in either of two stages and called with --resume, or on two hosts, is one run."""
+"""`clipid train RECIPE`, stopped in either of two stages and called with --resume, or on two hosts, is one run."""
 
 import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -14,12 +13,12 @@ from test_command import write_place
 from clipid_utils import __main__
 from clipid_utils.training import command
 
-# Of each recipe: which of its stages are `fit`'s, what else makes it small, and in which stage, by which step and how
-# its processes end. Checkpoints are at steps 2 and 4; a stage on features keeps none.
+# For each recipe: the stages through the towers, other options that make it small, and the stage and step in which its
+# processes end, and how. Checkpoints are at steps 2 and 4; a stage on features keeps none.
 RECIPES = {
     "ancestor-indobert-large": ([0, 1], [], [("stage-1", 3, "killed"), ("stage-2", 3, "killed")]),
     "indobert-base": (
-        [1], ["--stages.0.features.epochs", "2", "--stages.0.features.batch-size", "8", "--stages.0.features.log-every",
+        [1], ["--stages.0.fit.epochs", "2", "--stages.0.fit.batch-size", "8", "--stages.0.fit.log-every",
               "1", "--stages.1.fit.chunks", "2", "--stages.1.fit.rates", "text.*", "2.0"],
         [("stage-1", 3, "killed"), ("stage-2", 1, "told")],
     ),
@@ -27,7 +26,7 @@ RECIPES = {
 
 
 def train(commands: list[list[str]], cache: Path, stage: str = "", step: int = 0, how: str = "") -> None:
-    """`python -m clipid_utils train …`, one after the other, and what stops it at this step of this stage."""
+    """`clipid train …`, one after the other, and what stops it at this step of this stage."""
 
     def act():
         return die() if how == "killed" else signal.raise_signal(signal.SIGTERM)
@@ -49,8 +48,7 @@ def train(commands: list[list[str]], cache: Path, stage: str = "", step: int = 0
     command.fit, command.train_projections = stopped_fit, stopped_projections
     with cached_in(cache):
         for arguments in commands:
-            sys.argv = ["clipid_utils", "train", *arguments]
-            __main__.main()
+            __main__.main(["train", *arguments])
 
 
 def on_host(command_line: list[str], cache: Path, port: int, rank: int) -> None:
@@ -85,10 +83,10 @@ def test_stopped_in_either_stage_a_run_ends_with_the_weights_of_an_unbroken_one(
     go_on = [*options, "--out", str(run), "--resume"]
     for stage, step, how in stops:
         process = Process(train, [go_on], tmp_path / "cache", stage, step, how, log=tmp_path / f"{stage}.log")
-        output = process.ends(-signal.SIGKILL if how == "killed" else 1)
+        output = process.ends(-signal.SIGKILL if how == "killed" else 130)
         assert not (run / "model").exists() and (run / "stage-2").exists() == (stage == "stage-2")
         if how == "told":
-            assert f"stopped: the same command with --resume goes on from where {run} is" in output
+            assert "stopped: run the same command with --resume to continue" in output
             assert steps(run / stage) == [step]
     before = (run / "stage-1" / "metrics.jsonl").stat().st_mtime_ns
     whole = [*options, "--out", str(unbroken)]

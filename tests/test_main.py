@@ -1,0 +1,280 @@
+"""The command `clipid`: the same conventions for every command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_clip
+
+import clipid_utils
+from clipid_utils.__main__ import EXTRAS, main, short
+from clipid_utils.data.download import download
+from clipid_utils.data.report import Report
+from clipid_utils.data.translation import on_ray, translate
+from clipid_utils.inference import evaluate
+from clipid_utils.training import command as training
+
+LINES = [b'{"image_path": "a.png", "captions": ["seekor kucing"], "url": "http://localhost/a.png"}',
+         b'{"image_path": "a.png", "captions": ["seekor anjing"], "url": "http://localhost/b.png"}']
+
+
+def run(line: str, capsys, **words) -> tuple[object, str, str]:
+    """Exit status, or the line that goes with status 1; stdout; stderr."""
+    status = 0
+    try:
+        main([word.format(**words) for word in line.split()])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Records and a picture in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(LINES) + b"\r\n")  # as Windows' editors write it
+    for number, line in enumerate(LINES):
+        (tmp_path / "in" / f"part-{number}.jsonl").write_bytes(line.replace(b"a.png", b"../a.png"))
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stand-ins for the work of the commands; gives what each was called with."""
+    seen = {}
+
+    def fetch(rows, folder, **options):
+        report = Report(kept=options["contact"] != "nobody")
+        seen.update(rows=list(rows), **options)
+        return report
+
+    class Translator(translate.Translator):
+        identity = name = "m"
+        workers = beam = 1
+
+        def __init__(self, model, **options):
+            seen.update(model=model, **options)
+
+        def __call__(self, texts, tick=None):
+            return [translate.Translation(f"id {text}") for text in texts]
+
+    monkeypatch.setattr(download, "download", fetch)
+    monkeypatch.setattr(translate, "Translator", Translator)
+    monkeypatch.setattr(on_ray, "translate_on_ray", lambda *args, **options: seen.update(options, args=args))
+    monkeypatch.setattr(on_ray, "map_shards", lambda *args, **options: seen.update(options, args=args) or 2)
+    monkeypatch.setattr(training, "run", lambda recipe: seen.update(recipe=recipe) or recipe.seed != 13)
+    return seen
+
+
+def test_help_lists_the_commands(capsys):
+    status, out, _ = run("--help", capsys)
+    assert status == 0 and all(f"• {name} " in out for name in EXTRAS)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_every_option_is_explained(name, capsys):
+    status, out, _ = run(f"{name} --help", capsys)
+    assert status == 0
+    words = " ".join(out.replace("│", " ").split())
+    assert not [part for part in words.split(" --")[1:] if part.partition(" ")[2].startswith("(default")], out
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", "Expected one of {{prepare, check"), ("chek a", "did you mean check? (clipid --help)"),
+    ("check", "INPUT"), ("check a --rot b", "did you mean --root? (clipid check --help)"), ("check a --root", "--root"),
+    ("search a b -k many", "-k"), ("translate a b --device tpu", "cuda"), ("download a", "FOLDER"),
+    ("evaluate a b c", "b, c"), ("embed a b --worker 2", "did you mean --workers?"),
+    ("train minni", "minni"), ("train mini --epochs 3", "did you mean --stages.0.fit.epochs? (clipid train --help)"),
+    ("train indobert-base --dtype int8", "bfloat16"),
+])
+def test_wrong_usage_is_one_line_with_the_nearest_name_and_status_2(line, words, capsys):
+    status, out, err = run(line, capsys)
+    assert status == 2 and not out and err.count("\n") == 1 and words.format() in err
+
+
+def test_a_box_in_colour_is_read_too():
+    box = "╭─ \x1b[1mValue error\x1b[0m ───╮\n│ Error parsing \x1b[91m--k\x1b[0m: no │\n│ ───── │\n│ Help │\n╰────╯\n"
+    assert short(box, "search") == "clipid search: Error parsing --k: no (clipid search --help)"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("check nowhere", "nowhere: no such file"), ("check nothing/*.jsonl", "no file fits"),
+    ("check {0}", "no file here ends in"), ("download nowhere {0}/out", "nowhere: no such file"),
+    ("translate nowhere {0}/out", "nowhere: no such file"), ("embed nowhere {0}/out", "nowhere: no such file"),
+    ("translate {0}/in {0}/out --ray a b", "--ray takes one address"), ("evaluate no/where", "no/where"),
+    ("search nowhere kucing", "nowhere"), ("search {0}", "--image"),
+    ("train mini -o {0}/run --train {0}/a.jsonl", "learns its tokenizer from the picture dictionary"),
+    ("train indobert-base -o {0}/run --train {0}/a.jsonl --image-column jpg", "--caption-column are for tars"),
+])
+def test_bad_input_is_one_line_and_status_1(line, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, out, _ = run(line.replace("{0}", str(tmp_path)), capsys)
+    assert isinstance(status, str) and "\n" not in status and status.startswith(f"clipid {line.split()[0]}: ")
+    assert words in status and "next:" not in out
+
+
+@pytest.mark.parametrize("given", ["{0}/a.jsonl", "{0}/in", "{0}/in/part-*.jsonl", "~/a.jsonl"])
+@pytest.mark.parametrize("name", ["check", "download", "translate"])
+def test_input_is_a_file_a_folder_or_a_glob_with_any_line_ends(name, given, folder, asked, capsys):
+    given, out = given.replace("{0}", str(folder)), folder / "out"
+    status, said, _ = run(f"{name} {given}" + f" {out}" * (name != "check"), capsys)
+    assert status == 0 and "next: clipid " in said
+    if name == "download":
+        assert [row["url"][-5] for row in asked["rows"]] == ["a", "b"] and asked["total"] == 2
+        assert [row["row"] for row in asked["rows"]] == [0, 1]
+    if name == "translate":  # its folder of part files is input for the next command
+        assert run(f"check {out}", capsys)[0] == 0
+        assert clipid_utils.data.captions.read_captions(out)["captions"][1] == ["id seekor anjing"]
+
+
+@pytest.mark.parametrize("option", ["--root=~/pictures", "--root ~/pictures"])
+def test_a_home_folder_is_expanded_in_options_too(option, folder, capsys):
+    (folder / "a.png").rename((folder / "pictures").mkdir() or folder / "pictures" / "a.png")
+    assert run(f"check ~/a.jsonl {option}", capsys)[0] == 0
+
+
+def test_a_download_that_fetches_nothing_exits_with_1(folder, asked, capsys):
+    status, out, _ = run(f"download ~/a.jsonl {folder}/out --contact nobody", capsys)
+    assert status == 1 and "0 kept" in out and "next:" not in out
+
+
+def test_the_rows_of_a_compressed_list_are_counted(folder, asked, capsys):
+    import gzip
+
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(LINES * 500)))
+    assert run(f"download ~/b.jsonl.gz {folder}/out", capsys)[0] == 0
+    assert asked["total"] == len(asked["rows"]) == 1000
+
+
+@pytest.mark.parametrize("name", ["translate", "embed"])
+@pytest.mark.parametrize("option, address", [("--ray", None), ("--ray ray://head:10001", "ray://head:10001")])
+def test_ray_runs_here_or_on_a_cluster(name, option, address, folder, asked, capsys):
+    (folder / "in" / "a.parquet").touch()
+    assert run(f"{name} ~/in ~/out -m tiny --workers 2 --cores 3 --gpus 0.5 {option}", capsys)[0] == 0
+    options = {key: asked[key] for key in ("address", "workers", "cores", "gpus")}
+    assert options == {"address": address, "workers": 2, "cores": 3, "gpus": 0.5}
+    if name == "embed":
+        files, out, _, settings = asked["args"]
+        assert (files, out) == ([folder / "in" / "a.parquet"], folder / "out")
+        assert settings == {"checkpoint": "tiny", "root": str(folder / "out")}
+
+
+def test_a_run_that_was_stopped_says_how_to_continue(asked, tmp_path, capsys):
+    assert run(f"train mini -o {tmp_path}/run", capsys)[:2] == (
+        0, f"{tmp_path}/run/model: trained\nnext: clipid evaluate {tmp_path}/run, or "
+           f'clipid search FOLDER "kucing" -m {tmp_path}/run\n')
+    assert asked["recipe"].out == tmp_path / "run" and asked["recipe"].train == "dictionary"
+    status, _, err = run("train mini --seed 13", capsys)
+    assert status == 130 and err == "\nstopped: run the same command with --resume to continue\n"
+
+
+def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypatch, capsys):
+    clipid_utils.save_clip(*tiny_clip(), tmp_path / "run" / "model")
+    measured = {"retrieval": {"validation": 1}}
+    monkeypatch.setattr(clipid_utils.data.dictionary.build, "load_picture_dictionary", dict)
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint",
+                        lambda checkpoint, _, out: out.write_text(json.dumps(measured)) and measured)
+    assert run(f"evaluate {tmp_path}/run", capsys)[0] == 0
+    assert json.loads((tmp_path / "run" / "model" / "metrics.json").read_text()) == measured
+
+
+def test_search_prints_scores_and_paths_the_best_first(tmp_path, monkeypatch, capsys):
+    from clipid_utils.inference.index import build_index
+    from clipid_utils.inference.search import query_embeds
+
+    model, processor = tiny_clip()
+    clipid_utils.save_clip(model, processor, tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, colour in zip("abc", ("red", "green", "blue"), strict=True):
+        Image.new("RGB", (30, 20), colour).save(pictures / f"{name}.png")
+    (pictures / "d.png").write_bytes(b"not a picture")
+    monkeypatch.setattr(clipid_utils.paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys.modules["clipid_utils.__main__"], "CACHE", tmp_path / "cache")
+    for query in ("kucing", f"-i {pictures}/b.png"):
+        status, out, err = run(f"search {pictures} {query} -m {tmp_path}/model -k 2", capsys)
+        asked = {"image": pictures / "b.png"} if "-i" in query else {"text": query}
+        index = build_index(model, processor, pictures, progress=False)
+        scores = index.embeds @ query_embeds(model, processor, **asked)[0]
+        expected = [f"{scores[row]:.3f}  {pictures / index.keys[row]}" for row in np.argsort(-scores)[:2]]
+        assert status == 0 and out.splitlines() == expected and "d.png" in err
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    import warnings
+
+    monkeypatch.setattr(training, "run", lambda recipe: not warnings.warn("the loss is stuck", stacklevel=1))
+    assert run("train mini", capsys)[2] == "warning: the loss is stuck\n"
+
+
+# In processes of their own
+
+
+@pytest.mark.parametrize("module", ["tyro.", "jax.", None])
+def test_ctrl_c_is_one_line_at_any_moment(module, tmp_path):
+    """While a module of this name is imported; None: while the command works."""
+    if module is None:
+        code = ("import time; from clipid_utils import __main__\n"
+                "__main__.parse = lambda words: lambda: print('import time: working', flush=True) or time.sleep(60)\n"
+                "__main__.main(['check'])")
+        line = [sys.executable, "-c", code]
+    else:
+        line = [sys.executable, "-X", "importtime", "-m", "clipid_utils", "train", "--help"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for text in process.stdout:
+        if text.strip() and text.split()[-1].startswith(module or "working"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = [text for text in process.communicate(timeout=120)[0].splitlines() if not text.startswith("import time:")]
+    assert process.returncode == 130 and [text.split(":")[0] for text in rest if text] == ["stopped"], rest
+
+
+ABSENT = """
+import sys
+from importlib.abc import MetaPathFinder
+ABSENT = {absent}
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ABSENT:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+sys.meta_path.insert(0, Absent())
+from clipid_utils.__main__ import main
+for line in {lines}:
+    try:
+        main(line.split())
+    except SystemExit as stop:
+        print(line, "->", stop.code)
+print(sorted({{"jax", "numpy", "PIL"}} & set(sys.modules)))
+"""
+
+
+def test_a_core_install_shows_help_and_names_the_extra_that_a_command_needs():
+    absent = "datasets", "pyarrow", "optax", "orbax", "grain", "ctranslate2", "sentencepiece", "httpx2", "ray"
+    wanted = {"check a": "data", "train mini": "train", "download a b": "download", "translate a b": "translate"}
+
+    def printed(lines):
+        code = ABSENT.format(absent=absent, lines=lines)
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+        return found.stdout.splitlines(), found.stderr
+
+    lines, err = printed(["--help", "check --help", "search --help"])
+    assert lines[-1] == "[]" and [line for line in lines if "->" in line] == [
+        "--help -> 0", "check --help -> 0", "search --help -> 0"], err  # and nothing slow was imported
+    lines, err = printed(list(wanted))
+    for line, (text, extra) in zip(lines, wanted.items(), strict=False):
+        assert line.startswith(f"{text} -> clipid {text.split()[0]} needs ") and f"[{extra}]" in line, (line, err)
+
+
+def test_the_module_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "clipid_utils", "chek"], capture_output=True, text=True,
+                           env=os.environ | {"COLUMNS": "60"})
+    assert (found.returncode, found.stdout) == (2, "") and "did you mean check?" in found.stderr
