@@ -225,6 +225,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def import_transformers() -> ModuleType:
+    """transformers, without its advice that PyTorch is missing, which this project does not use."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def usable_threads() -> int:
     """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
     return min(8, usable_cores())

@@ -38,10 +38,11 @@ from clipid_utils.data.translation.machine_captions import (
     with_good_pictures,
 )
 from clipid_utils.data.translation.translate import Translator
-from clipid_utils.inference.evaluate import rounded, versions
+from clipid_utils.inference.evaluate import PACKAGES, rounded
 from clipid_utils.training.fit import fit
 from clipid_utils.training.optimizers import muon
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini, pairs_checksum
+from clipid_utils.versions import versions
 
 WORK, HALVES = Path("build/added_pictures"), Path("build/halves")
 SPLITS = ("validation", "unseen_artist", "unseen_concept", "photographs")
@@ -141,7 +142,7 @@ def run(options: argparse.Namespace) -> dict:
                for split, of in ranks.items()}
     settings = {"steps": options.steps, "seeds": options.seeds, "optimizer": "muon",
                 "fit": dataclasses.asdict(dataclasses.replace(MINI, steps=options.steps))}
-    return {"settings": settings, "versions": versions(), "openclipart": counts, "machine captions": quality,
+    return {"settings": settings, "versions": versions(PACKAGES), "openclipart": counts, "machine captions": quality,
             "runs": ends, "text_to_image": figures}
 
 

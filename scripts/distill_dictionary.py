@@ -1,12 +1,12 @@
-"""Distillation on the picture dictionary: an English teacher, an Indonesian student that sees no picture.
+"""Distillation on the picture dictionary: an English teacher, and an Indonesian student that sees no pictures.
 
     python scripts/distill_dictionary.py    # about 37 minutes on 2 cores; writes data/distillation.json
 
 A CLIP of the mini preset learns the English names and keywords of the training pictures. Its text tower then teaches a
-new one the Indonesian of the same concepts, from sentence pairs alone. Measured is how well each finds the pictures of
-`validation` and `unseen_artist` by name: the teacher asked in English, the student asked in Indonesian, the teacher
-asked in Indonesian (what one has without a student), and a text tower like the student's that learned as many
-Indonesian captions from the pictures themselves, before the same frozen image tower.
+new one the Indonesian of the same concepts, from sentence pairs only. The script measures how well each finds the
+pictures of `validation` and `unseen_artist` by name: the teacher in English, the student in Indonesian, the teacher in
+Indonesian (the case without a student), and a text tower like the student's that learned as many Indonesian captions
+from the pictures, with the same frozen image tower.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from distillation import DistillConfig, Parallel, distill, parallel_features, with_text_tower
 from flax import nnx
 
 from clipid_utils import paths
@@ -26,19 +27,19 @@ from clipid_utils.data.batches.prefetch import Steps
 from clipid_utils.data.captions import flip_allowed, sample_caption
 from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.files import usable_threads
-from clipid_utils.inference.evaluate import retrieval_both_ways, rounded, versions
+from clipid_utils.inference.evaluate import PACKAGES, retrieval_both_ways, rounded
 from clipid_utils.model.clip import HybridCLIP, TextEncoder
 from clipid_utils.model.config import PRESETS
 from clipid_utils.model.embed import embed_pixels
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
-from clipid_utils.training.distill import DistillConfig, Parallel, distill, parallel_features, with_text_tower
 from clipid_utils.training.fit import FitConfig, fit
 from clipid_utils.training.optimizers import adamw, muon
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE
+from clipid_utils.versions import versions
 from clipid_utils.wording import fill, group_phrase
 
 SPLITS = ("validation", "unseen_artist")
-# English templates and the Indonesian ones that say the same; the teacher learns the left side of each
+# English templates, and Indonesian ones with the same meaning; the teacher learns the left side of each
 TEMPLATES = [
     ("a picture of {name}", "gambar {counted}"), ("a photo of {name}", "foto {counted}"),
     ("an illustration of {name}", "ilustrasi {name}"), ("an icon of {name}", "ikon {name}"),
@@ -53,7 +54,7 @@ DIRECT = FitConfig(learning_rate=1e-3, weight_decay=0.01, caption_tokens=MINI.ca
 
 
 def english_pairs(rows: Dataset, size: int) -> PicturePairs:
-    """A split's pictures with their English names and keywords, the group among them as in Indonesian."""
+    """A split's pictures with their English names and keywords; the group is a keyword, as in Indonesian."""
     pairs, names = load_pairs(rows, size), list(rows["name_en"])
     number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
     keywords = [list(dict.fromkeys([*words, group])) for words, group in zip(rows["keywords_en"], rows["group"],
@@ -64,7 +65,7 @@ def english_pairs(rows: Dataset, size: int) -> PicturePairs:
 
 
 def english_feed(pairs: PicturePairs, processor: CLIPProcessor, config: FitConfig, seed: int) -> Feed:
-    """Batches as `dictionary_feed` makes them, pictures of a concept together, with the English templates."""
+    """Batches as those of `dictionary_feed` with `group_concepts`, with the English templates."""
     steps = len(pairs) // config.batch_size
 
     def make(step: int) -> dict[str, np.ndarray]:
@@ -85,7 +86,7 @@ def english_feed(pairs: PicturePairs, processor: CLIPProcessor, config: FitConfi
 def sentence_pairs(rows: Dataset, templates: int, seed: int) -> Iterator[tuple[str, str]]:
     """For each concept its name, the name with its group, its keywords, and the name in some of the templates.
 
-    The keywords say the same only as a whole: the two languages do not have them one for one.
+    The keywords of the two languages correspond only as lists, not one by one.
     """
     rng, columns = np.random.default_rng([seed, 7]), ("name_en", "name_id", "keywords_en", "keywords_id", "group",
                                                       "group_id")
@@ -112,7 +113,7 @@ def text_tower(processor: CLIPProcessor, seed: int) -> TextEncoder:
 
 
 def find(model: HybridCLIP, processor: CLIPProcessor, rows: Dataset, pixels: np.ndarray, names: str) -> dict:
-    """Text to picture by `evaluate`'s protocol, with the names of a column as queries."""
+    """Text to picture as `evaluate` measures it, with the names of a column as queries."""
     asked = {"concept": rows["concept"], "name_id": rows[names]}
     image_embeds = embed_pixels(model, processor.normalize(pixels))
     found = retrieval_both_ways(model, processor, asked, image_embeds)["text_to_image"]
@@ -169,8 +170,8 @@ def run(options: argparse.Namespace) -> dict:
                 "direct": dataclasses.asdict(direct_config), "vocabulary": {
                     "teacher": teacher.config.text.vocab_size, "student": student.student.config.vocab_size}}
     data = {"pictures": len(train), "sentence_pairs": len(sentences), "held_out_pairs": len(unseen)}
-    return {"settings": settings, "versions": versions(), "data": data, "minutes": minutes, "text_to_image": figures,
-            "curve": [line for line in student.history if "R@1" in line],
+    return {"settings": settings, "versions": versions(PACKAGES), "data": data, "minutes": minutes,
+            "text_to_image": figures, "curve": [line for line in student.history if "R@1" in line],
             "teacher_curve": [line for line in taught.history if "text_to_picture_R@1" in line]}
 
 
@@ -179,9 +180,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=paths.DATA / "distillation.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER.epochs)
-    parser.add_argument("--epochs", type=int, default=STUDENT.epochs, help="of the distillation")
+    parser.add_argument("--epochs", type=int, default=STUDENT.epochs, help="epochs of the distillation")
     parser.add_argument("--templates", type=int, default=4, help="sentences with a template for each concept")
-    parser.add_argument("--vocabulary", type=int, default=6000, help="the student's, of both languages")
+    parser.add_argument("--vocabulary", type=int, default=6000, help="the student's size, both languages")
     parser.add_argument("--pictures", type=int, help="fewer pictures to train on, for a trial")
     options = parser.parse_args()
     report = rounded(run(options), 4)

@@ -1,12 +1,12 @@
-"""What the ancestor's loss cost: each device's own pairs as negatives, against the whole batch, on the dictionary.
+"""What the ancestor's loss cost: negatives from each device's own pairs, or from the whole batch, on the dictionary.
 
     python scripts/per_device_loss.py    # about 40 minutes on 2 cores; writes data/per_device_loss.json
 
-The run of 2021 computed the loss on each of eight devices over that device's pairs alone and averaged the eight
-gradients. Here mini is trained twice a seed: with the loss over the batch of 256, and with the mean of the losses of
-eight shares of 32. Weights to begin with, batches, augmentation, optimizer and number of steps are the same. Recipe
-and optimizer are those of the shipped checkpoint, with two exceptions: the pictures of one concept do not stand side
-by side, and there is no loss between pictures. Both need the whole batch, and the ancestor had neither.
+In the run of 2021 each of eight devices computed the loss over its own pairs only, and the eight gradients were
+averaged. Here mini is trained twice for each seed: with the loss over the batch of 256, and with the mean of the losses
+of eight shares of 32. Initial weights, batches, augmentation, optimizer and number of steps are the same. Recipe and
+optimizer are those of the shipped checkpoint, with two exceptions: pictures of one concept are not put into one batch,
+and there is no loss between pictures. Both need the whole batch, and the ancestor had neither.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from recall_of_runs import Ranks, difference, line, recalls, text_ranks
 from clipid_utils import paths
 from clipid_utils.data.batches.loader import load_pairs
 from clipid_utils.data.dictionary.build import load_picture_dictionary
-from clipid_utils.inference.evaluate import rounded, versions
+from clipid_utils.inference.evaluate import PACKAGES, rounded
 from clipid_utils.training.fit import fit
 from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import muon
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini
+from clipid_utils.versions import versions
 
 DEVICES = 8
 SPLITS = ("validation", "unseen_artist", "unseen_concept")
@@ -37,7 +38,7 @@ def per_device_loss(
     image_embeds: Float[Array, "B E"], text_embeds: Float[Array, "B E"], scale: Float[Array, ""],
     positives: Bool[Array, "B B"] | None = None, axis: str | None = None,
 ) -> Float[Array, ""]:
-    """The mean of `clip_loss` over the shares of `DEVICES` devices, each by itself, on one device."""
+    """The mean of `clip_loss` over the shares of `DEVICES` devices, computed on one device."""
     assert axis is None and positives is not None
     shares = [x.reshape(DEVICES, -1, x.shape[-1]) for x in (image_embeds, text_embeds)]  # [devices, b, E]
     b = len(image_embeds) // DEVICES
@@ -50,7 +51,7 @@ LOSSES = {"whole batch": clip_loss, "per device": per_device_loss}
 
 
 def summary(ranks: dict[str, Ranks], pictures: int) -> dict:
-    """Recall of each loss, and the difference query by query."""
+    """The recall with each loss, and the difference query by query."""
     whole, parts = ranks.values()
     return {"queries": len(whole[0]), "candidates": pictures, **{loss: recalls(of) for loss, of in ranks.items()},
             "difference": difference(whole, parts)}
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> dict:
                   f"{(ranks['validation'][name][-1] == 0).mean():.3f}, {(time.time() - started) / 60:.1f} minutes",
                   flush=True)
     settings = {"devices": DEVICES, "seeds": options.seeds, "optimizer": "muon", "fit": dataclasses.asdict(config)}
-    return {"settings": settings, "versions": versions(), "pictures": len(train),
+    return {"settings": settings, "versions": versions(PACKAGES), "pictures": len(train),
             "minutes": round((time.time() - started) / 60, 1), "end_of_training": last,
             "text_to_image": {split: summary(ranks[split], len(dictionary[split])) for split in SPLITS}}
 

@@ -1,4 +1,4 @@
-"""What experiments with several seeds share: each run's recall by name, and differences between runs query by query."""
+"""For experiments with several seeds: each run's recall by name, and differences between runs query by query."""
 
 import numpy as np
 from datasets import Dataset
@@ -10,11 +10,11 @@ from clipid_utils.model.embed import embed_images, embed_texts
 from clipid_utils.model.processor import CLIPProcessor
 
 KS = (1, 5, 10)
-Ranks = list[np.ndarray]  # of each seed, a rank for each query
+Ranks = list[np.ndarray]  # for each seed, the rank of each query
 
 
 def text_ranks(model: HybridCLIP, processor: CLIPProcessor, rows: Dataset) -> np.ndarray:
-    """The rank of the first right picture for each distinct name, by `evaluate`'s protocol."""
+    """The rank of the first right picture for each distinct name, as `evaluate` measures it."""
     concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
     asked = list(dict.fromkeys(zip(concepts, names, strict=True)))
     images = embed_images(model, processor, [to_rgb(image) for image in rows["image"]], progress=False)
@@ -31,7 +31,7 @@ def recalls(ranks: Ranks) -> dict:
 
 
 def difference(first: Ranks, second: Ranks) -> dict:
-    """By how much the recall of `first` is above that of `second`, query by query, with its interval."""
+    """The recall of `first` minus that of `second`, query by query, with its interval."""
     return {f"R@{k}": metrics.with_interval((_hits(first, k) - _hits(second, k)).mean(axis=0)) for k in KS}
 
 
@@ -40,5 +40,5 @@ def _hits(ranks: Ranks, k: int) -> np.ndarray:
 
 
 def line(figures: dict) -> str:
-    """Figures as one reads them: "R@1 0.203 [0.187, 0.219]  …"."""
+    """Figures for people: "R@1 0.203 [0.187, 0.219]  …"."""
     return "  ".join(f"{k} {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for k, cell in figures.items())

@@ -1,4 +1,4 @@
-"""A stand-in for HybridCLIP with known answers: it sees how much red, green and blue there is, and reads their names.
+"""A stand-in for HybridCLIP with known answers: it measures red, green and blue, and knows their Indonesian names.
 
 Embeddings are [red, green, blue, blank], unit length; white and grey have no colour and count as blank.
 """

@@ -1,4 +1,4 @@
-"""Miniature picture packages in the true ones' formats, and clients (npm, apt-get, dpkg-deb) that serve them."""
+"""Miniature picture packages in the formats of the real ones, and clients (npm, apt-get, dpkg-deb) that serve them."""
 
 import base64
 import hashlib
@@ -42,7 +42,7 @@ STAMPS = {  # path without suffix: (English, Indonesian)
 
 
 def svg(seed: int) -> str:
-    """A drawing of its own for each seed: rectangles of some colours."""
+    """A different drawing for each seed: rectangles of some colours."""
     rng = np.random.default_rng(seed)
     shapes = ""
     for x, y, w, h, colour in rng.integers([0, 0, 9, 9, 0], [60, 60, 50, 50, 1 << 24], (12, 5)):
@@ -51,7 +51,7 @@ def svg(seed: int) -> str:
 
 
 def png(seed: int, noise: bool = False, size: int = 64) -> bytes:
-    """A cut-out picture: a square of noise (a photograph to the rule) or of flat blocks, transparent around it."""
+    """A cut-out picture, transparent around a square of noise (to the rule a photograph) or of flat blocks."""
     rng = np.random.default_rng(seed)
     rgba = np.zeros((size, size, 4), np.uint8)
     colours = rng.integers(0, 256, (4, 4, 3)).repeat(size // 8, 0).repeat(size // 8, 1)
@@ -69,7 +69,7 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def npm_members() -> dict[str, dict[str, str]]:
-    """Package name -> path -> text, as `npm pack` would pack it."""
+    """Package name -> path -> text, as `npm pack` packs it."""
     listed = [{"emoji": emoji(codes), "hexcode": codes, "group": group, "subgroups": part}
               for codes, *_, group, part in EMOJI]  # fmt: skip
     openmoji = {f"color/svg/{codes}.svg": svg(i) for i, (codes, *_) in enumerate(EMOJI)}
@@ -80,7 +80,7 @@ def npm_members() -> dict[str, dict[str, str]]:
     )
     icons = {f"icon-{i}": {"body": svg(300 + i)[len(SVG.split("{}")[0]) : -len("</svg>")]} for i in range(len(EMOJI))}
     characters = {codes.lstrip("0"): f"icon-{i}" for i, codes in enumerate(short)}
-    del characters["1f1ee-1f1e9"]  # as in the true set, flags stand in the sprite sheet alone
+    del characters["1f1ee-1f1e9"]  # as in the real set, flags are only in the sprite sheet
     characters["1f431"], aliases = "cat", {"cat": {"parent": "icon-0"}}
     noto = {"width": 72, "height": 72, "icons": icons, "aliases": aliases}
     members = {
@@ -142,7 +142,7 @@ def pack(members: dict, mode: str, prefix: str = "") -> bytes:
 
 
 def build(folder: Path, data: Path) -> dict:
-    """Writes the registry, the clients (folder/bin) and the data folder's JSON files; returns the pinned list."""
+    """Writes the registry, the clients (folder/bin) and the JSON files of the data folder; returns the pinned list."""
     sources = json.loads((data / "sources.json").read_text(encoding="utf-8"))
     registry, clients, own = folder / "registry", folder / "bin", folder / "data"
     for place in (registry, clients, own):

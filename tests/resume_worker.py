@@ -34,6 +34,7 @@ from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
 
 from clipid_utils.data.batches import loader
 from clipid_utils.data.batches.loader import records_feed, stream_feed
+from clipid_utils.data.batches.prefetch import Steps
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.training import checkpoint
 from clipid_utils.training.checkpoint import Checkpoints
@@ -200,6 +201,52 @@ def train(
         form=around(at_step(0 if how == "time" else step, act), form))
 
 
+def noise(step: int, count: int = 1000) -> dict:
+    """A state that zstd cannot shrink, made of its step alone."""
+    rng = np.random.default_rng(step)
+    return {"w": jnp.asarray(rng.random(count, np.float32)), "step": jnp.int32(step), "key": jax.random.key(step)}
+
+
+def save_and_die(folder: Path, point: str) -> None:
+    """Saves step 1, and is killed at `point` of the save of step 2."""
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(1, noise(1))
+    checkpoints.wait()
+    die_in_save(2, point)
+    checkpoints.save(2, noise(2))
+    checkpoints.wait()
+
+
+def share_a_checkpoint(folder: Path, rank: int, port: int) -> None:
+    """One of two processes that save and restore arrays that are spread over both, each with its share of the data."""
+    jax.distributed.initialize(f"localhost:{port}", 2, rank)
+    connect()
+    mesh = make_mesh()
+
+    def place(x, *spec):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*spec)), lambda at: x[at])
+
+    def half():
+        return iter(Steps(lambda step: {"rows": np.arange(8 * step + 4 * rank, 8 * step + 4 * rank + 4)}))
+
+    def rows(data):
+        return np.stack([next(data)["rows"] for _ in range(9)])
+
+    state = {"w": place(np.arange(32, dtype=np.float32).reshape(8, 4), "data"), "b": place(np.ones(3, np.float32))}
+    data = half()
+    next(data)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, data=data, extra={"step": step})
+        rest, again = rows(data), half()
+        restored, extra = checkpoints.restore(state, data=again)
+        assert checkpoints.latest() == 2 and extra == {"step": 2}
+        assert (rows(again) == rest).all() and rest[0, 0] == 8 + 4 * rank
+        for name, leaf in state.items():
+            for one, other in zip(leaf.addressable_shards, restored[name].addressable_shards, strict=True):
+                assert (np.asarray(one.data) == np.asarray(other.data)).all()
+
+
 def small(data: Path, **share):
     """A model of one layer a tower, a feed of the records for it, and a config without augmentation: each process has
     to compile it anew."""
@@ -345,7 +392,7 @@ def last_state(folder: Path) -> dict[str, np.ndarray]:
         notes = last_notes(folder)
         like = {name: _shape(text) for name, text in notes["leaves"].items()}
         restored, _ = checkpoints.restore(like)
-    return {name: np.asarray(jax.random.key_data(leaf) if name in notes["keys"] else leaf)
+    return {name: np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
             for name, leaf in restored.items()}
 
 
@@ -365,7 +412,7 @@ def steps(folder: Path) -> list[int]:
 
 def last_notes(folder: Path) -> dict:
     """What stands beside the arrays of the last checkpoint: place in the data, counts, best recall."""
-    return json.loads((folder / "checkpoints" / str(steps(folder)[-1]) / "state" / "run.json").read_text())
+    return json.loads((folder / "checkpoints" / str(steps(folder)[-1]) / "run.json").read_text())
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -31,6 +31,12 @@ def tiny_clip(seed: int = 0, *, dtype=np.float32, **changes) -> tuple[HybridCLIP
     return HybridCLIP(dataclasses.replace(CONFIG, **changes), dtype=dtype, rngs=nnx.Rngs(seed)), tiny_processor()
 
 
+def short_clip(seed: int = 0, **changes) -> tuple[HybridCLIP, CLIPProcessor]:
+    """`tiny_clip` with one layer in each tower, which compiles in half the time."""
+    one = {side: dataclasses.replace(getattr(CONFIG, side), layers=1) for side in ("vision", "text")}
+    return tiny_clip(seed, **{**one, **changes})
+
+
 def tiny_pairs(count: int = 12, size: int = SIZE, seed: int = 0) -> PicturePairs:
     """One random picture a name; more pictures than names are second pictures of the first ones."""
     rng = np.random.default_rng(seed)

@@ -4,9 +4,7 @@
 """
 
 import hashlib
-import platform
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from clipid_utils.files import to_rgb, write_json
 from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
+from clipid_utils.versions import versions
 from clipid_utils.wording import group_phrase, load_wording
 
 SPLITS = ("validation", "unseen_artist", "unseen_concept", "photographs")
@@ -51,7 +50,7 @@ def evaluate_checkpoint(
     report: dict = {
         "checkpoint": {"name": None if given else Path(checkpoint).name, "fingerprint": fingerprint(model, processor)},
         "seed": seed,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "data": {},
         "retrieval": {},
         "zero_shot": {},
@@ -135,15 +134,6 @@ def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
     return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _pixels(images) -> Float[np.ndarray, "N pixels"]:

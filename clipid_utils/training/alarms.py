@@ -1,7 +1,6 @@
-"""What goes wrong in contrastive training, noticed in the lines of the log, each with what to try.
+"""What goes wrong in contrastive training, noticed in the lines of the log; each alarm says what to try.
 
-`Alarms` reads the lines and knows nothing else; `spread` and `count_duplicates` are what the compiled step adds to
-them.
+`Alarms` reads only the lines; `spread` and `count_duplicates` are what the compiled step adds to them.
 """
 
 import math
@@ -14,24 +13,24 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clipid_utils.model.config import MAX_LOGIT_SCALE
 
-# One batch says little about a loss, and one slow read nothing about a disk: both are judged by the mean of some lines.
+# One batch says little about a loss, and one slow read little about a disk: both are judged by the mean of some lines.
 LINES = 5
-# What guessing pays is log(batch), whatever the positives mask: a target spread over several columns costs the same
-# against equal logits. The shipped run begins at 100.1% of it, and is at 94% before the first third of its warm-up is
-# over (step 60).
+# Of log(batch), the loss of a model that guesses, whatever the positives are: a target spread over several columns
+# costs the same with equal logits. The shipped run begins at 100.1% of it, and is at 94% before the first third of its
+# warm-up is over (step 60).
 STUCK = 0.98
-# Steps after warm-up until then, or a tenth of the run where that is less.
-PATIENCE = 200
-# 1 - cosine, averaged over the pairs of a batch. Random weights give more than this; texts may come near it early in
-# the warm-up before they part. Towers that tell less apart when it is over have lost in training what random weights
-# give.
+# Steps after the warm-up before a loss or embeddings are judged: a tenth of the run, within these bounds. A small batch
+# needs that many steps to be better than a guess.
+PATIENCE = (50, 200)
+# 1 - cosine, averaged over the pairs of a batch. Random weights have more; texts may come near it early in the warm-up.
+# Towers with less after the warm-up have lost in training what random weights can tell apart.
 COLLAPSED = 0.01
-# The step sets the scale to its clamp exactly; this is room for float32 and for an average of the last few steps.
+# The step sets the scale to its clamp exactly; this leaves room for float32 and for an average of some steps.
 AT_CLAMP = 1e-3
-# Of the pictures in a batch. The course's own data hold a few that two names share (the flags of Norway and Svalbard),
-# which costs nothing that could be learned.
+# Of the pictures of a batch. The course's own data have a few pictures with two names (the flags of Norway and
+# Svalbard), which do no harm.
 DUPLICATES = 0.01
-# Of the captions since the start. The shipped run cuts 0.4%, the longest lists of keywords.
+# Of the captions since the start. The shipped run cuts 0.4%: the longest lists of keywords.
 TRUNCATED = 0.01
 # Of the time between two lines.
 WAITING = 0.1
@@ -48,9 +47,9 @@ def stuck(lines: Sequence[dict], after: int) -> str | None:
         return None
     rate = f" (now {lines[-1]['learning_rate']:.2g})" if "learning_rate" in lines[-1] else ""
     return (
-        f"the loss is {_mean(losses):.3f}, no better than the log(batch) = {chance:.3f} that guessing pays: look at a "
-        "batch, whether each caption belongs to its picture; if it does, try three times the learning_rate"
-        f"{rate}, or a third of it and a longer warmup where gradient_norm has jumped"
+        f"the loss is {_mean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
+        "whether each caption belongs to its picture; if it does, try three times the learning_rate"
+        f"{rate}, or a third of it and a longer warmup if gradient_norm has jumped"
     )
 
 
@@ -61,8 +60,8 @@ def collapsed(lines: Sequence[dict], after: int) -> str | None:
         return None
     which = " and ".join(f"{what} embeddings (spread {value:.2g})" for what, value in near.items())
     return (
-        f"all {which} of a batch are nearly one vector: look at a batch, whether its pictures and captions differ at "
-        "all; if they do, start again with a third of the learning_rate, a longer warmup or a lower clip_norm"
+        f"all {which} of a batch are nearly the same vector: check whether the pictures and captions of a batch "
+        "differ; if they do, start again with a third of the learning_rate, a longer warmup or a lower clip_norm"
     )
 
 
@@ -70,8 +69,8 @@ def at_clamp(lines: Sequence[dict], clamp: float) -> str | None:
     if lines[-1].get("logit_scale", -math.inf) < clamp - AT_CLAMP:
         return None
     return (
-        f"logit_scale is at its clamp, ln {math.exp(clamp):.0f}: expected where training goes on from CLIP's "
-        "own weights, which end there. Else the batches have become too easy: if validation recall no longer rises, "
+        f"logit_scale is at its clamp, ln {math.exp(clamp):.0f}: this is normal if training starts from CLIP's own "
+        "weights, which end there. Otherwise the batches have become too easy: if validation recall no longer rises, "
         "train for fewer epochs, on more pictures or with a larger batch_size; if the loss jumps, lower learning_rate"
     )
 
@@ -82,20 +81,20 @@ def duplicated(lines: Sequence[dict]) -> str | None:
     if not counts or sum(counts) <= DUPLICATES * sum(sizes):
         return None
     return (
-        f"{sum(counts) / sum(sizes):.1%} of the pictures equal another one in their batch ({sum(counts)} in the last "
-        f"{len(counts)} logged batches), and count as each other's wrong answers: remove copies from the data, see "
-        "that no file is listed twice and no shard read twice, and give pictures of one thing one concept number"
+        f"{sum(counts) / sum(sizes):.1%} of the pictures are copies of a picture in their batch ({sum(counts)} in the "
+        f"last {len(counts)} logged batches), and count as each other's wrong answers: remove copies from the data, "
+        "check that no file is listed twice and no shard read twice, and give pictures of one thing one concept number"
     )
 
 
-def cut(lines: Sequence[dict]) -> str | None:
+def truncated(lines: Sequence[dict]) -> str | None:
     line = lines[-1]
     if not line.get("examples") or line.get("truncated", 0) <= TRUNCATED * line["examples"]:
         return None
     return (
         f"{line['truncated'] / line['examples']:.1%} of the captions were cut ({line['truncated']} of "
-        f"{line['examples']}), and their ends never seen: raise caption_tokens, as far as the text tower's max_length "
-        "goes, or shorten the captions"
+        f"{line['examples']}), so their ends are never learned: raise caption_tokens, at most to the text tower's "
+        "max_length, or shorten the captions"
     )
 
 
@@ -105,29 +104,29 @@ def waiting(lines: Sequence[dict]) -> str | None:
         return None
     return (
         f"{_mean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
-        "the pictures smaller, at little more than the size that training samples, or move them to a local disk"
+        "smaller pictures, little larger than the size that training samples, or move them to a local disk"
     )
 
 
 class Alarms:
-    """The alarms of one run: called with each line that is logged, it returns the ones that begin there.
+    """The alarms of one run: called with each line of the log, it returns the alarms that begin there.
 
     An alarm is the line {"step", "alarm", "message"}; it comes once, and again only after a line without its cause.
-    Lines without a loss are passed over, and a key that a line lacks raises no alarm. `steps` and `warmup` are those of
-    the whole run, `max_logit_scale` the model's. With `guessing_pays_log_batch=False` the loss is not judged:
-    siglip_loss has another value there.
+    Lines without a loss are ignored, and a key that is absent raises no alarm. `steps` and `warmup` are those of the
+    whole run, `max_logit_scale` is the model's. With `chance_is_log_batch=False` the loss is not judged: a guess has a
+    different siglip_loss.
     """
 
     def __init__(
-        self, steps: int, warmup: int, *, max_logit_scale: float = MAX_LOGIT_SCALE, guessing_pays_log_batch: bool = True
+        self, steps: int, warmup: int, *, max_logit_scale: float = MAX_LOGIT_SCALE, chance_is_log_batch: bool = True
     ):
-        after = warmup + min(PATIENCE, steps // 10)
+        after = warmup + min(max(PATIENCE[0], steps // 10), PATIENCE[1])
         self.checks: dict[str, Callable[[Sequence[dict]], str | None]] = {
             "collapsed": lambda lines: collapsed(lines, after),
             "logit_scale": lambda lines: at_clamp(lines, max_logit_scale),
-            "duplicates": duplicated, "truncated": cut, "data_wait": waiting,
-        }  # fmt: skip
-        if guessing_pays_log_batch:
+            "duplicates": duplicated, "truncated": truncated, "data_wait": waiting,
+        }
+        if chance_is_log_batch:
             self.checks["stuck"] = lambda lines: stuck(lines, after)
         self.lines: deque[dict] = deque(maxlen=LINES)
         self.on: set[str] = set()
@@ -143,11 +142,11 @@ class Alarms:
 
 
 def check_finite(line: dict, names: Sequence[str] = (), kept: str = "nothing was saved before it") -> None:
-    """Raises FloatingPointError where the loss, or a gradient behind it, is no number any more, with what to try.
+    """Raises FloatingPointError, with what to try, if the loss or a gradient is not finite.
 
     `bad_step` in the line is the first step with such a gradient, counted from 0 as in the training state, or -1;
-    `bad_leaf` is its first such leaf, of which `names` has the name, in the order of `jax.tree.leaves`. `kept` says
-    where to go on.
+    `bad_leaf` is its first such leaf, an index into `names`, which are in the order of `jax.tree.leaves`. `kept` says
+    what was saved.
     """
     values = {name: line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line}
     bad_step, bad_leaf = line.get("bad_step", -1), line.get("bad_leaf", -1)
@@ -155,17 +154,17 @@ def check_finite(line: dict, names: Sequence[str] = (), kept: str = "nothing was
         return
     rest = ", ".join(f"{name.replace('gradient_norm', 'gradient norm')} {value:.3g}" for name, value in
                      values.items() if name != "loss")
-    leaf = f" of {names[bad_leaf]}" if 0 <= bad_leaf < len(names) else ""
-    first = f"the first gradient that was not finite was that{leaf} at step {bad_step + 1}; " if bad_step >= 0 else ""
+    leaf = f" ({names[bad_leaf]})" if 0 <= bad_leaf < len(names) else ""
+    first = f"the first gradient that is not finite was at step {bad_step + 1}{leaf}; " if bad_step >= 0 else ""
     raise FloatingPointError(
         f"the loss is {values.get('loss', math.nan)} at step {line['step']} ({rest}): {first}lower learning_rate or "
-        "clip_norm, or lengthen warmup; if it happens at step 1, look at the first batch and the weights it started "
-        f"from; {kept}"
+        "clip_norm, or use a longer warmup; if it happens at step 1, check the first batch and the initial weights; "
+        f"{kept}"
     )
 
 
 def spread(embeds: Float[Array, "B E"]) -> Float[Array, ""]:
-    """How far the unit vectors of a batch lie apart: 0 where all are one vector, 1 where their mean is 0.
+    """How far apart the unit vectors of a batch are: 0 if all are the same vector, 1 if their mean is 0.
 
     This is 1 - |mean|², the mean over all pairs of 1 - cosine, at the cost of one sum over the batch.
     """
@@ -173,7 +172,7 @@ def spread(embeds: Float[Array, "B E"]) -> Float[Array, ""]:
 
 
 def _weights(count: int, start: int) -> jax.Array:
-    """Odd pseudo-random numbers [count]: each index with its bits mixed, so that nothing need be stored."""
+    """Odd pseudo-random numbers [count]: each index with its bits mixed, so nothing has to be stored."""
     bits = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(start)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
@@ -181,11 +180,11 @@ def _weights(count: int, start: int) -> jax.Array:
 
 
 def count_duplicates(images: UInt8[Array, "b H W 3"], axis: str | None = None) -> Int[Array, ""]:
-    """The number of pictures in a batch that equal an earlier one in it, byte for byte; `axis` as in `clip_loss`.
+    """The number of pictures that equal an earlier one of their batch, byte for byte; `axis` as in `clip_loss`.
 
-    Each picture is reduced to two weighted sums of its bytes, modulo 2**32: equal pictures are always counted, and two
-    that differ in one byte never, since an odd weight times less than 256 is no multiple of 2**32; two others are
-    mistaken for equal with a probability of about 2**-60.
+    Each picture is reduced to two weighted sums of its bytes, modulo 2**32. Equal pictures are always counted. Pictures
+    that differ in one byte never are, since an odd weight times less than 256 is not a multiple of 2**32. Other
+    pictures are mistaken for equal with a probability of about 2**-60.
     """
     pixels = images.reshape(len(images), -1).astype(jnp.uint32)
     sums = [(pixels * _weights(pixels.shape[1], start)).sum(axis=1, dtype=jnp.uint32) for start in (1, 0x9E3779B9)]

@@ -1,4 +1,4 @@
-"""Random affine, flip and colour changes in JAX, inside the compiled step: a key of its own for each picture."""
+"""Random affine and colour changes in JAX, inside the compiled step; each picture has its own key."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
-# How a hue turns: rotation about the grey axis in YIQ (Foley et al., Computer Graphics), as one matrix on RGB
+# A hue turns by rotation about the grey axis in YIQ (Foley et al., Computer Graphics), as one matrix on RGB
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
 _TO_RGB = np.linalg.inv(_TO_YIQ)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Ranges of the draws; each is uniform in ± its value (scale: in its two bounds), 0 turns it off."""
+    """Ranges of the random changes: uniform between ± the value (scale: between its bounds); 0 turns a change off."""
 
     degrees: float = 7.0  # of rotation
     shear: float = 0.07  # sideways, as a slope: 0.07 is about 4 degrees
@@ -25,14 +25,14 @@ class AugmentConfig:
     flip: float = 0.5  # chance, where the caption allows it
     brightness: float = 0.15  # added to all values, which go from 0 to 1
     contrast: float = 0.25  # of the distance from the middle grey
-    saturation: float = 0.4  # of the distance from the grey of the same light
+    saturation: float = 0.4  # of the distance from the grey of the same lightness
     hue: float = 0.05  # of a full turn
     grey: float = 0.05  # chance
-    shading: float = 0.2  # a linear light across the picture, as drawn highlights and shadows are
+    shading: float = 0.2  # a linear light across the picture, like drawn highlights and shadows
 
 
 class Affine(NamedTuple):
-    """What one picture is moved by: the inverse map from output to input coordinates in [-1, 1]."""
+    """How one picture is moved: the map from output to input coordinates, both in [-1, 1]."""
 
     matrix: Float[Array, "2 2"]
     shift: Float[Array, " 2"]
@@ -53,7 +53,7 @@ def draw_affine(key: Key[Array, ""], may_flip: Bool[Array, ""], config: AugmentC
 
 
 def warp(image: Float[Array, "H W 3"], affine: Affine, size: int) -> Float[Array, "size size 3"]:
-    """Bilinear resampling of `image` to `size` x `size`; what lies outside is white."""
+    """Bilinear resampling of `image` to `size` x `size`; outside of the image is white."""
     height, width, _ = image.shape
     steps = (jnp.arange(size) + 0.5) * 2 / size - 1
     x, y = jnp.meshgrid(steps, steps)  # [size, size]
@@ -96,16 +96,16 @@ def augment(
     keys: Key[Array, " B"], images: UInt8[Array, "B H W 3"], may_flip: Bool[Array, " B"], size: int,
     config: AugmentConfig,
 ) -> Float[Array, "B size size 3"]:
-    """Each picture moved and recoloured as its own key draws, at `size` pixels, in [0, 1].
+    """Each picture moved and recoloured by its own key, at `size` pixels, in [0, 1].
 
-    A picture is mirrored only where `may_flip` says so: a caption with kiri (left) or kanan (right), or letters in the
-    picture, would become false.
+    A picture is mirrored only if `may_flip` allows it: mirroring would make a caption with kiri (left) or kanan (right)
+    false, and letters in the picture unreadable.
     """
 
     def move(key, image, may_flip):
         return warp(image.astype(jnp.float32) / 255, draw_affine(key, may_flip, config), size)
 
     moving, colouring = jax.vmap(jax.random.split, out_axes=1)(keys)
-    # Without the barrier XLA fuses both parts and resamples a pixel anew for each of its uses: 100 ms instead of 30
+    # Without the barrier XLA fuses both parts and resamples a pixel again for each of its uses: 100 ms instead of 30
     moved = jax.lax.optimization_barrier(jax.vmap(move)(moving, images, may_flip))
     return jax.vmap(lambda key, image: recolour(key, image, config))(colouring, moved)

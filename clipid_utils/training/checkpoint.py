@@ -1,11 +1,13 @@
-"""Training states on disk, through Orbax: written behind the training, whole or not at all, restored on any devices.
+"""Training states on disk, through Orbax: written behind the training, whole or not at all, for any devices.
 
-A checkpoint is the folder `<folder>/<step>`. It gets that name only when all is written, so that a kill, a full disk or
-an error on the way leaves the ones before it as they were. Orbax writes the arrays, each process its own part; beside
-them stand `run.json` (the names and shapes of the leaves, where each process was in the data, what the caller adds) and
-`checksums.json`, since a changed byte inside an array would otherwise be read as a weight.
+A checkpoint is the folder `<folder>/<step>`. It gets that name only when everything is written, so a kill, a full disk
+or an error leaves the earlier ones as they were. Orbax writes the arrays, each process its own part. Beside them are
+`run.json` (names and shapes of the leaves, each process's position in the data, what the caller adds) and
+`checksums.json`, since Orbax would read a changed byte inside an array as a weight. Grain's checkpoint handler is not
+used: it ties each position to a number of processes, and a run may resume with a different number.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -18,29 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from grain import DatasetIterator
-from jax.experimental import multihost_utils
 
-ITEM = "state"
+from clipid_utils.training.processes import from_all, from_first
 
-
-def _quiet(record: logging.LogRecord) -> bool:
-    """Of Orbax's lines only the errors, and of those not the five tracebacks a failed save has: it raises them too."""
-    if "orbax" in record.pathname:
-        record.exc_info = None
-        return record.levelno >= logging.ERROR
-    return True
-
-
-logging.getLogger("absl").addFilter(_quiet)
-# Of a failed save asyncio says the same of each array, up to thousands of lines, after the error that `save` raised
-logging.getLogger("asyncio").addFilter(lambda record: "OCDBT database" not in record.getMessage())
-
-
-def _is_key(leaf) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+LOGGERS = ("absl", "asyncio")  # with messages about failed saves
+UNSEALED = "_CHECKPOINT_METADATA"  # Orbax's file with the times of a save, the last of which it adds at the end
 
 
 def _named(tree) -> dict[str, Any]:
@@ -49,19 +35,14 @@ def _named(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _describe(leaf) -> str:
-    """Type and shape in a word: "float32[512, 128]"."""
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _described(tree) -> dict[str, str]:
+    """Type and shape of each leaf: "float32[512, 128]"."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
 
 
-def _everyone(text: str) -> list[str]:
-    """The texts of all processes, in their order; all of them must call it."""
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(len(raw))).max())
-    rows = multihost_utils.process_allgather(np.pad(raw, (0, longest - len(raw))))
-    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+def _not_empty(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves without the empty arrays, which Orbax does not write."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
 def _checksum(path: Path) -> int:
@@ -73,13 +54,12 @@ def _checksum(path: Path) -> int:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, in a sentence that names the file; "" where nothing is."""
-    sums = folder / ITEM / "checksums.json"
+    """The first file of a checkpoint that is not as it was written, in a sentence; "" if there is none."""
+    sums = folder / "checksums.json"
     try:
-        expected = json.loads(sums.read_text())
-        for name, checksum in expected.items():
-            if _checksum(folder / ITEM / name) != checksum:
-                return f"{folder / ITEM / name} is truncated or changed"
+        for name, checksum in json.loads(sums.read_text()).items():
+            if _checksum(folder / name) != checksum:
+                return f"{folder / name} is truncated or changed"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except (OSError, ValueError, AttributeError) as error:
@@ -87,61 +67,95 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _compare(step_folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
-    """Raises ValueError where the leaves of a checkpoint are not the ones asked for."""
-    differing = [name for name in here | there if here.get(name) != there.get(name)]
-    if differing:
-        shown = "; ".join(f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-                          for name in differing[:3])
-        rest = len(differing) - 3
-        more = f"; and {rest} more {'leaf' if rest == 1 else 'leaves'}" if rest > 0 else ""
-        raise ValueError(f"{step_folder} holds the state of another model or optimizer: {shown}{more}. Resume with the "
-                         "model, optimizer and settings that wrote it, or start anew in another folder")
+def _compare(step_folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raises ValueError if the leaves of a checkpoint are not the ones that the caller wants."""
+    names = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
+    if names:
+        shown = "; ".join(f"{name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+                          for name in names[:3])
+        more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{step_folder} has the state of a different model or optimizer: {shown}{more}. Resume with "
+                         "the model, optimizer and settings that wrote it, or start again in a different folder")
 
 
 def _position(step_folder: Path, states: list | None) -> Any:
-    """This process's iterator state out of those of all processes that wrote."""
+    """This process's position in the data, out of those of all processes that wrote the checkpoint."""
     if states is None:
-        raise ValueError(f"{step_folder} holds no place in the data, it was saved without `data`: restore it without")
+        raise ValueError(f"{step_folder} has no position in the data, since it was saved without `data`: restore it "
+                         "without")
     if len(states) == jax.process_count():
         return states[jax.process_index()]
-    # Where it is the number of the next batch alone, it is the same however many share the batch
+    # The number of the next batch is the same for any number of processes that share the batch
     if set(states[0]) == {"step"} and all(state == states[0] for state in states):
         return states[0]
-    raise ValueError(f"{step_folder} was written by {len(states)} processes, each at its own place in the data, and "
-                     f"cannot go on with {jax.process_count()}: resume with {len(states)} processes")
+    raise ValueError(f"{step_folder} was written by {len(states)} processes, each with its own position in the data, "
+                     f"so {jax.process_count()} cannot resume it: resume with {len(states)} processes")
 
 
 class _Sealed(ocp.StandardCheckpointHandler):
     """Orbax's writer of arrays; before the folder gets its name it adds `run.json` and the checksums of all files."""
 
-    notes = ""  # of the save under way; Checkpoints lets no second one begin
+    notes = ""  # of the current save; Checkpoints never starts a second one
 
     def finalize(self, directory) -> None:
         super().finalize(directory)
         root = Path(directory)
         (root / "run.json").write_text(self.notes, encoding="utf-8")
-        files = sorted(path for path in root.rglob("*") if path.is_file())
+        files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != UNSEALED)
         sums = {path.relative_to(root).as_posix(): _checksum(path) for path in files}
         (root / "checksums.json").write_text(json.dumps(sums, indent=1))
 
 
-class Checkpoints:
-    """The training states of one run, in `folder`: the last `keep` and no half-written one.
+@ocp.args.register_with_handler(_Sealed, for_save=True)
+class _Save(ocp.args.StandardSave):
+    pass
 
-    One run writes to a folder at a time; any number may read. With several processes all of them make the same calls,
-    on one folder that all of them see. As a context manager it closes at the end. Raises OSError where the folder
-    cannot be made.
+
+@ocp.args.register_with_handler(_Sealed, for_restore=True)
+class _Restore(ocp.args.StandardRestore):
+    pass
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """A filter for Orbax's log: a failed save has five tracebacks there, and raises the error too."""
+    if "orbax" in record.pathname:
+        record.exc_info = None
+    return "OCDBT database" not in record.getMessage()  # asyncio repeats the error for each array
+
+
+def _new_writer(handler: _Sealed) -> ocp.AsyncCheckpointer:
+    # Folders are made at once: otherwise one that cannot be made leaves threads that wait ten minutes for it
+    return ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+
+
+def _drop(writer: ocp.AsyncCheckpointer) -> None:
+    """Closes a writer. After a failure several of its threads raise, one at each call."""
+    for _ in range(8):
+        with contextlib.suppress(Exception):
+            return writer.close()
+
+
+class Checkpoints:
+    """The training states of one run in `folder`: the last `keep`, and never a half-written one.
+
+    Only one run at a time may write to a folder; any number may read. If there are several processes, all of them make
+    the same calls, and all of them see the folder. As a context manager it closes at the end. Raises OSError if the
+    folder cannot be made.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3):
         self.folder, self.keep = Path(folder).absolute(), keep
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.folder} cannot be made ({error}): use a different folder for checkpoints") from error
         self._sealed = _Sealed()
-        self._manager: ocp.CheckpointManager | None = None
+        self._writer = _new_writer(self._sealed)
         self._swept = False
-        self._own: int | None = None  # the step last saved or restored here
+        self._own: int | None = None  # the step that this object saved or restored last
         self._writing: int | None = None
-        self._open()
+        for name in LOGGERS:
+            logging.getLogger(name).addFilter(_no_traceback)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -152,153 +166,107 @@ class Checkpoints:
         except OSError as unwritten:
             if error is None:
                 raise
-            error.add_note(str(unwritten))  # the first error is the one to see
+            error.add_note(str(unwritten))  # the first error is the one to show
 
     def save(self, step: int, state, *, data: DatasetIterator | None = None, extra: dict | None = None) -> None:
-        """Copies the state, and writes it behind the training; `extra` is JSON, as `restore` gives it back.
+        """Copies the state, and writes it behind the training; `extra` is JSON, which `restore` returns.
 
-        The state's memory may be given away at once. A step that this object saved or restored last is not written
-        again. Raises OSError when the save before this one failed (nothing is lost then but that save; the call may be
-        repeated) and ValueError where the folder holds later steps.
+        The state's memory may be reused at once. The step that this object saved or restored last is not written again.
+        Raises OSError if the save before this one failed (only that save is lost; call again), and ValueError if the
+        folder has later steps.
         """
         self.wait()
         latest = self.latest()
         if latest is not None and step <= latest:
             if step == self._own:
                 return
-            raise ValueError(f"{self.folder} holds step {latest} of another or an earlier run, and step {step} "
-                             "does not come after it: delete the folders of the later steps, or name another folder")
-        manager = self._open()
+            raise ValueError(f"{self.folder} has step {latest} of an earlier or a different run, and step {step} does "
+                             "not come after it: delete the folders of the later steps, or use a different folder")
         self._sweep()
-        manager.reload()  # what lies there now counts, whoever deleted a folder
-        leaves = _named(state)
-        keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
-        position = None if data is None else [json.loads(text) for text in _everyone(json.dumps(data.get_state()))]
-        self._sealed.notes = json.dumps({"leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-                                         "keys": keys, "data": position, "extra": extra or {}}, indent=1)
-        arrays = {name: jax.random.key_data(leaf) if name in keys else leaf for name, leaf in leaves.items()
-                  if leaf.size}  # Orbax writes no empty array
+        position = None if data is None else from_all(data.get_state())
+        self._sealed.notes = json.dumps({"leaves": _described(state), "data": position, "extra": extra or {}}, indent=1)
         self._writing = step
-        self._try(lambda: manager.save(
-            step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(arrays)}), force=True
-        ))
+        self._try(lambda: self._writer.save(self.folder / str(step), args=_Save(_not_empty(_named(state)))))
 
     def latest(self) -> int | None:
-        """The step of the last whole checkpoint; None without one."""
+        """The step of the last whole checkpoint; None if there is none."""
         steps = self._steps()
-        latest = np.int32(steps[-1] if steps else -1)
-        if jax.process_count() > 1:  # a shared folder need not look the same to all at once
-            latest = multihost_utils.broadcast_one_to_all(latest)
-        return None if latest < 0 else int(latest)
+        return from_first(steps[-1] if steps else None)  # a shared folder may look different to each process
 
-    def restore(
-        self, like, *, data: DatasetIterator | None = None, step: int | None = None
-    ) -> tuple[Any, dict]:
-        """The state of `step`, the last one by default, as `(state, extra)`; `data` is set to where it was.
+    def restore(self, like, *, data: DatasetIterator | None = None, step: int | None = None) -> tuple[Any, dict]:
+        """The state of `step`, by default the last one, and its `extra`; `data` is set to its position.
 
-        `like` is a tree of arrays or jax.ShapeDtypeStructs with shardings: the result has its structure and lies where
-        it says, however many devices and processes wrote it. Raises FileNotFoundError without a checkpoint, ValueError
-        where its leaves are not those of `like`, OSError where a file of it is damaged.
+        `like` is a tree of arrays or jax.ShapeDtypeStructs with shardings; the result has its structure and shardings,
+        whatever devices and processes wrote the checkpoint. Raises FileNotFoundError if there is no checkpoint,
+        ValueError if its leaves are not those of `like`, and OSError if one of its files is damaged.
         """
         self.wait()
         step = self.latest() if step is None else step
         if step is None or step not in self._steps():
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
-        step_folder = self.folder / str(step)
+            raise FileNotFoundError(f"{self.folder} has no checkpoint{'' if step is None else f' of step {step}'}")
         self._check(step)
-        run = json.loads((step_folder / ITEM / "run.json").read_text(encoding="utf-8"))
-        wanted = _named(like)
-        _compare(step_folder, run["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
+        step_folder = self.folder / str(step)
+        run = json.loads((step_folder / "run.json").read_text(encoding="utf-8"))
+        _compare(step_folder, run["leaves"], _described(like))
         position = None if data is None else _position(step_folder, run["data"])
-        somewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = {name: getattr(leaf, "sharding", None) or somewhere for name, leaf in wanted.items()}
-        stored = {
-            name: jax.eval_shape(jax.random.key_data, leaf) if name in run["keys"] else leaf
-            for name, leaf in wanted.items() if leaf.size
-        }
-        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-                  for name, leaf in stored.items()}
-        arrays = self._open().restore(step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(target)}))[ITEM]
-        for name, leaf in wanted.items():
-            if name in run["keys"]:
-                arrays[name] = jax.random.wrap_key_data(arrays[name], impl=run["keys"][name])
-            elif not leaf.size:
-                arrays[name] = jnp.zeros(leaf.shape, leaf.dtype)
-            arrays[name] = jax.device_put(arrays[name], places[name])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+                  for name, leaf in _named(like).items()}
+        found = self._writer.restore(step_folder, args=_Restore(_not_empty(target)))
+        leaves = [found[name] if leaf.size else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+                  for name, leaf in target.items()]
         if data is not None:
             data.set_state(position)
         self._own = step
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), run["extra"]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), run["extra"]
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk; raises OSError where it failed."""
+        """Returns when the current save is on disk, and deletes those before the last `keep`; OSError if it failed."""
         if self._writing is not None:
-            self._try(self._open().wait_until_finished)
+            self._try(self._writer.wait_until_finished)
             self._own, self._writing = self._writing, None
+            for step in self._steps()[: -self.keep] if jax.process_index() == 0 else []:
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def close(self) -> None:
-        """Waits, and lets Orbax's threads go; raises OSError where the last save failed."""
+        """Waits, and ends Orbax's threads; raises OSError if the last save failed."""
         try:
             self.wait()
         finally:
-            self._drop()
-
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(f"{self.folder} cannot be made ({error}): name another folder for checkpoints") from error
-            registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-            registry.add(ITEM, ocp.args.StandardSave, self._sealed)
-            registry.add(ITEM, ocp.args.StandardRestore, self._sealed)
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(n=self.keep),
-                # Made behind the training, a folder that cannot be made leaves threads that wait ten minutes for it
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            )
-            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
-        return self._manager
-
-    def _drop(self) -> None:
-        """Closes Orbax's manager; after a failure the next call needs a new one, since each of its threads raises."""
-        manager, self._manager = self._manager, None
-        for _ in range(8 if manager else 0):
-            try:
-                return manager.close()
-            except Exception as error:
-                logging.getLogger(__name__).debug("left over from the failed save: %s", error)
+            _drop(self._writer)
+            for name in LOGGERS:
+                logging.getLogger(name).removeFilter(_no_traceback)
 
     def _steps(self) -> list[int]:
-        there = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(path.name) for path in there if path.name.isdecimal())
+        paths = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted(int(path.name) for path in paths if path.name.isdecimal())
 
     def _check(self, step: int) -> None:
-        """Raises OSError where a file of the checkpoint is not as it was written."""
-        mine = _damage(self.folder / str(step)) if jax.process_index() == 0 else ""
-        damage = _everyone(mine)[0]
+        """Raises OSError if a file of the checkpoint is not as it was written."""
+        damage = from_first(_damage(self.folder / str(step)) if jax.process_index() == 0 else "")
         if damage:
             before = [other for other in self._steps() if other < step]
-            then = f"goes on from step {before[-1]}" if before else "starts from the beginning, since none is before it"
+            then = f"resumes from step {before[-1]}" if before else "starts from the beginning, since there is no other"
             raise OSError(f"{damage}: delete the folder {self.folder / str(step)}; the run then {then}")
 
     def _try(self, act: Callable[[], Any]) -> None:
-        """Runs a part of a save; what goes wrong in it becomes an OSError that says what is left and what to do."""
+        """Runs a part of a save; an error in it becomes an OSError that says what is left and what to do."""
         try:
             act()
         except Exception as error:
             step, self._writing, self._swept = self._writing, None, False
-            self._drop()
+            _drop(self._writer)
+            self._writer = _new_writer(self._sealed)
             self._sweep()
             steps = self._steps()
-            kept = f"the last whole one is of step {steps[-1]}" if steps else "no earlier one is there"
+            kept = f"the last whole one is of step {steps[-1]}" if steps else "there is no earlier one"
             code = re.search("os_error_code='([0-9]+)'", str(error))  # at the end of lines of TensorStore's settings
             cause = os.strerror(int(code[1])) if code else str(error)[:300] or type(error).__name__
-            raise OSError(f"{self.folder}: the checkpoint of step {step} was not written ({cause}); {kept}. Make room "
-                          "on the disk and the folder writable, and save again") from error
+            raise OSError(f"{self.folder}: the checkpoint of step {step} was not written ({cause}); {kept}. Free space "
+                          "on the disk, check that the folder can be written, and save again") from error
 
     def _sweep(self) -> None:
-        """Deletes what a killed or failed save left half-written; before the first save, when nobody else writes."""
+        """Deletes what a killed or failed save left; before the first save, when nobody else writes."""
         if not self._swept and jax.process_index() == 0:
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)

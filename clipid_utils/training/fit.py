@@ -1,18 +1,17 @@
-"""The training loop: steps, lines of the log, alarms, evaluations, checkpoints."""
+"""Training of a whole model: `fit`, its settings and its result."""
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
 from clipid_utils.data.batches.loader import Feed, PicturePairs, dictionary_feed
 from clipid_utils.model.clip import HybridCLIP
@@ -20,45 +19,47 @@ from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.alarms import Alarms, check_finite
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import Placed, jit_form, make_mesh
+from clipid_utils.training.loop import Loop, fitting_batch
 from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
-from clipid_utils.training.run import Clock, Run, interruptible, of_all
+from clipid_utils.training.processes import from_all, say, total
+from clipid_utils.training.run_folder import RunFolder
 from clipid_utils.training.step import TrainState, assemble, init_state, leaf_names, make_update
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What a run is made of; written into its folder as `fit.json`."""
+    """Settings of a run; written into its folder as `fit.json`."""
 
     epochs: int = 10  # passes over the data
-    batch_size: int = 256  # pairs a step, of all devices together
+    batch_size: int = 256  # pairs a step, of all devices together; a smaller set of pictures is one batch
     learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
     weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
     warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
     clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
-    caption_tokens: int = 24  # longest caption in tokens; what is cut off is counted
+    caption_tokens: int = 24  # longest caption in tokens; longer ones are cut, and counted
     drop_path: float = 0.0  # chance that the image tower's last layer is skipped, less before it; half for the text's
-    keep_patches: int | None = None  # patches of each picture that go through the tower, drawn anew; none: all
+    keep_patches: int | None = None  # patches of each picture that go through the tower, drawn each time; none: all
     image_image: float = 0.0  # weight of the loss between pictures of one concept
-    group_concepts: bool = False  # pictures of one concept stand in one batch
-    average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: none
+    group_concepts: bool = False  # pictures of one concept are in one batch
+    average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: no average
     evaluate_every: int = 10  # epochs; steps of a stream, which has none
     log_every: int = 10  # steps between two lines of metrics.jsonl
     augmentation: AugmentConfig | None = field(default_factory=AugmentConfig)
-    steps: int | None = None  # in place of epochs; a stream has none to count
-    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; what fits none stays as it is
-    # No dict: of one with entries tyro makes an option for each of them, and other patterns could not be given
+    steps: int | None = None  # in place of epochs; a stream needs it
+    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; the others are frozen
+    # Not a dict: of a dict with entries tyro makes one option for each of them, and other patterns could not be given
     rates: MutableMapping[str, float] = field(default_factory=dict)
     """Patterns, each with a factor on the learning rate; the first that fits counts."""
     layer_decay: float = 1.0  # factor on the learning rate, for each layer further from a tower's end
     chunks: int = 1  # parts in which the batch goes through the towers (gradient cache)
-    remat: bool = False  # blocks computed anew in the backward pass
-    checkpoint_every: int = 0  # steps; 0 keeps none, and a run that is stopped cannot be resumed
+    remat: bool = False  # compute blocks again in the backward pass, to save memory
+    checkpoint_every: int = 0  # steps; with 0 there are none, and a run that is stopped cannot be resumed
 
 
 @dataclass
 class FitResult:
-    """`history` holds the lines of metrics.jsonl; `model` the averaged weights at the best validation recall."""
+    """`model` has the averaged weights at the best validation recall; `history` has the lines of metrics.jsonl."""
 
     model: HybridCLIP
     history: list[dict]
@@ -72,146 +73,171 @@ def _check(
     if validation is not None and validation.images.shape[1:3] != (size, size):
         raise ValueError(f"the validation pictures have {validation.images.shape[1]} pixels a side and the model takes "
                          f"{size}: load them at {size}")
-    if feed.batch_size < 2:
-        raise ValueError("batch_size is 1: a contrastive loss needs at least 2 pairs, and learns from many")
     if loss is siglip_loss and model.logit_bias is None or loss is clip_loss and model.logit_bias is not None:
         raise ValueError("siglip_loss needs a model with CLIPConfig(logit_bias=-10.0), clip_loss one with None")
-    if feed.batch_size % (mesh.shape["data"] * config.chunks):
+    if feed.batch_size < 2 or feed.batch_size % (mesh.shape["data"] * config.chunks):
         raise ValueError(f"batch_size {feed.batch_size} cannot be cut over {mesh.shape['data']} devices in "
-                         f"{config.chunks} chunks: choose a multiple of {mesh.shape['data'] * config.chunks}, or "
-                         "mesh=make_mesh(…) of fewer devices")
+                         f"{config.chunks} chunks: choose a multiple of {mesh.shape['data'] * config.chunks} that is "
+                         "at least 2, or mesh=make_mesh(…) of fewer devices")
     if config.steps is None and feed.steps_per_epoch is None:
         raise ValueError("a stream has no epochs to count: set FitConfig.steps, and evaluate_every, which counts steps "
                          "of a stream")
+    if (config.epochs if config.steps is None else config.steps) < 1:
+        raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
+
+
+def _pictures_feed(
+    pairs: PicturePairs, processor: CLIPProcessor, config: FitConfig, seed: int, mesh: Mesh
+) -> tuple[Feed, FitConfig]:
+    """Batches of pictures in memory, and the config with the batch size that they can fill."""
+    size = fitting_batch(config.batch_size, len(pairs), multiple=mesh.shape["data"] * config.chunks)
+    feed = dictionary_feed(
+        pairs, processor.tokenize, size, seed=seed, length=config.caption_tokens, group_concepts=config.group_concepts,
+        process_index=jax.process_index(), process_count=jax.process_count())
+    return feed, dataclasses.replace(config, batch_size=size)
 
 
 def fit(
     model: HybridCLIP, processor: CLIPProcessor, train: PicturePairs | Feed, validation: PicturePairs | None,
     config: FitConfig, *, seed: int, out: Path | None = None, loss: Callable = clip_loss, optimizer: Callable = adamw,
-    form: Callable = jit_form, mesh: Mesh | None = None, resume: bool = False, samples: Sequence[str] = (),
-    sinks: dict | None = None, on_log: Callable[[list[dict]], None] | None = None, progress: bool = True,
+    form: Callable = jit_form, mesh: Mesh | None = None, resume: bool = False, overwrite: bool = False,
+    samples: Sequence[str] = (), sinks: dict | None = None, on_log: Callable[[list[dict]], None] | None = None,
+    progress: bool = True,
 ) -> FitResult:
-    """Trains on all devices and returns the best averaged weights; `model` itself is left as it was.
+    """Trains on all devices and returns the best averaged weights; `model` itself does not change.
 
-    `train` is pictures in memory or a feed of `loader`'s. Pictures may be larger than the model's where there is an
+    `train` is pictures in memory, or a feed of `loader`. The pictures may be larger than the model's if there is an
     augmentation, which samples them down; `validation.images` must have the model's size. `loss` and `optimizer` are
     called as `clip_loss` and `optimizers.adamw` are; `form` and `mesh` say how the step runs on the devices
     (`distributed`). Every `log_every` steps a line of metrics goes to `out/metrics.jsonl`, to `on_log(history)` and to
-    `sinks`, the options of `RunLog`; what `alarms` finds in it is a warning. Every `evaluate_every` epochs the weights,
-    averaged over the steps, are measured on `validation` and the best ones kept in `out/best` (without validation: the
-    last ones), with what they find for the queries `samples` as a picture.
+    `sinks`, the options of `RunLog`; what `alarms` finds in it is a warning. Every `evaluate_every` epochs the averaged
+    weights are measured on `validation`, and the best ones are kept in `out/best` (without validation: the last ones),
+    with a picture of what they find for the queries `samples`.
 
-    With `config.checkpoint_every` the whole state is kept in `out/checkpoints`, and `resume` goes on from the last one,
-    if there is one, to the very weights of a run that was never stopped. Ctrl-C and SIGTERM end the run after the step
-    it is in: its state is kept, and the weights so far stand in `out/last`.
+    With `config.checkpoint_every` the whole state is kept in `out/checkpoints`, and `resume` continues from the last
+    one, if there is one, to the same weights as a run that was never stopped. Ctrl-C and SIGTERM end the run after the
+    current step: its state is kept, and its weights are in `out/last`. `overwrite` deletes an earlier run in `out`.
 
-    Raises ValueError for a batch of one pair, validation pictures of another size, an empty caption, or another config
-    on resuming; FileExistsError where `out` holds another run's checkpoints; FloatingPointError when the loss is not
+    Raises ValueError for a batch of one pair, validation pictures of a different size, an empty caption, or a config
+    that changed before resuming; FileExistsError if `out` has an earlier run; FloatingPointError if the loss is not
     finite.
     """
     mesh = mesh or make_mesh()
-    feed = train if isinstance(train, Feed) else dictionary_feed(
-        train, processor.tokenize, config.batch_size, seed=seed, length=config.caption_tokens,
-        group_concepts=config.group_concepts, process_index=jax.process_index(), process_count=jax.process_count(),
-    )
+    feed, config = (train, config) if isinstance(train, Feed) else _pictures_feed(train, processor, config, seed, mesh)
     _check(model, feed, validation, config, loss, mesh)
     steps = config.steps or config.epochs * feed.steps_per_epoch
-    warmup = round(config.warmup * steps)
-    schedule = warmup_cosine(config.learning_rate, steps, warmup)
+    schedule = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
+    graph, state, placed = _compiled(model, processor, config, seed, schedule, optimizer, loss, form, mesh)
+    folder = RunFolder(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype, resume=resume,
+                       keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks)
+    if validation is None:
+        say("no validation pictures: recall is not measured, and the last weights are kept")
+    alarms = Alarms(steps, round(config.warmup * steps), max_logit_scale=model.config.max_logit_scale,
+                    chance_is_log_batch=loss is clip_loss)
+    evaluate = functools.partial(folder.evaluate, validation, samples)
+    state = placed.place(state)  # the same name: a second reference would keep the first state's memory to the end
+    try:
+        last, done, stopped = _train(folder, graph, placed, state, feed, steps, config, schedule, alarms, evaluate,
+                                     on_log, progress)
+    finally:
+        folder.close()
+    if stopped:
+        folder.save_weights("last", last)
+        where = "" if out is None else f" in {Path(out) / 'last'}"
+        again = "; resume=True (--resume) continues from here" if folder.keeps_states else ""
+        say(f"interrupted at step {done} of {steps}: the weights so far are kept{where}{again}")
+    return FitResult(folder.best or last, folder.lines.history, stopped)
+
+
+def _compiled(
+    model: HybridCLIP, processor: CLIPProcessor, config: FitConfig, seed: int, schedule: Callable, optimizer: Callable,
+    loss: Callable, form: Callable, mesh: Mesh,
+) -> tuple[nnx.GraphDef, TrainState, Placed]:
+    """The model's structure, its first state, and the step."""
     transform = optimizer(schedule, config.weight_decay, config.clip_norm)
     if config.rates or config.layer_decay != 1.0:
         layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
         transform = with_rates(transform, config.rates, config.layer_decay, layers)
     graph, state = init_state(model, transform, seed, config.trainable)
-    placed = form(functools.partial(
-        make_update, graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
-        augmentation=config.augmentation, loss=loss, drop_path=config.drop_path, keep_patches=config.keep_patches,
-        image_image=config.image_image, average_decay=config.average_decay, chunks=config.chunks, remat=config.remat,
-    ), mesh)
-    alarms = Alarms(steps, warmup, max_logit_scale=model.config.max_logit_scale,
-                    guessing_pays_log_batch=loss is clip_loss)
-    run = Run(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype,
-              bool(config.checkpoint_every), resume, sinks or {})
-    for line in run.lines.history:
-        alarms(line)  # what rang before the run was stopped rings no second time
-    evaluate = functools.partial(run.evaluate, validation, samples)
-    state = placed.place(state)  # under the same name: a first state kept here would take its memory to the end
-    try:
-        done, last, stopped = _train(run, graph, placed, state, feed, steps, config, schedule, alarms, evaluate, on_log,
-                                     progress)
-    finally:
-        run.close()
-    if stopped:
-        run.save_weights("last", last)
-        where = "" if out is None else f" in {Path(out) / 'last'}"
-        again = "; resume goes on from here" if run.keeps_states else ""
-        print(f"interrupted at step {done} of {steps}: the weights so far are kept{where}{again}")
-    return FitResult(run.best or last, run.lines.history, stopped)
+    settings = ("augmentation", "drop_path", "keep_patches", "image_image", "average_decay", "chunks", "remat")
+    return graph, state, form(functools.partial(
+        make_update, graph, transform, image_mean=processor.image_mean, image_std=processor.image_std, loss=loss,
+        **{name: getattr(config, name) for name in settings}), mesh)
 
 
 def _train(
-    run: Run, graph: nnx.GraphDef, placed: Placed, state: TrainState, feed: Feed, steps: int, config: FitConfig,
-    rate: Callable, alarms: Alarms, evaluate: Callable, on_log: Callable | None, progress: bool,
-) -> tuple[int, HybridCLIP, bool]:
-    """Steps until the last one, Ctrl-C or SIGTERM: how many are done, the averaged model, whether it was stopped."""
-    names, data, clock = leaf_names(state.params), iter(feed.dataset), Clock()
-    done, cut, cut_before, owed = 0, 0, 0, False
-    if run.start is not None:
-        state, saved = run.restore(placed, state, data)
-        done, cut_before, owed = saved["step"], saved["truncated"], saved["owed"]
-    per_epoch, values, ahead, stop = feed.steps_per_epoch, {}, deque(maxlen=2), False
+    folder: RunFolder, graph: nnx.GraphDef, placed: Placed, state: TrainState, feed: Feed, steps: int,
+    config: FitConfig, schedule: Callable, alarms: Alarms, evaluate: Callable, on_log: Callable | None, progress: bool,
+) -> tuple[HybridCLIP, int, bool]:
+    """The model at the end of the loop, the number of its last step, and whether it was stopped before the end."""
+    names, data, start = leaf_names(state.params), iter(feed.dataset), {"step": 0, "evaluation_due": False}
+    if folder.start is not None:
+        state, start = folder.restore(placed, state, data)
+    captions = _Captions(config.log_every, start)
+    for line in folder.lines.history:
+        alarms(line)  # an alarm from before the run was stopped does not ring again
 
-    def model() -> HybridCLIP:
+    def model(state: TrainState) -> HybridCLIP:
         parts = {part: placed.collect(getattr(state, part)) for part in ("average", "frozen")}
         return assemble(graph, state._replace(**parts))
 
-    def finite() -> dict:
-        line = {"step": done} | ({} if per_epoch is None else {"epoch": -(-done // per_epoch)})
-        line |= {name: value.item() for name, value in values.items()}
-        check_finite(line, names, run.kept)
-        return line
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        captions.count(batch)
+        return placed.step(state, placed.feed(batch))
 
     def log(line: dict) -> None:
-        run.lines.log(line | {
-            "log_batch": math.log(feed.batch_size), "learning_rate": float(rate(done - 1)), **clock.figures(),
-            "examples": done * feed.batch_size, "truncated": cut_before + of_all(cut),
-        })
-        for alarm in alarms(run.lines.history[-1]):
-            # The file as the repository names it: a notebook holds no machine's path
-            warnings.warn_explicit(f"step {done}: {alarm['message']}", UserWarning, "clipid_utils/training/fit.py", 0)
-            run.lines.log(alarm)
+        line |= {"log_batch": math.log(feed.batch_size)} | captions.line(line["step"])
+        folder.lines.log(line)
+        for alarm in alarms(line):
+            # The file as the repository names it, so that no notebook shows the path of a machine
+            warnings.warn_explicit(f"step {alarm['step']}: {alarm['message']}", UserWarning,
+                                   "clipid_utils/training/fit.py", 0)
+            folder.lines.log(alarm)
+        if on_log is not None:
+            on_log(folder.lines.history)
 
-    with tqdm(total=steps, initial=done, desc="training", unit=" steps", disable=not progress) as bar, \
-            interruptible() as asked:
-        if owed:
-            evaluate(model(), finite())
-        while done < steps and not stop:
-            batch = clock.next(data, ahead[-1] if ahead else None, feed.batch_size)
-            cut += int(batch.pop("truncated").sum())
-            state, values = placed.step(state, placed.feed(batch))
-            ahead.append(values["loss"])
-            jax.block_until_ready(ahead[0])  # the host stays at most two steps ahead of the devices
-            done += 1
-            bar.update()
-            stop, end = asked(done), done == steps
-            try:
-                if done % config.log_every == 0 or end:
-                    line = finite()
-                    log(line)
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                    clock.restart()
-                    if on_log is not None:
-                        with clock.pause():
-                            on_log(run.lines.history)
-            except KeyboardInterrupt:  # on_log's own
-                stop = True
-            due = done % (config.evaluate_every * (per_epoch or 1)) == 0 or end
-            if due and not stop:
-                with clock.pause():
-                    evaluate(model(), {name: value for name, value in finite().items() if name in ("step", "epoch")})
-            if run.keeps_states and (done % config.checkpoint_every == 0 or end or stop):
-                finite()
-                with clock.pause():
-                    reached = {"step": done, "truncated": cut_before + of_all(cut), "owed": due and stop}
-                    run.save_state(placed, state, data, reached)
-        return done, model() if stop or run.best is None else run.best, stop
+    def save(state: TrainState, place: dict) -> None:
+        folder.save_state(placed, state, data, place | captions.counts())
+
+    loop = Loop(
+        steps, feed.batch_size, feed.steps_per_epoch, schedule, config.log_every, log,
+        evaluate=lambda state, line: evaluate(model(state), line),
+        evaluate_every=config.evaluate_every * (feed.steps_per_epoch or 1),
+        save=save if folder.keeps_states else None, save_every=config.checkpoint_every,
+        check=lambda line: check_finite(line, names, folder.kept), progress=progress)
+    state, done, stopped = loop.run(step, state, data, start=start["step"], evaluation_due=start["evaluation_due"])
+    return model(state) if stopped or folder.best is None else folder.best, done, stopped
+
+
+class _Captions:
+    """Counts the captions that were cut, and, in the batches until the first line of the log, those that pairs share.
+
+    `before` has the counts of a run that resumes.
+    """
+
+    def __init__(self, log_every: int, before: dict):
+        self.log_every, self.steps, self.pairs = log_every, before["step"], 0
+        self.before, self.truncated, self.shared = before.get("truncated", 0), 0, before.get("shared_captions", 0)
+
+    def count(self, batch: dict) -> None:
+        """Takes `truncated` out of the batch."""
+        self.truncated += int(batch.pop("truncated").sum())
+        self.steps += 1
+        if self.steps <= self.log_every and "caption_ids" in batch:
+            ids = np.concatenate(from_all(np.asarray(batch["caption_ids"]).tolist()))
+            _, counts = np.unique(ids, axis=0, return_counts=True)
+            self.shared += int(counts[counts > 1].sum())
+            self.pairs = len(ids) * self.steps
+
+    def counts(self) -> dict[str, int]:
+        return {"truncated": self.before + total(self.truncated), "shared_captions": self.shared}
+
+    def line(self, step: int) -> dict[str, int]:
+        """What the line of a step gets; of the first one the shared captions are also printed."""
+        found = self.counts()
+        if step > self.log_every or not self.pairs:
+            del found["shared_captions"]
+        else:
+            say(f"{self.shared} of the {self.pairs} pairs in the first batches share their caption with a different "
+                "pair of the batch: they count as right answers for each other")
+        return found

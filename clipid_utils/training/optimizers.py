@@ -1,4 +1,4 @@
-"""Optimizers from optax, what each parameter gets of them, and which parameters learn at all."""
+"""Optimizers from optax, a learning rate for each group of parameters, and which parameters are trained."""
 
 import functools
 import re
@@ -24,7 +24,7 @@ def matching(patterns: Iterable[str]) -> Callable[[tuple, Any], bool]:
 
 
 def check_patterns(params: nnx.State, patterns: Iterable[str]) -> None:
-    """Raises ValueError for a pattern that fits no parameter, with names to choose from."""
+    """Raises ValueError for a pattern that fits no parameter; the message has names to choose from."""
     names = [dotted(path) for path, _ in nnx.to_flat_state(params)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -33,7 +33,7 @@ def check_patterns(params: nnx.State, patterns: Iterable[str]) -> None:
 
 
 def decayed(params: nnx.State) -> Any:
-    """True for the leaves that weight decay applies to: matrices, but no bias, norm, position, class token or scale."""
+    """True for the leaves with weight decay: matrices, but not biases, norms, positions, class tokens or scales."""
 
     def wanted(path, leaf) -> bool:
         return leaf.ndim > 1 and "position" not in dotted(path)
@@ -47,7 +47,7 @@ def warmup_cosine(learning_rate: float, steps: int, warmup: int) -> optax.Schedu
 
 
 def adamw(schedule: optax.Schedule | float, weight_decay: float, clip_norm: float, b2: float = 0.98):
-    """AdamW (Loshchilov & Hutter 2019) after a clip of the global gradient norm; decays only what `decayed` names."""
+    """AdamW (Loshchilov & Hutter 2019) after clipping the global gradient norm; only the leaves of `decayed` decay."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mask=decayed),
@@ -57,8 +57,8 @@ def adamw(schedule: optax.Schedule | float, weight_decay: float, clip_norm: floa
 def adabelief(schedule: optax.Schedule | float, weight_decay: float, clip_norm: float):
     """AdaBelief (Zhuang et al. 2020) after adaptive gradient clipping (Brock et al. 2021), as the ancestor trained.
 
-    `clip_norm` is the largest ratio of a gradient's norm to its weights', unit by unit: the ancestor had 0.01, with
-    weights counted as at least 0.001. Decay is as in `adamw`; the ancestor had none.
+    `clip_norm` is the largest ratio of a gradient's norm to the norm of its weights, unit by unit; the norm of weights
+    counts as at least 0.001. The ancestor had 0.01. Decay is as in `adamw`; the ancestor had none.
     """
     parts = [optax.adaptive_grad_clip(clip_norm, eps=1e-3), optax.scale_by_belief()]
     if weight_decay:
@@ -67,11 +67,11 @@ def adabelief(schedule: optax.Schedule | float, weight_decay: float, clip_norm: 
 
 
 def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: float = 0.98):
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, at ten times the rate, AdamW for all the rest.
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, at ten times the rate; AdamW for all others.
 
-    An update of Muon is orthogonal: its entries are about width**-0.5 in size where AdamW's are about 1, so that ten
-    times the rate changes a matrix of the mini model about as fast. Decay takes `weight_decay` times that rate from all
-    that `decayed` names; the clip is as in `adamw`.
+    An update of Muon is orthogonal: its entries are about width**-0.5 and AdamW's about 1, so ten times the rate
+    changes a matrix of the mini model about as fast. The leaves of `decayed` lose `weight_decay` times that rate; the
+    clip is as in `adamw`.
     """
 
     def label(path, leaf) -> str:
@@ -88,19 +88,19 @@ def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: fl
 def rate_factors(
     params: nnx.State, rates: Mapping[str, float], layer_decay: float = 1.0, layers: Mapping[str, int] | None = None
 ) -> Any:
-    """For each leaf the factor on its learning rate.
+    """The factor on each leaf's learning rate.
 
-    It is the product of two: that of the first of `rates`' patterns that fits (1 where none does), and `layer_decay`
-    once for every layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA): embeddings learn slowest,
-    what stands after the last block, and the scale, at the full rate. `layers` is how many blocks each tower has; it is
-    needed where some are frozen, since without it the blocks in `params` are all. ValueError for a pattern that fits
-    nothing.
+    It is the product of two: the factor of the first pattern in `rates` that fits (1 if none does), and `layer_decay`
+    once for each layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA). So embeddings learn slowest;
+    the parameters after the last block, and the scale, have the full rate. `layers` is the number of blocks of each
+    tower. It is needed if some are frozen: without it the blocks in `params` are counted. Raises ValueError for a
+    pattern that fits nothing.
     """
     check_patterns(params, rates)
     found = [re.match(r"(\w+)\.blocks\.(\d+)\.", dotted(path)) for path, _ in nnx.to_flat_state(params)]
     layers = dict(layers or {})
-    for place in filter(None, found):
-        layers[place[1]] = max(layers.get(place[1], 0), int(place[2]) + 1)
+    for block in filter(None, found):
+        layers[block[1]] = max(layers.get(block[1], 0), int(block[2]) + 1)
 
     def factor(path, leaf) -> float:
         name = dotted(path)
@@ -118,7 +118,7 @@ def with_rates(
     optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float = 1.0,
     layers: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer with its updates, decay and all, multiplied by `rate_factors`: a learning rate for each group."""
+    """The optimizer with its updates, weight decay included, multiplied by `rate_factors`."""
 
     def update(updates, state, params=None):
         factors = rate_factors(updates, rates, layer_decay, layers)

@@ -1,6 +1,6 @@
-"""How the shipped checkpoint is made: one function, run by `make train-mini`.
+"""The recipe of the shipped checkpoint.
 
-The choices are explained, with what else was tried, in data/checkpoints/README.md.
+data/checkpoints/README.md explains the choices, and what else was tried.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 
 from clipid_utils.data.batches.loader import PicturePairs, load_pairs
 from clipid_utils.data.captions import TEMPLATES
+from clipid_utils.files import write_json
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
 from clipid_utils.model.pretrained.save import save_clip
@@ -34,8 +35,7 @@ MINI = FitConfig(
 
 
 def tokenizer_corpus(pairs: PicturePairs) -> Iterator[str]:
-    """What the tokenizer learns its pieces from: every name, alone and in one of the templates, and every list of
-    keywords."""
+    """The texts from which the tokenizer learns: each name, alone and in a template, and each list of keywords."""
     yield from pairs.names
     yield from (", ".join(keywords) for keywords in pairs.keywords if keywords)
     named = zip(itertools.cycle(TEMPLATES), pairs.names, pairs.groups)  # noqa: B905
@@ -47,7 +47,7 @@ def new_mini(train: PicturePairs, *, seed: int, dtype=jnp.float32) -> tuple[Hybr
     config = PRESETS["mini"]
     tokenizer = train_wordpiece(tokenizer_corpus(train), config.text.vocab_size)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.get_vocab_size())
-    # Longer texts are cut, and counted, in use as in training, which never sees the positions beyond
+    # Not the tower's own length: training never sees the positions after this one
     processor = CLIPProcessor(tokenizer, config.vision.image_size, MINI.caption_tokens)
     return HybridCLIP(dataclasses.replace(config, text=text), dtype=dtype, rngs=nnx.Rngs(seed)), processor
 
@@ -60,27 +60,28 @@ def pairs_checksum(pairs: PicturePairs) -> str:
 
 
 def train_mini(
-    dictionary: Mapping[str, Dataset], out: Path, *, seed: int = 0, config: FitConfig = MINI,
-    on_log: Callable[[list[dict]], None] | None = None,
+    dictionary: Mapping[str, Dataset], out: Path, seed: int = 0, *, config: FitConfig = MINI, resume: bool = False,
+    **options,
 ) -> FitResult:
     """Trains the mini checkpoint into `out`: weights, tokenizer, `fit.json`, `metrics.jsonl` and `recipe.json`.
 
-    An older checkpoint in `out` is replaced at the end of a whole run and not before: the run itself, and what Ctrl-C
-    leaves of it, stands in the folder `<out>.training` beside it. An old `metrics.json` goes with the weights it
-    measured.
+    An older checkpoint in `out` is replaced only when the whole run is done, and its `metrics.json`, measured on the
+    old weights, is deleted. Until then the run is in the folder `<out>.training`; `resume` continues there if `config`
+    keeps checkpoints. `options` are those of `fit`, such as `on_log`.
     """
     out, started = Path(out), time.time()
     work = out.with_name(out.name + ".training")
     train = load_pairs(dictionary["train"], SOURCE_SIZE)
     validation = load_pairs(dictionary["validation"], PRESETS["mini"].vision.image_size)
     model, processor = new_mini(train, seed=seed)
-    result = fit(model, processor, train, validation, config, seed=seed, out=work, optimizer=muon, on_log=on_log)
+    result = fit(model, processor, train, validation, config, seed=seed, out=work, optimizer=muon, resume=resume,
+                 overwrite=not resume, **options)
     if result.interrupted:
         return result
     save_clip(result.model, processor, work)
-    recipe = {"recipe": "mini", "seed": seed, "minutes": round((time.time() - started) / 60, 1), "pictures": len(train),
-              "train_sha256": pairs_checksum(train), "validation_sha256": pairs_checksum(validation)}
-    (work / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_json(work / "recipe.json", {
+        "recipe": "mini", "seed": seed, "minutes": round((time.time() - started) / 60, 1), "pictures": len(train),
+        "train_sha256": pairs_checksum(train), "validation_sha256": pairs_checksum(validation)})
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
     for path in work.iterdir():

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_clip, tiny_pairs, tiny_processor
+from tiny import short_clip, tiny_batch, tiny_clip, tiny_pairs, tiny_processor
 
 from clipid_utils.data.batches.loader import batches
 from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.paths import CHECKPOINTS
-from clipid_utils.training import run
+from clipid_utils.training import loop
 from clipid_utils.training.alarms import LINES, Alarms, check_finite, count_duplicates, spread
+from clipid_utils.training.loop import Clock
 from clipid_utils.training.optimizers import adamw
-from clipid_utils.training.run import Clock
 from clipid_utils.training.step import init_state, make_step
 
 CHANCE = math.log(256)
@@ -65,11 +65,32 @@ def test_an_alarm_comes_once_with_its_remedy_and_again_after_recovery(name):
     assert rung(watch, lines(2 * LINES, **changes)) == [name]
 
 
+@pytest.mark.parametrize("name, below, above", [
+    ("stuck", {"loss": 0.975 * CHANCE}, {"loss": 0.985 * CHANCE}),
+    ("collapsed", {"image_spread": 0.011}, {"image_spread": 0.009}),
+    ("duplicates", {"duplicates": 2}, {"duplicates": 3}),  # of 256 pictures
+    ("truncated", {"truncated": 2500}, {"truncated": 2600}),  # of 256,000 captions
+    ("data_wait", {"data_wait_fraction": 0.09}, {"data_wait_fraction": 0.11}),
+    ("logit_scale", {"logit_scale": MAX_LOGIT_SCALE - 0.002}, {"logit_scale": MAX_LOGIT_SCALE - 0.0005}),
+])
+def test_each_threshold_is_where_it_is_said_to_be(name, below, above):
+    assert rung(alarms(), lines(**below)) == []
+    assert rung(alarms(), lines(**above)) == [name]
+
+
+@pytest.mark.parametrize("steps, warmup, after", [(40, 2, 52), (160, 8, 58), (1500, 75, 225), (9000, 450, 650)])
+def test_a_loss_is_judged_only_after_enough_steps(steps, warmup, after):
+    """A tenth of the run after the warm-up, 50 to 200 steps; of a run that is shorter nothing is said."""
+    history = [{**HEALTHY, "step": step, "loss": CHANCE} for step in range(1, after + LINES + 1)]
+    watch = Alarms(steps, warmup)
+    assert rung(watch, history[:-1]) == [] and rung(watch, history[-1:]) == ["stuck"]
+
+
 def test_a_feed_that_devices_wait_for_is_measured_and_rings(monkeypatch):
     """But not one that is as slow behind steps that are slower."""
 
     now = [0.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
 
     def feed():
         while True:
@@ -82,7 +103,7 @@ def test_a_feed_that_devices_wait_for_is_measured_and_rings(monkeypatch):
             for _ in range(2):
                 clock.next(feed(), running, batch_size=8)
             now[0] += 0.04
-            found.append(clock.figures()["data_wait_fraction"])
+            found.append(clock.rates()["data_wait_fraction"])
             clock.restart()
         return found
 
@@ -134,7 +155,7 @@ def test_the_least_possible_loss_is_not_stuck_whatever_the_mask(positives):
 
 
 def test_a_loss_where_guessing_costs_something_else_is_not_judged():
-    assert rung(alarms(guessing_pays_log_batch=False), lines(loss=1.2 * CHANCE)) == []
+    assert rung(alarms(chance_is_log_batch=False), lines(loss=1.2 * CHANCE)) == []
 
 
 def test_the_clamp_is_the_models_own():
@@ -146,23 +167,24 @@ def test_the_clamp_is_the_models_own():
 
 
 def test_a_learning_rate_of_zero_is_stuck_and_a_good_one_is_not():
-    def run(rate):
-        model, processor = tiny_clip()
-        transform = adamw(rate, 0.0, 1.0)
-        graph, state = init_state(model, transform, 0)
-        step = make_step(graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
-                         augmentation=None)
-        watch, names, done = Alarms(60, 3), [], 0
-        for epoch in range(60):
-            for batch in batches(tiny_pairs(12), processor.tokenize, 12, seed=0, epoch=epoch, length=16):
-                state, values = step(state, batch)
-                done += 1
-                line = {"step": done, "log_batch": math.log(12), **{name: float(x) for name, x in values.items()}}
-                names += [new["alarm"] for new in watch(line)]
-        return names
-
-    assert "stuck" in run(0.0)  # and perhaps collapsed: random towers may start with one vector for all texts
-    assert run(1e-2) == []
+    """The first half of the steps has a rate of 0, the second a good one."""
+    model, processor = short_clip()
+    steps = 60
+    transform = adamw(lambda step: jnp.where(step < steps, 0.0, 1e-2), 0.0, 1.0)
+    graph, state = init_state(model, transform, 0)
+    step = make_step(graph, transform, image_mean=processor.image_mean, image_std=processor.image_std,
+                     augmentation=None)
+    rung = []
+    for half in range(2):
+        watch, names = Alarms(steps, 3), []
+        for done in range(1, steps + 1):
+            (batch,) = batches(tiny_pairs(12), processor.tokenize, 12, seed=0, epoch=half * steps + done, length=16)
+            state, values = step(state, batch)
+            line = {"step": done, "log_batch": math.log(12), **{name: float(x) for name, x in values.items()}}
+            names += [new["alarm"] for new in watch(line)]
+        rung.append(names)
+    assert "stuck" in rung[0]  # and perhaps collapsed: random towers may start with one vector for all texts
+    assert rung[1] == []
 
 
 def test_a_scale_at_the_clamp_of_the_step_is_seen():
@@ -288,4 +310,4 @@ def test_the_first_leaf_that_is_no_number_is_named():
     line = {**HEALTHY, "bad_step": 989, "bad_leaf": bad[0], "gradient_norm": float(optax.tree.norm(gradients))}
     with pytest.raises(FloatingPointError) as caught:
         check_finite(line, names)
-    assert f"not finite was that of {names[bad[0]]} at step 990" in str(caught.value)
+    assert f"at step 990 ({names[bad[0]]})" in str(caught.value)

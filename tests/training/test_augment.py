@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from clipid_utils.training.augment import Affine, AugmentConfig, augment, warp
+from clipid_utils.training.augment import Affine, AugmentConfig, augment, draw_affine, warp
 
 OFF = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig)} | {"scale": (1.0, 1.0)}
 SIZE, KEY = 16, jax.random.key(0)
@@ -143,3 +143,68 @@ def test_half_the_size_has_white_around():
 def test_white_stays_white_however_it_is_moved(angle, scale, shift):
     matrix = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     np.testing.assert_allclose(moved(jnp.ones((SIZE, SIZE, 3)), matrix, (shift, -shift)), 1, atol=1e-4)
+
+
+# --- The draws -----------------------------------------------------------------------------------------------------
+
+
+def draws(count=2000, may_flip=True, **changes):
+    """The affine maps of so many keys: matrices [N, 2, 2], shifts [N, 2]."""
+    keys = jax.random.split(KEY, count)
+    drawn = jax.jit(jax.vmap(lambda key: draw_affine(key, jnp.asarray(may_flip), only(**changes))))(keys)
+    return np.asarray(drawn.matrix, np.float64), np.asarray(drawn.shift, np.float64)
+
+
+def assert_uniform(values, low, high):
+    """Over the whole range, and evenly."""
+    edge = 0.01 * (high - low)
+    assert low - 1e-5 <= values.min() < low + edge and high - edge < values.max() <= high + 1e-5
+    assert abs(values.mean() - (low + high) / 2) < 0.05 * (high - low)
+
+
+def test_each_range_is_reached_and_not_passed():
+    matrix, shift = draws(degrees=30.0)
+    assert_uniform(np.degrees(np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0])), -30, 30)
+    assert not shift.any()
+    matrix, shift = draws(translate=0.1)
+    np.testing.assert_allclose(matrix, np.broadcast_to(np.eye(2), matrix.shape))
+    for side in shift.T:
+        assert_uniform(side, -0.2, 0.2)  # of a frame of [-1, 1]
+    matrix, _ = draws(scale=(0.5, 2.0))
+    assert_uniform(1 / matrix[:, 0, 0], 0.5, 2.0)  # the inverse map: a larger picture looks at less
+    matrix, _ = draws(shear=0.3)
+    assert_uniform(matrix[:, 0, 1], -0.3, 0.3)
+    matrix, _ = draws(stretch=0.4)
+    assert_uniform(np.log(matrix[:, 1, 1] / matrix[:, 0, 0]), -0.4, 0.4)
+    np.testing.assert_allclose(np.linalg.det(matrix), 1, rtol=1e-5)
+
+
+def test_no_draw_depends_on_a_different_one():
+    matrix, shift = draws(degrees=20.0, translate=0.1, scale=(0.8, 1.2), flip=0.5)
+    flipped = np.sign(np.linalg.det(matrix))
+    angle = np.arctan2(-matrix[:, 0, 1], matrix[:, 1, 1])
+    found = np.corrcoef(np.stack([flipped, angle, np.abs(np.linalg.det(matrix)), *shift.T]))
+    np.testing.assert_allclose(found, np.eye(5), atol=0.1)
+
+
+def test_half_the_scale_shows_all_and_twice_the_scale_a_half():
+    image = pictures(1)
+    small = apply(image, only(scale=(0.5, 0.5)))[0]
+    np.testing.assert_allclose(small[:3], 1, atol=1e-5)
+    large = apply(image, only(scale=(2.0, 2.0)))[0]
+    middle = np.asarray(image)[0, 4:12, 4:12] / 255
+    np.testing.assert_allclose(large[1:-1:2, 1:-1:2].mean(axis=(0, 1)), middle.mean(axis=(0, 1)), atol=0.1)
+    assert (large < 0.99).mean() > 0.9
+
+
+def test_colours_change_by_their_range():
+    """Of a grey, which hue and saturation leave alone: brightness is added, contrast turns about the middle."""
+    grey = jnp.full((500, 4, 4, 3), 51, jnp.uint8)  # 0.2
+    assert_uniform(apply(grey, only(brightness=0.15), size=4)[:, 0, 0, 0], 0.05, 0.35)
+    assert_uniform(apply(grey, only(contrast=0.5), size=4)[:, 0, 0, 0], 0.05, 0.35)
+    shaded = apply(grey, only(shading=0.5), size=4)
+    assert shaded.max() > 0.4 and shaded.min() < 0.01
+    np.testing.assert_allclose(shaded.mean(axis=(1, 2, 3)), 0.2, atol=0.1)  # light on one side, dark on the other
+    red = jnp.broadcast_to(jnp.array([200, 60, 60], jnp.uint8), (500, 4, 4, 3))
+    spread = np.ptp(apply(red, only(saturation=0.4), size=4)[:, 0, 0], axis=-1)
+    assert_uniform(spread, 0.6 * 140 / 255, 1.4 * 140 / 255)

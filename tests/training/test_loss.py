@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipid_utils.model.clip import normalize
-from clipid_utils.training.loss import clip_loss, image_image_loss, same_concept, siglip_loss
+from clipid_utils.training.loss import clip_loss, image_image_loss, positive_pairs, same_concept, siglip_loss
 
 
 def naive_clip_loss(images, texts, scale, positives=None):
@@ -151,6 +151,50 @@ def test_a_model_that_knows_nothing_pays_log_batch(count):
     assert float(clip_loss(same, same, 10.0)) == pytest.approx(math.log(count), rel=1e-5)
 
 
+def test_equal_concepts_or_equal_captions_make_positives():
+    """Both numbers of a caption have to be equal; without captions the concepts decide alone."""
+    batch = {"concepts": jnp.array([1, 1, 2, 3, 4]),
+             "caption_ids": jnp.array([[5, 6], [7, 8], [7, 8], [5, 9], [0, 6]], jnp.int32)}
+    expected = np.eye(5, dtype=bool)
+    expected[0, 1] = expected[1, 0] = True
+    np.testing.assert_array_equal(positive_pairs({"concepts": batch["concepts"]}), expected)
+    expected[1, 2] = expected[2, 1] = True
+    np.testing.assert_array_equal(positive_pairs(batch), expected)
+
+
+def products(jaxpr) -> list:
+    """All matrix products of a program, also in its inner programs."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("axis", [None, "data"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "image_image"])
+def test_logits_are_products_in_full_precision(mesh, name, axis):
+    """And their gradients: a TPU's default is bfloat16."""
+    def gradient(images, texts):
+        def of(images, texts):
+            positives = same_concept(jnp.arange(len(images)), axis)
+            if name == "image_image":
+                return image_image_loss(images, 3.0, positives, axis)
+            return (clip_loss if name == "clip" else lambda i, t, s, p, a: siglip_loss(i, t, s, -2.0, p, a))(
+                images, texts, 3.0, positives, axis)
+
+        return jax.grad(of, (0, 1))(images, texts)
+
+    if axis is not None:
+        gradient = jax.shard_map(gradient, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    found = products(jax.make_jaxpr(gradient)(jnp.ones((16, 4)), jnp.ones((16, 4))).jaxpr)
+    highest = jax.lax.Precision.HIGHEST
+    assert len(found) >= 3 and all(product.params["precision"] == (highest, highest) for product in found)
+
+
 def test_two_pictures_of_one_concept_are_no_negatives():
     """With the mask, moving the two apart brings nothing; without it, the loss asks for it."""
     positives = same_concept(jnp.array([4, 4, 9]))
@@ -189,7 +233,9 @@ def problem():
     params = {"image": rng.normal(size=(WIDTH, EMBED)), "text": rng.normal(size=(WIDTH, EMBED)), "logit_scale": 1.5}
     batch = {"image": rng.normal(size=(BATCH, WIDTH)), "text": rng.normal(size=(BATCH, WIDTH))}
     params, batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, batch))
-    return params, batch | {"concepts": jnp.asarray(rng.integers(0, 20, BATCH), jnp.int32)}
+    ids = np.stack([np.arange(BATCH) // 2 % 5, np.where(np.arange(BATCH) < 20, np.arange(BATCH) % 3, 7)], axis=1)
+    return params, batch | {"concepts": jnp.asarray(rng.integers(0, 20, BATCH), jnp.int32),
+                            "caption_ids": jnp.asarray(ids, jnp.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +251,7 @@ def towers(params, batch):
 
 def global_loss(params, batch):
     """As every step of this project computes it: on whatever batch there is."""
-    return clip_loss(*towers(params, batch), jnp.exp(params["logit_scale"]), same_concept(batch["concepts"]))
+    return clip_loss(*towers(params, batch), jnp.exp(params["logit_scale"]), positive_pairs(batch))
 
 
 def assert_same(one, other):
@@ -227,7 +273,7 @@ def test_eight_devices_by_jit_and_sharding(problem, mesh):
 def part_of(name, params, batch, masked, axis):
     """A loss of the library's on this device's share, of which `axis` has eight; without an axis on the whole batch."""
     images, texts = towers(params, batch)
-    scale, positives = jnp.exp(params["logit_scale"]), same_concept(batch["concepts"], axis) if masked else None
+    scale, positives = jnp.exp(params["logit_scale"]), positive_pairs(batch, axis) if masked else None
     if name == "clip":
         return clip_loss(images, texts, scale, positives, axis)
     if name == "siglip":

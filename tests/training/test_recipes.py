@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 from datasets import Dataset
 from flax import nnx
@@ -38,7 +40,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(recipes, "load_pairs", lambda rows, size: tiny_pairs(12))
     monkeypatch.setattr(recipes, "new_mini", lambda train, seed: clip)
     monkeypatch.setattr(recipes, "fit", stand_in)
+    run.model = clip[0]
     return run
+
+
+def test_a_new_mini_cuts_texts_as_its_training_does():
+    """Positions after the recipe's caption_tokens are never learned."""
+    model, processor = recipes.new_mini(tiny_pairs(12), seed=0)
+    assert processor.max_length == recipes.MINI.caption_tokens < model.config.text.max_length
+    assert model.config.text.vocab_size == processor.tokenizer.get_vocab_size()
 
 
 def test_a_whole_run_replaces_the_checkpoint_and_what_was_measured_of_the_old_one(quick, tmp_path):
@@ -47,7 +57,9 @@ def test_a_whole_run_replaces_the_checkpoint_and_what_was_measured_of_the_old_on
     (out / "metrics.json").write_text("{}")
     quick(out)
     model, _ = clipid_utils.load_clip(out)
-    assert nnx.state(model) is not None and not (out / "metrics.json").exists()
+    for one, other in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(quick.model)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not (out / "metrics.json").exists()
     assert {"metrics.jsonl", "recipe.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["mini"]
     recipe = json.loads((out / "recipe.json").read_text())

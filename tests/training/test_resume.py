@@ -211,7 +211,7 @@ def test_a_run_goes_on_with_other_devices_and_in_another_form(unbroken, tmp_path
     ({"batch_size": 4, "augmentation": None}, {}, "batch_size 8, now 4; augmentation .*, now None"),
     ({}, {"seed": 1}, "began with seed 0, now 1"),
     ({"checkpoint_every": 0}, {}, "began with checkpoint_every 4, now 0"),
-    ({}, {"optimizer": muon}, "holds the state of another model or optimizer"),
+    ({}, {"optimizer": muon}, "has the state of a different model or optimizer"),
 ])
 def test_other_settings_are_named(finished, changes, options, message):
     before = lines(finished)
@@ -225,7 +225,7 @@ def test_other_settings_are_named(finished, changes, options, message):
 @pytest.mark.parametrize("every", [4, 0])
 def test_a_folder_that_holds_a_run_is_not_begun_again(finished, every):
     config, before = dataclasses.replace(CONFIG, checkpoint_every=every), lines(finished)
-    with pytest.raises(FileExistsError, match="finished holds a run at step 18: go on .*or name another folder"):
+    with pytest.raises(FileExistsError, match="finished has a run at step 18: continue it .*or use a different folder"):
         fit(*CLIP, tiny_pairs(COUNT, LARGER), tiny_pairs(), config, seed=0, out=finished, mesh=make_mesh(1),
             progress=False)
     assert lines(finished) == before

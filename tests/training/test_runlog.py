@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny import tiny_clip, tiny_pairs
+from tiny import tiny_pairs
 
-from clipid_utils.model.embed import embed_pixels, embed_texts
+from clipid_utils import versions
 from clipid_utils.training import log as runlog
-from clipid_utils.training.log import RunLog, read_lines, retrieval_grid, retrieval_sample
+from clipid_utils.training.log import RunLog, read_lines
+from clipid_utils.training.validation import retrieval_grid
 
 CONFIG = {"epochs": 2, "learning_rate": 1e-3}
 PICTURE = np.full((8, 10, 3), 200, np.uint8)
@@ -81,25 +82,25 @@ def test_versions_say_what_the_run_ran_on(tmp_path):
 
 
 def test_the_commit_is_the_clones_and_none_without_git(monkeypatch, tmp_path):
-    file = tmp_path / "runlog.py"
+    file = tmp_path / "versions.py"
     file.write_text("of a clone")
-    monkeypatch.setattr(runlog, "__file__", str(file))
+    monkeypatch.setattr(versions, "__file__", str(file))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "runlog.py"], ["commit", "-qm", "first", "--no-gpg-sign"]):
+    for command in (["init", "-q"], ["add", "versions.py"], ["commit", "-qm", "first", "--no-gpg-sign"]):
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert len(head) == 40 and runlog._commit() == head
+    assert len(head) == 40 and versions.commit() == head
     file.write_text("changed")
-    assert runlog._commit() == f"{head}-dirty"
+    assert versions.commit() == f"{head}-dirty"
     answer = types.SimpleNamespace(stdout="")
-    monkeypatch.setattr(runlog.subprocess, "run", lambda *args, **kwargs: answer)
-    assert runlog._commit() is None
+    monkeypatch.setattr(versions.subprocess, "run", lambda *args, **kwargs: answer)
+    assert versions.commit() is None
 
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(runlog.subprocess, "run", missing)
-    assert runlog._commit() is None
+    monkeypatch.setattr(versions.subprocess, "run", missing)
+    assert versions.commit() is None
 
 
 def test_every_line_is_on_disk_at_once(tmp_path):
@@ -113,7 +114,7 @@ def test_no_folder_is_a_history_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = written(None)
     assert len(log.history) == 3 and list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="need the run's folder"):
+    with pytest.raises(ValueError, match="need a folder for the run"):
         RunLog(None, CONFIG, tensorboard=True)
 
 
@@ -163,7 +164,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"step": 20', '"step": 20'))
     before = path.read_text()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: no JSON .*mend or remove this line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not valid JSON .*or delete the line"):
         RunLog(tmp_path, CONFIG, resume_step=30)
     assert path.read_text() == before
 
@@ -176,7 +177,7 @@ def test_a_folder_that_lost_its_lines_is_resumed_without_them(tmp_path):
 
 def test_what_the_first_steps_ran_on_is_kept(tmp_path, monkeypatch):
     for number, resume in (("1", None), ("2", 20), ("3", 40)):
-        monkeypatch.setattr(runlog, "versions", lambda number=number: {"jax": number})
+        monkeypatch.setattr(runlog, "environment", lambda number=number: {"jax": number})
         written(tmp_path, resume_step=resume)
     assert json.loads((tmp_path / "versions.json").read_text()) == {
         "jax": "3", "before": [{"until_step": 20, "jax": "1"}, {"until_step": 40, "jax": "2"}]
@@ -244,7 +245,7 @@ def test_wandb_goes_on_in_the_same_run_when_resumed_and_only_then(tmp_path, wand
 
 @pytest.mark.parametrize("module, options, message", [
     ("wandb", {"wandb": "clip-indonesian"}, "pip install wandb"),
-    ("tensorboardX", {"tensorboard": True}, "pip install tensorboardX"),
+    ("tensorboardX", {"tensorboard": True}, "needs tensorboardX: pip install"),
 ])
 def test_what_is_not_installed_is_named_with_the_remedy(tmp_path, monkeypatch, module, options, message):
     monkeypatch.setitem(sys.modules, module, None)
@@ -283,12 +284,3 @@ def test_a_sample_shows_the_best_pictures_of_each_query_and_frames_the_right_one
 def test_a_sample_of_few_pictures_is_smaller():
     pairs = tiny_pairs(2)
     assert len(retrieval_grid(np.eye(2, dtype=np.float32), pairs, pairs.names, k=5).axes) == 4
-
-
-def test_a_sample_asks_the_model():
-    (model, processor), pairs = tiny_clip(), tiny_pairs(12)
-    figure = retrieval_sample(model, processor, pairs, pairs.names[:2], k=12)
-    texts = embed_texts(model, processor, pairs.names[:2])
-    best = np.argsort(-(texts @ embed_pixels(model, processor.normalize(pairs.images)).T), axis=1, kind="stable")
-    for axis, row in zip(figure.axes, best.ravel(), strict=True):
-        np.testing.assert_array_equal(axis.images[0].get_array(), pairs.images[row])

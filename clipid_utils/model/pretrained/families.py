@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipid_utils.files import import_transformers
 from clipid_utils.model import ops
 from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
 from clipid_utils.model.pretrained.processor_files import model_type, part
@@ -208,6 +209,7 @@ class ConfigError(ValueError):
 
 def _settings(values: dict, kind: str) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
+    import_transformers()
     from transformers import BertConfig, CLIPVisionConfig, RobertaConfig, ViTConfig, XLMRobertaConfig
 
     known = {"clip": CLIPVisionConfig, "clip_vision_model": CLIPVisionConfig, "vit": ViTConfig, "bert": BertConfig,

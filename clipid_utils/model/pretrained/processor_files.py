@@ -96,6 +96,7 @@ def read_tokenizer(folder: Path) -> dict:
             found |= {"tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")), "special_tokens": tokens}
             stated = settings.get("model_max_length")
         else:
+            files.import_transformers()
             from transformers import AutoTokenizer
 
             # if config.json has two towers, AutoTokenizer must be told the text tower's type

@@ -1,0 +1,191 @@
+"""The training loop, the same for every training: steps, interruption, progress bar, log, evaluations, checkpoints."""
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm.auto import tqdm
+
+from clipid_utils.training.alarms import check_finite
+from clipid_utils.training.processes import say
+
+
+class Outcome(NamedTuple):
+    """How a loop ended."""
+
+    state: Any
+    done: int  # the number of the last step
+    interrupted: bool
+
+
+@dataclass
+class Loop:
+    """A training of `steps` steps; `run` does it."""
+
+    steps: int
+    batch_size: int  # pairs a step, of all devices together
+    steps_per_epoch: int | None  # None for a stream
+    learning_rate: Callable[[int], Any]  # the schedule, for the log
+    log_every: int  # steps
+    log: Callable[[dict], None] = print  # gets a line of metrics
+    evaluate: Callable[[Any, dict], None] | None = None  # gets the state, and a line with step and epoch
+    evaluate_every: int = 0  # steps; the last step is always evaluated
+    save: Callable[[Any, dict], None] | None = None  # gets the state, and where the loop is; None: no checkpoints
+    save_every: int = 0  # steps; the last step, and the one at which a run is stopped, are always saved
+    check: Callable[[dict], None] = check_finite  # raises an error for a line that is not finite
+    title: str = "training"
+    progress: bool = True
+
+    def run(
+        self, step: Callable[[Any, dict], tuple[Any, dict]], state: Any, batches: Iterator[dict], *, start: int = 0,
+        evaluation_due: bool = False,
+    ) -> Outcome:
+        """Steps until the last one, Ctrl-C or SIGTERM.
+
+        `step(state, batch)` returns the new state and its metrics, scalars. `start` is the number of steps that are
+        done already, and `evaluation_due` says that the evaluation of the last of them is missing.
+        """
+        done, stop, values, clock = start, False, {}, Clock()
+        running: deque[jax.Array] = deque(maxlen=2)
+        bar = tqdm(total=self.steps, initial=start, desc=self.title, unit=" steps", disable=not self.progress)
+        with bar, interruptible() as asked:
+            if evaluation_due and self.evaluate is not None:
+                self.evaluate(state, self._line(done, {}))
+            while done < self.steps and not stop:
+                batch = clock.next(batches, running[-1] if running else None, self.batch_size)
+                if done == start:
+                    if jax.process_count() == 1 and asked(done):
+                        return Outcome(state, done, True)
+                    bar.set_description("compiling")
+                state, values = step(state, batch)
+                if done == start:
+                    bar.set_description(self.title)
+                running.append(values["loss"])
+                jax.block_until_ready(running[0])  # the host is at most two steps ahead of the devices
+                done += 1
+                bar.update()
+                stop, end = asked(done), done == self.steps
+                if done % self.log_every == 0 or end:
+                    stop |= self._log(self._line(done, values), clock, bar)
+                due = self.evaluate is not None and (end or self.evaluate_every and done % self.evaluate_every == 0)
+                if due and not stop:
+                    line = self._line(done, values)
+                    with clock.pause():
+                        self.evaluate(state, {name: line[name] for name in ("step", "epoch") if name in line})
+                if self.save is not None and (end or stop or done % self.save_every == 0):
+                    self._line(done, values)
+                    with clock.pause():
+                        self.save(state, {"step": done, "evaluation_due": bool(due and stop)})
+        return Outcome(state, done, stop)
+
+    def _line(self, done: int, values: dict) -> dict:
+        line = {"step": done} | ({"epoch": -(-done // self.steps_per_epoch)} if self.steps_per_epoch else {})
+        line |= {name: value.item() for name, value in values.items()}
+        self.check(line)
+        return line
+
+    def _log(self, line: dict, clock: "Clock", bar: tqdm) -> bool:
+        """Logs a line; True if a Ctrl-C came out of the log, as from a drawing in a notebook."""
+        more = {"learning_rate": float(self.learning_rate(line["step"] - 1)), **clock.rates(),
+                "examples": line["step"] * self.batch_size}
+        bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+        try:
+            self.log(line | more)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            clock.restart()
+        return False
+
+
+class Clock:
+    """Seconds since the last line of the log, and those in which the devices waited for data.
+
+    Waiting counts only if the step before was over when the batch came. The time inside `pause` is left out.
+    """
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.waited, self.examples = time.perf_counter(), 0.0, 0
+
+    def next(self, source: Iterator[dict], running: jax.Array | None, batch_size: int) -> dict:
+        """The next batch of `source`; `running` is a result of the step before it, None at the start."""
+        before = time.perf_counter()
+        try:
+            batch = next(source)
+        except StopIteration:
+            raise ValueError("the data ended before the run: a feed must repeat its data without end") from None
+        if running is None or running.is_ready():
+            self.waited += time.perf_counter() - before
+        self.examples += batch_size
+        return batch
+
+    @contextmanager
+    def pause(self):
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+    def rates(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        return {"examples_per_second": self.examples / elapsed, "data_wait_fraction": self.waited / elapsed}
+
+
+@contextmanager
+def interruptible():
+    """Yields a function of the step that says whether to stop: after Ctrl-C, or SIGTERM, which ends a cloud machine.
+
+    The signals do not break into a step, which has given away the memory of its old state. Several processes all stop
+    after the same step. Outside the main thread no signal arrives, and only the other processes are asked.
+    """
+
+    def ask(*_) -> None:
+        if several:
+            signal.raise_signal(signal.SIGTERM)  # JAX listens for it, and tells the other processes
+        else:
+            asked.set()
+            os.write(2, b"\nstopping after this step\n")  # print is not allowed to interrupt a print
+
+    asked, several = threading.Event(), jax.process_count() > 1
+    main = threading.current_thread() is threading.main_thread()
+    caught = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, ask) for number in caught} if main else {}
+    try:
+        yield lambda step: multihost_utils.reached_preemption_sync_point(step) if several else asked.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own, which Python cannot set
+
+
+def fitting_batch(batch_size: int, count: int, *, multiple: int = 1, things: str = "pictures") -> int:
+    """`batch_size`, or if there are only `count` things, the largest multiple of `multiple` that they fill.
+
+    A reduction is printed. Raises ValueError if fewer than 2 pairs would be left.
+    """
+    if batch_size < 2:
+        raise ValueError(f"batch_size is {batch_size}: a contrastive loss needs at least 2 pairs, and learns from many")
+    if batch_size <= count:
+        return batch_size
+    fitting = count - count % multiple
+    if fitting < 2:
+        raise ValueError(f"{count} {things} do not fill a batch of {max(multiple, 2)}: use more {things}, fewer "
+                         "devices or fewer chunks")
+    say(f"batch_size {batch_size} is more than the {count} {things}: it is now {fitting}")
+    return fitting
+
+
+def steps_of(epochs: int, count: int, batch_size: int) -> tuple[int, int]:
+    """The steps of a whole training and of an epoch. Raises ValueError if there is nothing to do."""
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, so there is nothing to train: choose at least 1")
+    return epochs * (count // batch_size), count // batch_size
