@@ -33,7 +33,9 @@ lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
 train-mini: .venv/installed  ## train data/checkpoints/mini again, by the recipe that made it
-	$(RUN) -m clipid_utils train mini --out data/checkpoints/mini
+	$(RUN) -m clipid_utils train mini --out runs/mini
+	cp runs/mini/model/* data/checkpoints/mini/
+	rm -f data/checkpoints/mini/metrics.json
 
 evaluate: .venv/installed  ## measure data/checkpoints/mini again into its metrics.json
 	$(RUN) -m clipid_utils evaluate data/checkpoints/mini

@@ -3,7 +3,7 @@
     python scripts/release.py          # after a change of either
     python scripts/release.py --check  # only lists the files that are out of date; the tests do this
 
-README.md, CITATION.cff, the badges of the notebooks and their second cells are filled.
+README.md, CITATION.cff, the name that downloads give to servers, and the notebooks' badges and second cells are filled.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def filled(name: str, text: str, repository: str, version: str) -> str:
         r"(mybinder\.org/v2/gh/)[\w.-]+/[\w.-]+/[^?]+(\?)": rf"\g<1>{repository}/v{version}\g<2>",
         r"(git clone (?:-[^\n]*? )?https://github\.com/)[\w.-]+/[\w.-]+": rf"\g<1>{repository}",
         r'(RELEASE = \\?")v[\d.]+': rf"\g<1>v{version}",
+        r"(\+https://github\.com/)[\w.-]+/[\w.-]+": rf"\g<1>{repository}",
     }
     if name == "CITATION.cff":
         places = {r"(?m)^(version: ).+$": rf"\g<1>{version}"}
@@ -43,7 +44,8 @@ def outdated() -> dict[Path, str]:
     """The files that do not have today's address and release, with the text that they should have."""
     repository, version = release()
     notebooks = (path for pattern in NOTEBOOKS for path in sorted(ROOT.glob(pattern)))
-    paths = [ROOT / "README.md", ROOT / "CITATION.cff", *notebooks]
+    others = "README.md", "CITATION.cff", "clipid_utils/data/download/download.py"
+    paths = [*(ROOT / name for name in others), *notebooks]
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
     return {path: new for path, text in texts.items() if (new := filled(path.name, text, repository, version)) != text}
 

@@ -113,7 +113,7 @@ def test_json_lines_as_people_save_them(tmp_path):
             (1, {"a": 1}), (4, {"a": "\ud83d"}), (5, None), (6, None), (7, None), (8, None), (9, {"a": 2})]
         problems = [problem for _, _, problem in found]
         for problem, words in zip(problems[2:6], ("'3' is not a record", "byte 8 of the line is not UTF-8",
-                                                  "nested too deeply", "not valid JSON"), strict=True):
+                                                  "JSON that cannot be read", "not valid JSON"), strict=True):
             assert words in problem
         assert problems[:2] == [None, None] and problems[6] is None
         with pytest.raises(ValueError, match=rf"^{name}:5: '3' is not a record"):

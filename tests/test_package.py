@@ -30,6 +30,7 @@ def test_another_release_reaches_every_place(monkeypatch):
                   "https://github.com/owner/name /content"):
         assert place in first
     assert "git clone https://github.com/owner/name &&" in found["README.md"]
+    assert "(+https://github.com/owner/name{contact})" in found["clipid_utils/data/download/download.py"]
 
 
 def test_core_is_small():
