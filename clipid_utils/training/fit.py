@@ -233,11 +233,11 @@ class _Captions:
         return {"truncated": self.before + total(self.truncated), "shared_captions": self.shared}
 
     def line(self, step: int) -> dict[str, int]:
-        """What the line of a step gets; of the first one the shared captions are also printed."""
+        """The counts for the line of a step; at the first line, shared captions are also printed."""
         found = self.counts()
         if step > self.log_every or not self.pairs:
             del found["shared_captions"]
-        else:
+        elif self.shared:
             say(f"{self.shared} of the {self.pairs} pairs in the first batches share their caption with a different "
                 "pair of the batch: they count as right answers for each other")
         return found

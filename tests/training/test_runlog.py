@@ -245,7 +245,7 @@ def test_wandb_goes_on_in_the_same_run_when_resumed_and_only_then(tmp_path, wand
 
 @pytest.mark.parametrize("module, options, message", [
     ("wandb", {"wandb": "clip-indonesian"}, "pip install wandb"),
-    ("tensorboardX", {"tensorboard": True}, "needs tensorboardX: pip install"),
+    ("tensorboardX", {"tensorboard": True}, "needs tensorboardX, from an extra"),
 ])
 def test_what_is_not_installed_is_named_with_the_remedy(tmp_path, monkeypatch, module, options, message):
     monkeypatch.setitem(sys.modules, module, None)
