@@ -20,7 +20,8 @@ import httpx2
 from PIL import Image, UnidentifiedImageError
 
 from clipid_utils.data.download.addresses import NotPublic, PublicNetwork
-from clipid_utils.files import open_picture, usable_threads
+from clipid_utils.files import usable_threads
+from clipid_utils.pictures import open_picture
 
 SHORT_SIDE = 512  # pixels; larger pictures are reduced to it, as the ancestor did
 QUALITY = 90
