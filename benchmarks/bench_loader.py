@@ -29,9 +29,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from clipid_utils.data.batches.loader import records_feed
 from clipid_utils.data.captions import read_captions, write_captions
-from clipid_utils.files import decode_square
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.paths import CHECKPOINTS
+from clipid_utils.pictures import decode_square
 
 FOLDER = Path("build/bench/pictures")
 COUNT, SIZE, BATCH, LENGTH = 600, (500, 375), 16, 32

@@ -55,7 +55,7 @@ READ = """
 import json, sys, time
 from pathlib import Path
 from clipid_utils.data.report import Report
-from clipid_utils.data.sources import coco, conceptual, flickr, unsplash, wit
+from clipid_utils.data.sources import coco, conceptual, flickr, tables, unsplash, wit
 from clipid_utils.data.sources.disk_table import OnDisk
 folder, kind, report = Path(sys.argv[1]), sys.argv[2], Report()
 path = folder / kind
@@ -67,7 +67,7 @@ rows = {
     "cc12m.tsv": lambda: conceptual.read_conceptual(path, report, source="cc12m"),
     "cc12m-wds": lambda: conceptual.read_mirror(
         sorted(path.glob("*.tar")), report, source="cc12m",
-        translations=OnDisk(conceptual.address_captions(path / "translated.tsv", Report()))),
+        translations=OnDisk(row[2:] for row in tables.caption_table(path / "translated.tsv", "url", Report()))),
     "sbu": lambda: conceptual.read_sbu(path, report),
     "coco.tsv": lambda: coco.read_coco(path, folder, report),
     "coco.json": lambda: coco.read_coco(path, folder, report),

@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, JSON lines with their line numbers, inputs by file, folder or glob, and pictures.
+"""Files: written whole or not at all, JSON lines with their line numbers, inputs by file, folder or glob.
 
-This is the only code of its kind in the library. Everything that writes a result, reads JSON lines or opens a picture
-goes through here, so that an interruption, a byte-order mark or a broken picture is handled once.
+This is the only code of its kind in the library. Everything that writes a result or reads JSON lines goes through here,
+so that an interruption or a byte-order mark is handled once.
 """
 
 import codecs
@@ -9,7 +9,6 @@ import glob
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import os
 import shutil
@@ -22,12 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
-
 PARTIAL = ".partial"  # the ending of a file or folder that is not finished
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
 MAX_LINE = 2**24  # bytes of one line of a text file
 
 
@@ -148,14 +142,6 @@ def parse_line(line: bytes) -> tuple[dict | None, str | None]:
     return record, None
 
 
-def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    """Number, from 1, and object of each line. Raises ValueError, "file:line: problem", at the first bad one."""
-    for number, record, problem in json_lines(path):
-        if problem:
-            raise ValueError(f"{Path(path).name}:{number}: {problem}")
-        yield number, record
-
-
 def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl", ".parquet")) -> list[Path]:
     """The files that a command's input names: one file, the part files of a folder, or a glob; `~` is expanded.
 
@@ -242,147 +228,3 @@ def import_transformers() -> ModuleType:
 def usable_threads() -> int:
     """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
     return min(8, usable_cores())
-
-
-# Pictures
-
-class PictureError(ValueError):
-    """A picture that cannot be read; the message says why, and what to do."""
-
-
-def open_picture(
-    source: str | os.PathLike | bytes | dict | Image.Image, *, short_side: int | None = None,
-    root: str | os.PathLike | None = None, draft: int | None = None,
-) -> Image.Image:
-    """A picture of any kind as a person sees it: RGB, upright, on white where transparent (`to_rgb`).
-
-    `source` is a path (a relative one starts at `root`), the bytes of a file, {"bytes", "path"} as `datasets` stores
-    pictures, or an open picture. With `short_side`, a larger picture is reduced to it. With `draft`, a JPEG file may be
-    decoded at 1/2, 1/4 or 1/8 of its size, at least `draft` pixels, which is several times faster. Raises PictureError
-    for anything that cannot be decoded to its end, FileNotFoundError for a missing file.
-    """
-    if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if source is None:
-        raise PictureError("there is no picture, only a null: give its path or its bytes")
-    if not isinstance(source, bytes | Image.Image):
-        source = Path(root or "", os.path.expanduser(source))
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such picture: correct the path")
-    try:
-        if isinstance(source, Image.Image):
-            return reduce_picture(to_rgb(source), short_side)
-        with _opened(source) as image:
-            if draft := draft or 2 * (short_side or 0):
-                image.draft(None, (draft, draft))
-            return reduce_picture(to_rgb(image), short_side)
-    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
-        name = f"{source}: " if isinstance(source, Path) else ""
-        if isinstance(error, PictureError):
-            reason = str(error)
-        elif isinstance(error, UnidentifiedImageError):  # its text has the name again, or an address in memory
-            reason = "not a picture that can be read (its format is not known)"
-        else:
-            reason = f"not a picture that can be read ({type(error).__name__}: {error})"
-        raise PictureError(f"{name}{reason}") from error
-
-
-def _opened(source: Path | bytes) -> Image.Image:
-    """Pillow's picture. Its HEIC decoder, a package of its own, is only loaded for a HEIC file."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        if isinstance(source, bytes):
-            head = source[:12]
-        else:
-            with open(source, "rb") as opened:
-                head = opened.read(12)
-        if not is_heic(head):
-            raise
-        try:
-            need("pillow_heif", "heic").register_heif_opener()
-        except ImportError as error:
-            raise PictureError(f"a HEIC picture: {error}") from None
-        return Image.open(file)
-
-
-def is_heic(head: bytes) -> bool:
-    """Whether bytes begin as a HEIC file does."""
-    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-
-
-def reduce_picture(image: Image.Image, short_side: int | None) -> Image.Image:
-    """The picture with its short side at most `short_side` pixels."""
-    if not short_side or min(image.size) <= short_side:
-        return image
-    size = [max(1, round(side * short_side / min(image.size))) for side in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-
-
-# The seven EXIF orientations other than upright, and the turn that makes such a picture upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it: RGB, upright, on white where transparent.
-
-    An RGB picture stays as it is. Three differences from transformers' CLIPImageProcessor, which loses the picture:
-    - EXIF orientation: there the picture stays on its side, here it is turned upright;
-    - 16-bit greys: there all above 255 is white, here 65535 is white (in mode I: the largest value, if above 65535);
-    - transparent: its older versions show the hidden colour, mostly black; here, and in its newer versions, white.
-    """
-    image.load()  # some formats know their orientation and transparency only then
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:  # to flip it is number 0
-        image = image.transpose(turn)
-        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(key, None)  # otherwise it would be turned again
-    if image.mode.startswith("I"):
-        return _eight_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits (mode I;16) or of up to 32 (mode I, which also has 8-bit pictures), as 8 bits."""
-    values = np.asarray(image).astype(np.int64)  # in this machine's byte order: numpy 2.1 crashes with others below
-    top = max(65535, int(values.max())) if image.mode != "I" or values.max() > 255 else 255
-    values = np.where(values == image.info.get("transparency", -1), top, values).clip(0)
-    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
-
-
-MAX_PIXELS = 2**24  # of a picture on its way to a square
-
-
-def decode_square(
-    file: str | os.PathLike | bytes | dict | Image.Image, size: int, *, resize: int | tuple[int, int] | None = None,
-    resample: int = Image.Resampling.BICUBIC,
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The middle square of a picture after its short side is brought to `size` pixels, like CLIP.
-
-    `resize` is a different length for the short side, or the (height, width) to which the picture is stretched, as for
-    ViT; where that is less than `size`, the rest is black. An open RGB picture gives the same bytes as transformers'
-    CLIPImageProcessor. A file gives them to one level, since only the square is resized; if it is a JPEG of at least
-    twice the size, it is decoded at a fraction of its size, and pixels can differ by a few levels. Raises the errors of
-    `open_picture`.
-    """
-    resize = size if resize is None else resize
-    image = open_picture(file, draft=resize if isinstance(resize, int) else max(resize))
-    if isinstance(resize, int):
-        width, height = (int(side * resize / min(image.size)) for side in image.size)
-    else:
-        height, width = resize
-    left, top = (width - size) // 2, (height - size) // 2
-    whole = isinstance(file, Image.Image) and width * height <= MAX_PIXELS
-    if whole or left < 0 or top < 0:
-        return np.asarray(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
-    across, down = image.width / width, image.height / height
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return np.asarray(image.resize((size, size), resample, box=box))

@@ -4,10 +4,10 @@ import numpy as np
 from datasets import Dataset
 
 from clipid_utils import metrics
-from clipid_utils.files import to_rgb
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_images, embed_texts
 from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.pictures import to_rgb
 
 KS = (1, 5, 10)
 Ranks = list[np.ndarray]  # for each seed, the rank of each query

@@ -21,7 +21,9 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from jaxtyping import Int32
 
-from clipid_utils.files import file_identity, input_files, json_lines, open_picture, whole_file
+from clipid_utils.data.shards import numbered_rows
+from clipid_utils.files import file_identity, input_files, whole_file
+from clipid_utils.pictures import open_picture
 from clipid_utils.wording import fill, load_wording
 
 # How often a caption is the name alone, keywords alone, the name with keywords, or the name in a template.
@@ -160,11 +162,8 @@ def _kind(file: Path) -> str:
 
 def _lines(file: Path) -> Iterator[tuple[int, dict | None, str | None]]:
     """Number from 1, record and problem of each line that is not blank, or of each row."""
-    kind, lines = _kind(file), json_lines(file)
-    if file.suffix == ".parquet":
-        rows = (row for batch in pq.ParquetFile(file).iter_batches(1000) for row in batch.to_pylist())
-        lines = ((number, row, None) for number, row in enumerate(rows, 1))
-    for number, record, problem in lines:
+    kind = _kind(file)
+    for number, record, problem in numbered_rows(file):
         yield number, record, problem or _problem(record, kind)
 
 

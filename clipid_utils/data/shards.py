@@ -4,7 +4,6 @@ A shard gets its name only when it is whole and on the disk, so a run that was k
 last shard. Each shard notes, in its metadata, the settings that it was made with.
 """
 
-import gzip
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from clipid_utils.files import PARTIAL, input_files, read_json_lines, whole_file
+from clipid_utils.files import PARTIAL, input_files, json_lines, numbered_lines, whole_file
 
 METADATA = b"clipid_utils"  # the key of the settings in a shard's metadata; "rows" among them is a hash of its rows
 Source = str | os.PathLike | Iterable[dict]
@@ -30,15 +29,25 @@ def source_files(source: Source) -> list[Path]:
 
 
 def count_rows(source: Source) -> int | None:
-    """How many rows a source has; blank lines count too. None for records whose number is unknown."""
-    total, files = 0, source_files(source)
-    for file in files:
-        if file.suffix == ".parquet":
-            total += pq.read_metadata(file).num_rows
-        else:
-            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-                total += sum(1 for _ in lines)
-    return total if files or not hasattr(source, "__len__") else len(source)
+    """How many rows a source has. None for records whose number is unknown."""
+    if files := source_files(source):
+        return sum(map(file_rows, files))
+    return len(source) if hasattr(source, "__len__") else None
+
+
+def file_rows(file: Path) -> int:
+    """How many rows a .parquet file has, or how many lines, not counting blank ones, a text file has."""
+    if file.suffix == ".parquet":
+        return pq.read_metadata(file).num_rows
+    return sum(1 for _, line in numbered_lines(file) if line.strip())
+
+
+def numbered_rows(file: Path) -> Iterator[tuple[int, dict | None, str | None]]:
+    """Number from 1, row and problem of each line of JSON that is not blank, or of each row of a .parquet file."""
+    if file.suffix != ".parquet":
+        return json_lines(file)
+    rows = (row for batch in pq.ParquetFile(file).iter_batches(1000) for row in batch.to_pylist())
+    return ((number, row, None) for number, row in enumerate(rows, 1))
 
 
 def read_rows(source: Source, out: Path) -> Iterator[tuple[str, dict]]:
@@ -48,19 +57,16 @@ def read_rows(source: Source, out: Path) -> Iterator[tuple[str, dict]]:
     ValueError, with the place, for a line that is not JSON.
     """
     for file in source_files(source) or [None]:
-        if file is None:
-            numbered = enumerate(source, 1)
-        elif file.suffix == ".parquet":
-            batches = pq.ParquetFile(file).iter_batches(1000)
-            numbered = enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
-        else:
-            numbered = read_json_lines(file)
+        numbered = numbered_rows(file) if file else ((number, row, None) for number, row in enumerate(source, 1))
+        name = file.name if file else "records"
         # Resolved, since ".." after a link leads to the parent of the link's target
         way = os.path.relpath(file.parent.resolve(), out.resolve()) if file else ""
-        for number, row in numbered:
+        for number, row, problem in numbered:
+            if problem:
+                raise ValueError(f"{name}:{number}: {problem}")
             if file and isinstance(row.get("image_path"), str):
                 row = {**row, "image_path": os.path.normpath(os.path.join(way, row["image_path"]))}
-            yield f"{file.name if file else 'records'}:{number}", row
+            yield f"{name}:{number}", row
 
 
 def parquet_schema(source: Source) -> pa.Schema | None:

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from PIL import Image
 
 import clipid_utils
-from clipid_utils.files import to_rgb, write_json
+from clipid_utils.files import write_json
 from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
+from clipid_utils.pictures import to_rgb
 from clipid_utils.versions import versions
 from clipid_utils.wording import group_phrase, load_wording
 

@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Float, Int
 from PIL import Image
 
-from clipid_utils.files import PICTURE_SUFFIXES, open_picture, whole_file
+from clipid_utils.files import whole_file
 from clipid_utils.model.embed import embed_pictures, fingerprint, picture_identity
+from clipid_utils.pictures import PICTURE_SUFFIXES, open_picture
 
 SHOWN_SIDE = 512  # the short side of a picture that is shown: 64 photographs of a phone take 2 GB otherwise
 

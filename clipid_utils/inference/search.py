@@ -18,9 +18,10 @@ from flax import nnx
 from jaxtyping import Float, Int
 from PIL import Image
 
-from clipid_utils.files import need, open_picture
+from clipid_utils.files import need
 from clipid_utils.inference.index import SHOWN_SIDE, PictureIndex
 from clipid_utils.model.embed import embed_pixels, embed_texts
+from clipid_utils.pictures import open_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,9 +19,10 @@ from jaxtyping import Float, Shaped
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clipid_utils.files import PictureError, file_identity, usable_threads, whole_file
+from clipid_utils.files import file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.pictures import PictureError
 
 RULES = 2  # part of each fingerprint: raise it when the same weights and pictures start to give different vectors
 CHUNK = 256  # pictures between two writes to a cache: the most that an interruption costs

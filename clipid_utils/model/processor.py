@@ -16,10 +16,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipid_utils.files import decode_square, whole_file, write_json
+from clipid_utils.files import whole_file, write_json
 from clipid_utils.model.pretrained import processor_files
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, TOKENIZER_FILES
+from clipid_utils.pictures import decode_square
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Picture = Image.Image | str | os.PathLike | bytes | dict  # an open picture, a path, a file's bytes, {"bytes", "path"}
@@ -57,7 +58,7 @@ class CLIPProcessor:
 
     `tokenizer` is one of `tokenizers` (with its `special_tokens` if they are not BERT's), one of transformers, which
     knows its special tokens, or None: then texts raise ValueError. `truncated` counts the texts that were cut to
-    `max_length` tokens; the first cut warns. `resize` and `resample` are those of `files.decode_square`.
+    `max_length` tokens; the first cut warns. `resize` and `resample` are those of `pictures.decode_square`.
     """
 
     def __init__(

@@ -11,14 +11,13 @@ import pytest
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.conceptual import (
-    MAX_MEMBER,
     SBU_FILES,
-    address_captions,
     read_conceptual,
     read_mirror,
     read_sbu,
 )
 from clipid_utils.data.sources.disk_table import OnDisk
+from clipid_utils.data.tars import MAX_MEMBER
 
 
 def test_rows_for_the_downloader_count_as_the_ancestors_did(tmp_path):
@@ -85,7 +84,8 @@ def test_the_mirrors_pictures_with_their_captions(tmp_path, tars):
 
 def test_translations_are_found_by_address(tmp_path, tars):
     (tmp_path / "cc3m.tsv").write_text("caption\turl\nseekor sapi\thttp://a.id/4.jpg\nseekor kucing\thttp://a.id/1.jpg\n")
-    translations, report = OnDisk(address_captions(tmp_path / "cc3m.tsv", Report())), Report()
+    rows, report = read_conceptual(tmp_path / "cc3m.tsv", Report(), source="cc3m"), Report()
+    translations = OnDisk((row["url"], row["captions"][0]) for row in rows)
     records = read_mirror(tars, report, source="cc3m", translations=translations)
     assert [record["captions"] for record in records] == [["seekor kucing"], ["seekor sapi"]]
     assert report.dropped == {"no translation for its address": 3, "no picture in the sample": 1}

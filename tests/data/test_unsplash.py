@@ -38,7 +38,7 @@ def test_the_full_set_comes_in_parts(tmp_path):
     (tmp_path / "photos.tsv000").write_text(PHOTOS + photo("a", "x"))
     (tmp_path / "photos.tsv001").write_text(PHOTOS + photo("b", "y"))
     (tmp_path / "keywords.tsv000").write_text(KEYWORDS)
-    assert [row["row"] for row in read_unsplash(tmp_path, Report(), width=320)] == [0, 1]
+    assert [row["row"] for row in read_unsplash(tmp_path, Report())] == [0, 1]
 
 
 def test_another_folder_or_file_is_refused_at_once(tmp_path):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from PIL import Image
 from tiny import NAMES, SIZE, tiny_processor
 
-from clipid_utils.files import decode_square, to_rgb
 from clipid_utils.model.processor import IMAGE_MEAN, IMAGE_STD, SPECIAL_TOKENS, CLIPProcessor, train_wordpiece
+from clipid_utils.pictures import decode_square, to_rgb
 
 
 @pytest.fixture

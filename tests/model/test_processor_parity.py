@@ -21,10 +21,10 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clipid_utils.files import decode_square, to_rgb
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import embed_texts
 from clipid_utils.model.processor import IMAGE_MEAN, IMAGE_STD, CLIPProcessor
+from clipid_utils.pictures import decode_square, to_rgb
 
 SIZE = 24
 LEVEL = 1 / 255 / min(IMAGE_STD)  # one step of an 8-bit picture, in pixel values
@@ -126,7 +126,7 @@ def test_the_same_bytes_at_any_size(width, height, size):
 
 @pytest.mark.parametrize("size", [(1999, 2), (701, 7), (3000, 1), (1, 3000), (31, 1999)])
 def test_where_only_the_square_is_built_it_is_the_same_within_one_level(monkeypatch, processor, theirs, size):
-    monkeypatch.setattr("clipid_utils.files.MAX_PIXELS", 0)
+    monkeypatch.setattr("clipid_utils.pictures.MAX_PIXELS", 0)
     image = noise(*size)
     ours = processor(images=[image])["pixel_values"][0]
     np.testing.assert_allclose(ours, pixels_of(theirs, image), atol=1.01 * LEVEL)

@@ -6,6 +6,7 @@ numbers: the same concept or picture), `caption_ids` int32 [b, 2] (equal: the sa
 """
 
 import functools
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture
 from clipid_utils.data.batches.prefetch import Ahead, Steps
 from clipid_utils.data.batches.streams import EndlessRows, clean_captions, picture_and_captions
 from clipid_utils.data.captions import caption_ids, flip_allowed, sample_caption
-from clipid_utils.files import decode_square, usable_threads
+from clipid_utils.files import usable_threads
+from clipid_utils.pictures import decode_square
 from clipid_utils.wording import group_phrase
 
 
@@ -119,9 +121,7 @@ def dictionary_feed(
     does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or does not divide
     among the processes.
     """
-    share = _share(batch_size, process_index, process_count)
-    if batch_size > len(pairs):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(pairs)} pictures: choose a smaller one")
+    share = _share(batch_size, process_index, process_count, len(pairs))
     steps = len(pairs) // batch_size
 
     @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
@@ -154,12 +154,11 @@ def batches(
     yield from map(feed.dataset.make, range(epoch * steps, (epoch + 1) * steps))
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def _share(batch_size: int, process_index: int, process_count: int, pictures: int | float = np.inf) -> slice:
+    if batch_size > pictures:
+        raise ValueError(f"batch_size {batch_size} is more than the {pictures} pictures: choose a smaller one")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}: of {process_count} processes the last is number "
-                         f"{process_count - 1}")
     part = batch_size // process_count
     return slice(process_index * part, (process_index + 1) * part)
 
@@ -181,9 +180,7 @@ def records_feed(
     that cannot be read is skipped and counted, and the next record takes its place; a thousand of them one after the
     other raise ValueError. For the rest see `dictionary_feed`.
     """
-    share = _share(batch_size, process_index, process_count)
-    if batch_size > len(records):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
+    share = _share(batch_size, process_index, process_count, len(records))
     decode = decode or functools.partial(decode_square, size=image_size)
     make = functools.partial(  # not a closure: worker processes get it by its name
         _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
@@ -265,7 +262,7 @@ def stream_feed(
                              f"is {picture_name(pictures[-1])}: check the pictures") from pixels[-1]
         if not good:
             return None
-        sums = np.array([_checksum(source(pictures[place])) for place in good], np.uint32)
+        sums = np.array([zlib.crc32(os.fsencode(source(pictures[place]))) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
                     for place, number in zip(good, sums, strict=True)]
         return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),
@@ -295,10 +292,6 @@ def _texts(captions: list[str], tokenize: Callable, length: int, may_flip: np.nd
         may_flip = np.array([flip_allowed(caption, [], False) for caption in captions])
     tokens = tokenize(captions, length, mark_truncated=True)
     return {"may_flip": may_flip, "caption_ids": caption_ids(captions), **tokens}
-
-
-def _checksum(picture: str | bytes) -> int:
-    return zlib.crc32(picture.encode() if isinstance(picture, str) else picture)
 
 
 def _shuffle_seed(seed: int) -> int:

@@ -1,13 +1,7 @@
 """Rows of WebDataset tars and other `datasets` streams without end, from a position that a checkpoint can save."""
 
-import bz2
-import gzip
-import itertools
 import json
-import lzma
 import os
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 
 import datasets
@@ -15,48 +9,26 @@ import grain
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
-from clipid_utils.files import PICTURE_SUFFIXES
+from clipid_utils.data.tars import tar_samples
+from clipid_utils.pictures import PICTURE_SUFFIXES
 
 # Names or endings of the columns that have the picture and the captions, the best first
 PICTURE_COLUMNS = ("image", "image_path", "jpg", "jpeg", "png", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "json")
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes of a file
 
 
 def tar_stream(files: Sequence[str | os.PathLike]) -> datasets.IterableDataset:
     """The samples of WebDataset tars as a stream for `stream_feed`; the columns are the endings of their files.
 
-    A sample is a run of files with one name up to the first dot ("a.input.jpg", "a.outputs.txt"). Samples may differ
-    in their endings.
+    For the samples see `tar_samples`; they may differ in their endings.
     """
     return datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"files": [os.fspath(file) for file in files]})
 
 
 def _tar_rows(files: list[str]) -> Iterator[dict]:
     for file in files:
-        for key, sample in itertools.groupby(_members(file), key=lambda member: member[0]):
-            yield {"__key__": f"{file}/{key}", **{ending: content for _, ending, content in sample}}
-
-
-def _members(file: str) -> Iterator[tuple[str, str, bytes]]:
-    """Name up to the first dot, ending and content of each file in a tar. Raises ValueError if the tar is cut off."""
-    try:
-        with open(file, "rb") as raw:
-            opened = OPENERS.get(raw.read(2), open)
-        with opened(file, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
-            for member in tar:
-                tar.members.clear()  # it would keep each of them
-                folder, base = os.path.split(member.name)
-                name, _, ending = base.partition(".")
-                if name and member.isfile():
-                    yield os.path.join(folder, name), ending, tar.extractfile(member).read()
-            unpacked.seek(tar.offset)
-            if unpacked.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("its end is missing")
-            while unpacked.read(2**20):  # to the checksum of gzip
-                pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{file}: not a tar, or cut off ({error}): fetch it again") from error
+        for name, sample in tar_samples(file):
+            yield {"__key__": f"{file}/{name}", **sample}
 
 
 def picture_and_captions(row: dict, columns: Sequence[str | None] | None = None) -> tuple:

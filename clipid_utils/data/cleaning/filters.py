@@ -30,7 +30,8 @@ from clipid_utils.data.cleaning.near_copies import (
 )
 from clipid_utils.data.cleaning.proper_nouns import Tagger, split_words
 from clipid_utils.data.report import Report
-from clipid_utils.files import PictureError, need, open_picture
+from clipid_utils.files import need
+from clipid_utils.pictures import PictureError, open_picture
 
 # The languages that a caption is recognised among. Among all 97 of the library a short caption is often recognised as
 # a rare language.
@@ -79,7 +80,7 @@ def filter_captions(rows: Iterable[dict], report: Report, *checks: CaptionCheck)
 def filter_pictures(rows: Iterable[dict], report: Report, *checks: PictureCheck) -> Iterator[dict]:
     """The rows whose picture opens and passes every check. The report counts rows.
 
-    The picture is in `image_path`, or in `image` in any form that `files.open_picture` takes.
+    The picture is in `image_path`, or in `image` in any form that `pictures.open_picture` takes.
     """
     for row in rows:
         try:

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 from PIL import Image, ImageOps
 
-from clipid_utils.files import PictureError, need, open_picture, usable_threads
+from clipid_utils.files import need, usable_threads
+from clipid_utils.pictures import PictureError, open_picture
 
 MAX_BITS = 10  # of 64 bits of the perceptual hash
 MAX_DIFFERENCE = 6.0  # mean absolute difference of 32 x 32 RGB pixels, of 255

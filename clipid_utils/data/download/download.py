@@ -9,7 +9,6 @@ for a kept picture `path`, `sha256` and `bytes` of the file as it came, `width` 
 import hashlib
 import itertools
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,9 +18,7 @@ from ssl import SSLContext
 from weakref import WeakValueDictionary
 
 import anyio
-import pyarrow.parquet as pq
 from anyio.from_thread import start_blocking_portal
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 import clipid_utils
@@ -30,6 +27,7 @@ from clipid_utils.data.download.addresses import PublicNetwork
 from clipid_utils.data.download.fetcher import Fetcher, Limits, to_jpeg
 from clipid_utils.data.download.manifest import Manifest, url_key
 from clipid_utils.data.report import Report
+from clipid_utils.data.shards import file_rows, numbered_rows, only_writer
 from clipid_utils.data.sources.tables import SURROGATE
 from clipid_utils.files import PARTIAL, input_files, numbered_lines, parse_line
 
@@ -37,7 +35,6 @@ AGENT = "clip-indonesian/{version} (+https://github.com/galuhsahid/clip-indonesi
 ROWS_AHEAD = 2000  # rows in work or waiting for their host's turn, so that a slow host delays the others less
 FOLDER_SIZE = 10_000  # pictures: a folder with more is slow to list
 LISTS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
-URL_LINE = re.compile(rb"[a-z][a-z0-9+.-]*://\S+$", re.IGNORECASE)
 
 
 def download(
@@ -55,17 +52,12 @@ def download(
     User-Agent. Raises ValueError for a row whose number has a different URL in the manifest.
     """
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(f"{folder}: another download writes here: wait for it, or choose another") from None
     agent = AGENT.format(version=clipid_utils.__version__, contact=f"; {contact}" if contact else "")
-    for leftover in folder.glob(f"*{PARTIAL}"):  # a kill left it
-        leftover.unlink()
-    with lock, warnings.catch_warnings(), Manifest(folder / "manifest.jsonl") as manifest:
+    with only_writer(folder), warnings.catch_warnings(), Manifest(folder / "manifest.jsonl") as manifest:
         warnings.filterwarnings("ignore", module="PIL")  # about odd pictures, which the manifest lists
-        shutil.rmtree(folder / ".parts", ignore_errors=True)  # half-written files that a kill left
+        for leftover in folder.glob(f"*{PARTIAL}"):  # a kill left it, and the half-written pictures
+            leftover.unlink()
+        shutil.rmtree(folder / ".parts", ignore_errors=True)
         (folder / ".parts").mkdir()
         bar = tqdm(total=total, initial=manifest.counts.total(), desc="pictures", unit=" rows", disable=not progress)
         fetcher = Fetcher(limits or Limits(), agent, network or PublicNetwork(), tls)
@@ -145,49 +137,39 @@ def _write_records(manifest: Manifest, folder: Path) -> Report:
 def read_urls(lists: str | os.PathLike) -> Iterator[dict]:
     """The rows of lists of URLs: JSON lines or Parquet with `{"url": …, "captions": […]}`, or lines that are URLs.
 
-    `lists` is a file, a folder or a glob. A row without `row` gets the number of its line, from 0 over all files. A
-    line of a .txt file that is not JSON is a URL; its picture has no captions. Raises ValueError that names a bad line.
+    `lists` is a file, a folder or a glob. A row without `row` gets the number of its line, from 0 over all files. In a
+    file that is not named .jsonl or .parquet, a line that is not JSON is a URL; its picture has no captions. Raises
+    ValueError that names a bad line.
     """
-    numbers = itertools.count()
+    before = 0
     for path in input_files(lists, LISTS):
-        for (place, entry), number in zip(_entries(path), numbers, strict=False):  # skips no number
-            row, problem = _row(entry, ".txt" in path.suffixes)
-            if problem:
-                raise ValueError(f"{path}:{place}: {problem}: write {{\"url\": \"https://…\", \"captions\": [\"…\"]}}")
-            if row:
-                yield {"row": number, "source": None, "split": None, **row}
+        number, is_text = 0, not {".jsonl", ".parquet"} & set(path.suffixes)
+        for number, row, problem in _text_rows(path) if is_text else numbered_rows(path):
+            if problem := problem or _problem(row):
+                raise ValueError(f"{path}:{number}: {problem}: write {{\"url\": \"https://…\", \"captions\": [\"…\"]}}")
+            yield {"row": before + number - 1, "source": None, "split": None, **row}
+        before += number
 
 
 def count_urls(lists: str | os.PathLike) -> int:
     """How many rows `read_urls` gives, bad lines included."""
-    return sum(bool(entry.strip() if isinstance(entry, bytes) else entry)
-               for path in input_files(lists, LISTS) for _, entry in _entries(path))
+    return sum(map(file_rows, input_files(lists, LISTS)))
 
 
-def _entries(path: Path) -> Iterator[tuple[int, bytes | dict]]:
-    if path.suffix != ".parquet":
-        yield from numbered_lines(path)
-        return
-    with pq.ParquetFile(path) as file:
-        yield from enumerate((row for batch in file.iter_batches(1000) for row in batch.to_pylist()), 1)
+def _text_rows(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
+    for number, line in numbered_lines(path):
+        if line.lstrip().startswith(b"{"):
+            yield number, *parse_line(line)
+        elif line := line.strip():
+            yield number, {"url": line.decode("utf-8", "replace"), "captions": []}, None
 
 
-def _row(entry: bytes | dict, is_text: bool) -> tuple[dict | None, str | None]:
-    """The row of a line, or None for a blank line, and a problem."""
-    if isinstance(entry, bytes):
-        entry = entry.strip()
-        if not entry:
-            return None, None
-        if URL_LINE.match(entry) or is_text and not entry.startswith(b"{"):
-            return {"url": entry.decode("utf-8", "replace"), "captions": []}, None
-        entry, problem = parse_line(entry)
-        if problem:
-            return None, problem
-    captions, number = entry.get("captions"), entry.get("row", 0)
+def _problem(row: dict) -> str | None:
+    captions, number = row.get("captions"), row.get("row", 0)
     fits = {
-        "url": "url" in entry,
+        "url": "url" in row,
         "row": type(number) is int and number >= 0,
         "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
-        "source": isinstance(entry.get("source"), str | None), "split": isinstance(entry.get("split"), str | None),
+        "source": isinstance(row.get("source"), str | None), "split": isinstance(row.get("split"), str | None),
     }
-    return entry, next((f"{key} is {entry.get(key)!r}"[:80] for key, right in fits.items() if not right), None)
+    return next((f"{key} is {row.get(key)!r}"[:80] for key, right in fits.items() if not right), None)

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import random
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import httpx2
 from PIL import Image, UnidentifiedImageError
 
 from clipid_utils.data.download.addresses import NotPublic, PublicNetwork
-from clipid_utils.files import open_picture, usable_threads
+from clipid_utils.files import usable_threads
+from clipid_utils.pictures import open_picture
 
 SHORT_SIDE = 512  # pixels; larger pictures are reduced to it, as the ancestor did
 QUALITY = 90
@@ -200,26 +200,17 @@ class Fetcher:
             raise TransientFailure(f"HTTP {status}", details, again=(wait or 0) <= self.limits.patience)
 
     async def _body(self, response: httpcore2.Response, headers: httpx2.Headers) -> bytes:
-        """The body of an answer, unpacked. Its bytes are limited before and after they are unpacked."""
-        most, raw, body = self.limits.most_bytes, 0, bytearray()
+        """The body of an answer. A packed one, which nobody asked for and which may unpack to any size, is refused."""
+        most, body = self.limits.most_bytes, bytearray()
         packing, length = headers.get("content-encoding", "").lower(), headers.get("content-length", "")
-        if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise PermanentFailure("unknown encoding", packing)
+        if packing not in ("", "identity"):
+            raise PermanentFailure("packed answer", packing)
         if length.isdecimal() and int(length) > most:
             raise PermanentFailure("too many bytes", length)
-        unpacker = zlib.decompressobj(47) if packing not in ("", "identity") else None  # 47: gzip and zlib
         async for part in response.aiter_stream():
-            raw += len(part)
-            try:
-                body += unpacker.decompress(part, most - len(body) + 1) if unpacker else part
-            except zlib.error as error:
-                raise PermanentFailure("broken encoding", error) from None
-            if max(raw, len(body)) > most:
+            body += part
+            if len(body) > most:
                 raise PermanentFailure("too many bytes", f"more than {most}")
-            if unpacker and unpacker.unused_data:  # zlib would keep all that follows in memory
-                raise PermanentFailure("broken encoding", f"bytes after the end of the {packing} stream")
-        if unpacker and not unpacker.eof:
-            raise PermanentFailure("broken encoding", f"the {packing} stream is cut off")
         if not body:
             raise PermanentFailure("empty answer", "no body")
         return bytes(body)

@@ -5,7 +5,8 @@
 Where links are dead, the mirrors still have the picture (`pixparse/cc3m-wds` and `pixparse/cc12m-wds` on the hub, in
 WebDataset tars), with its English caption and mostly its address, by which the translation is found:
 
-    translations = OnDisk(address_captions("cc12m_translate_final.tsv", Report()))
+    rows = read_conceptual("cc12m_translate_final.tsv", report, source="cc12m")
+    translations = OnDisk((row["url"], row["captions"][0]) for row in rows)
     records = read_mirror(sorted(Path("cc12m-wds").glob("*.tar")), report, source="cc12m", translations=translations)
     write_captions(records, "cc12m.parquet")
 
@@ -13,9 +14,6 @@ CC12M has `<PERSON>` in place of a name; the readers keep it.
 """
 
 import itertools
-import json
-import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,11 +21,11 @@ from clipid_utils.data.report import Report
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
 from clipid_utils.data.sources.tables import PathLike, Paths, caption_table, clean_caption, example
+from clipid_utils.data.tars import tar_samples
+from clipid_utils.files import parse_line
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 SBU_FILES = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
-MAX_MEMBER = 2**27  # bytes of one file in a tar
-MAX_RATIO = 100  # a packed tar may unpack to as many times its size: pictures do not shrink, bombs do
 
 
 def read_conceptual(path: PathLike, report: Report, *, source: str, split: str | None = None) -> Iterator[dict]:
@@ -74,12 +72,6 @@ def _addressed(
             yield {"url": url, "captions": [caption], "source": source, "split": split, "row": row}
 
 
-def address_captions(path: PathLike, report: Report) -> Iterator[tuple[str, str]]:
-    """(url, caption) of each row of a TSV that `read_conceptual` reads. Dropped rows are reported."""
-    for _, _, url, caption in caption_table(Path(path), "url", report):
-        yield url, caption
-
-
 def read_mirror(
     tars: Paths, report: Report, *, source: str, split: str | None = None, translations: OnDisk | None = None
 ) -> Iterator[dict]:
@@ -87,12 +79,14 @@ def read_mirror(
 
     A sample is a picture, its caption (.txt, or else "caption" in .json) and its address ("url" in .json; the
     validation tars of cc3m-wds have none). With `translations`, the caption of the address replaces the English one,
-    and a picture without a translation is dropped. Raises ValueError for a file that is not a tar or is cut off.
+    and a picture without a translation is dropped. Raises ValueError for a bad tar, as
+    `tar_samples` does.
     """
     for path in tables.as_paths(tars):
-        for name, members in _samples(path):
+        for name, members in tar_samples(path):
+            members = {ending.lower(): content for ending, content in members.items()}
             picture = next((members[ending] for ending in PICTURE_ENDINGS if members.get(ending)), None)
-            facts = _facts(members.get("json"))
+            facts = parse_line(members.get("json", b""))[0] or {}
             if translations is not None:
                 caption = translations.get(facts["url"]) if isinstance(facts.get("url"), str) else None
             elif "txt" in members:
@@ -112,49 +106,3 @@ def read_mirror(
             else:
                 reason = "empty caption"
             report.drop(reason, example(path, name))
-
-
-def _facts(text: bytes | None) -> dict:
-    try:
-        facts = json.loads(text or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-class _Member(tarfile.TarInfo):
-    """A header of a tar. Where tarfile would stop silently, at a header that is cut off or broken, this raises."""
-
-    @classmethod
-    def frombuf(cls, *arguments) -> "_Member":
-        try:
-            member = super().frombuf(*arguments)
-        except tarfile.EOFHeaderError:  # the zeros that mark the end
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} in place of a file or the mark of the end") from None
-        if member.size > MAX_MEMBER:  # before a byte of it is read
-            raise tarfile.ReadError(f"{member.name!r} has {member.size:,} bytes")
-        return member
-
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Name and files, by ending, of each run of files with one name, which ends at the first dot."""
-    try:
-        with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
-            for name, group in itertools.groupby(_files(tar, path), key=lambda file: file[0]):
-                yield name, {ending: content for _, ending, content in group}
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole tar ({error}): fetch it again") from None
-
-
-def _files(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Folder and name, ending and content of each file that a reader uses."""
-    for member in tar:
-        tar.members.clear()  # tarfile would keep each that was read
-        if member.size > MAX_MEMBER or member.offset > MAX_RATIO * path.stat().st_size:
-            raise tarfile.ReadError(f"it unpacks to more than {MAX_RATIO} times its size, or has a huge file")
-        folder, base = os.path.split(member.name)
-        stem, _, ending = base.partition(".")
-        if member.isfile() and ending.lower() in (*PICTURE_ENDINGS, "txt", "json"):
-            yield os.path.join(folder, stem), ending.lower(), tar.extractfile(member).read()

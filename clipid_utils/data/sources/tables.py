@@ -196,24 +196,23 @@ def quoted_table(
 ) -> Iterator[tuple[int, Path, int, list[str]]]:
     """(row from 0 over all files, file, line, the values of `columns`) of TSVs with headers, quoted as `csv` does.
 
-    A column that ends in "?" may be missing; its values are then "". A row with too many or too few columns, or with a
-    wanted value that is not UTF-8, is dropped. Raises ValueError if a column is missing from a header, if a quote does
-    not close, and for a row of over 16 MiB.
+    A row with too many or too few columns, or with a wanted value that is not UTF-8, is dropped. Raises ValueError if a
+    column is missing from a header, if a quote does not close, and for a field of over 16 MiB.
     """
     rows = itertools.count()
     for path in paths:
         table = _csv_rows(path)
         _, header = next(table, (1, []))
-        missing = [name for name in columns if not name.endswith("?") and name not in header]
+        missing = [name for name in columns if name not in header]
         if missing:
             raise ValueError(f"{path}:1: the header lacks {', '.join(missing)}; it is {' | '.join(header)[:200]!r}: "
                              "take the published file, and its first part if it comes in parts")
-        places = [header.index(name.rstrip("?")) if name.rstrip("?") in header else None for name in columns]
+        places = [header.index(name) for name in columns]
         for (number, fields), row in zip(table, rows, strict=False):  # zip asks `rows` last, so none is skipped
             if len(fields) != len(header):
                 report.drop(f"{len(fields)} columns where the header has {len(header)}", example(path, number))
                 continue
-            values = ["" if place is None else fields[place] for place in places]
+            values = [fields[place] for place in places]
             if any(not value.isascii() and SURROGATE.search(value) for value in values):
                 report.drop(NOT_UTF8, example(path, number))
             else:
@@ -223,18 +222,8 @@ def quoted_table(
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of the first line, and the fields, of each row of a TSV that is not blank."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # of this process; sections of Wikipedia pass 2**17
-    size, number = 0, 1
-
-    def lines() -> Iterator[str]:
-        nonlocal size
-        for _, line in text_lines(path):
-            size += len(line) + 1
-            if size > MAX_LINE:
-                raise csv.Error("over 16 MiB")
-            yield line.replace("\r", " ") + "\n"  # csv refuses a \r within a line
-        yield END
-
-    table = csv.reader(lines(), delimiter="\t")
+    lines = (line.replace("\r", " ") + "\n" for _, line in text_lines(path))  # csv refuses a \r within a line
+    table, number = csv.reader(itertools.chain(lines, [END]), delimiter="\t"), 1
     try:
         for fields in table:
             if fields and fields[-1].endswith(END):
@@ -242,7 +231,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     raise csv.Error("the file ends within it")
             elif fields:
                 yield number, fields
-            size, number = 0, table.line_num + 1
+            number = table.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{number}: not a table row ({error}): a quote that opens here does not close; fetch "
                          "the file again, or correct the line") from None

@@ -9,18 +9,16 @@ from clipid_utils.data.sources.disk_table import OnDisk, gathered
 from clipid_utils.data.sources.tables import PathLike, clean_caption, example, quoted_table
 
 PREFIX = "https://images.unsplash.com/"
+CONFIDENCE = 60  # of 100, that a machine gives a keyword
 PART = re.compile(r"(photos|keywords)\.[ct]sv\d*$")  # photos.tsv000; since 2025 photos.csv000, also with tabs
 
 
-def read_unsplash(
-    folder: PathLike, report: Report, *, width: int = 640, confidence: int | float = 60,
-    split: str | None = None,
-) -> Iterator[dict]:
+def read_unsplash(folder: PathLike, report: Report, *, split: str | None = None) -> Iterator[dict]:
     """Rows of pictures to download, of the folder with photos.tsv000 and keywords.tsv000.
 
     A row is `{"url", "captions", "source", "split", "row"}`. The English captions are the photographer's, a machine's,
-    and the keywords as one caption: those that a user gave or that a machine gives a confidence (of 100) of at least
-    `confidence`. The address asks for `width` pixels and not for the original of 10 MB. Photos without captions,
+    and the keywords as one caption: those that a user gave or that a machine is sure of (CONFIDENCE). The address
+    asks for 640 pixels and not for the original of 10 MB. Photos without captions,
     repeated photos and addresses of a different host (some exist) are dropped; the report counts photos. Raises
     ValueError if the files or their columns are missing.
     """
@@ -32,8 +30,8 @@ def read_unsplash(
             raise ValueError(f"{folder}: no {table}.tsv000 here: unpack the archive of Unsplash Lite, and name its "
                              "folder")
     keywords = OnDisk((photo, ", ".join(dict.fromkeys(words)))
-                      for photo, _, words in gathered(_keywords(parts["keywords"], report, confidence)))
-    columns, seen = ("photo_id", "photo_image_url", "photo_description?", "ai_description?"), OnDisk()
+                      for photo, _, words in gathered(_keywords(parts["keywords"], report)))
+    columns, seen = ("photo_id", "photo_image_url", "photo_description", "ai_description"), OnDisk()
     for row, path, number, (photo, url, *texts) in quoted_table(parts["photos"], columns, report):
         captions = [text for text in map(clean_caption, [*texts, keywords.get(photo)]) if text]
         if not url.startswith(PREFIX):
@@ -44,15 +42,15 @@ def read_unsplash(
             report.drop("repeated photo", example(path, number, photo))
         else:
             report.keep()
-            yield {"url": f"{url}?w={width}&fm=jpg&fit=max", "captions": list(dict.fromkeys(captions)),
+            yield {"url": f"{url}?w=640&fm=jpg&fit=max", "captions": list(dict.fromkeys(captions)),
                    "source": "unsplash", "split": split, "row": row}
 
 
-def _keywords(paths: list[Path], report: Report, confidence: int | float) -> Iterator[tuple[str, int, str]]:
+def _keywords(paths: list[Path], report: Report) -> Iterator[tuple[str, int, str]]:
     columns = ("photo_id", "keyword", "ai_service_1_confidence", "ai_service_2_confidence", "suggested_by_user")
     for row, _, _, (photo, keyword, first, second, suggested) in quoted_table(paths, columns, report):
         keyword = clean_caption(keyword)
-        if keyword and (suggested in ("t", "true", "True") or max(_number(first), _number(second)) >= confidence):
+        if keyword and (suggested in ("t", "true", "True") or max(_number(first), _number(second)) >= CONFIDENCE):
             yield photo, row, keyword
 
 

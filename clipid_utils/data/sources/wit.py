@@ -7,20 +7,17 @@ from clipid_utils.data.report import EXAMPLES, Report
 from clipid_utils.data.sources.disk_table import gathered
 from clipid_utils.data.sources.tables import Paths, as_paths, clean_caption, example, quoted_table, refused
 
-CAPTION = "caption_reference_description"  # the caption under the picture on the page
+CAPTION = "caption_reference_description"  # under the picture on the page
 
 
-def read_wit(
-    paths: Paths, report: Report, *, language: str | None = "id", split: str | None = None, caption: str = CAPTION
-) -> Iterator[dict]:
+def read_wit(paths: Paths, report: Report, *, language: str = "id", split: str | None = None) -> Iterator[dict]:
     """Rows of pictures to download, of wit_v1.train.all-*.tsv.gz, packed or not.
 
     A row is `{"url", "captions", "source", "split", "row"}`: an address with all captions that pages in the language
     give it. `row` is the address's first row, from 0 over all files. Rows in a different language, most of a published
-    file, are dropped; `language=None` keeps all. SVG and rows without a caption are dropped. Raises ValueError for a
-    file that lacks the columns.
+    file, are dropped, and so are SVG and rows without a caption. Raises ValueError for a file that lacks the columns.
     """
-    for url, row, captions in gathered(_rows(as_paths(paths), report, language, caption)):
+    for url, row, captions in gathered(_rows(as_paths(paths), report, language)):
         unique = list(dict.fromkeys(captions))
         for _ in range(len(captions) - len(unique)):
             report.drop("the picture has this caption already", f"row {row + 1}: {url!r}")
@@ -29,16 +26,16 @@ def read_wit(
         yield {"url": url, "captions": unique, "source": "wit", "split": split, "row": row}
 
 
-def _rows(paths: list[Path], report: Report, language: str | None, caption: str) -> Iterator[tuple[str, int, str]]:
-    columns = ("image_url", caption, "mime_type?", "language?" if language is None else "language")
+def _rows(paths: list[Path], report: Report, language: str) -> Iterator[tuple[str, int, str]]:
+    columns = ("image_url", CAPTION, "mime_type", "language")
     misfit = f"language is not {language}"
     for row, path, number, (url, text, mime_type, spoken) in quoted_table(paths, columns, report):
-        if language is not None and spoken != language:
+        if spoken != language:
             # Few of millions of rows are shown, and to name a row takes longer than to count it
             few = report.dropped[misfit] < EXAMPLES
             report.drop(misfit, example(path, number, f"{spoken}: {url}") if few else "")
         elif not (text := clean_caption(text)):
-            report.drop(f"empty {caption}", example(path, number, url))
+            report.drop(f"empty {CAPTION}", example(path, number, url))
         elif reason := refused(url, mime_type):
             report.drop(reason, example(path, number, url))
         else:
