@@ -97,6 +97,10 @@ def moved(to: str) -> bytes:
     return reply(status="302 Found", location=to)
 
 
+def zipped(body: bytes, packing: str = "gzip", **headers) -> bytes:
+    return reply(body, content_encoding=packing, **headers)
+
+
 async def endless(start: bytes, part: bytes, seconds: float = 0.0, **headers) -> AsyncIterator[bytes]:
     """An answer that never ends: `start`, and `part` again and again."""
     yield reply(start, content_length=None, **headers)
@@ -116,8 +120,14 @@ def hops(number: int, most: int) -> bytes:
     return moved(f"/hops{most}/{number + 10_000}" if done + 1 < most else f"/ok/{number % 10_000}")
 
 
+@functools.cache
+def gzip_bomb() -> bytes:
+    return gzip.compress(bytes(100_000_000), 1)
+
+
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+EMPTY_BLOCKS = b"\0\0\0\xff\xff" * 10_000  # of deflate; they unpack to no bytes
 # Each kind: its status and reason in the manifest, and its answer by number and how often it was asked before
 KINDS = {
     "ok": ("kept", None, lambda n, asked: reply(picture(n))),
@@ -128,6 +138,8 @@ KINDS = {
     "same": ("kept", None, lambda n, asked: reply(picture(0))),
     "own": ("kept", None, lambda n, asked: reply(picture(n, seed=n))),
     "turned": ("kept", None, lambda n, asked: reply(turned() + n.to_bytes(4))),
+    "gzipped": ("kept", None, lambda n, asked: zipped(gzip.compress(picture(n)))),
+    "deflated": ("kept", None, lambda n, asked: zipped(zlib.compress(picture(n)), "deflate")),
     "unsized": ("kept", None, lambda n, asked: reply(picture(n), content_length=None)),
     "hops5": ("kept", None, lambda n, asked: hops(n, 5)),
     "busy": ("kept", None, lambda n, asked: reply(picture(n)) if asked else reply(status="429 Slow", retry_after=1)),
@@ -147,9 +159,15 @@ KINDS = {
     "undersized": ("refused", "broken picture", lambda n, asked: reply(picture(n), content_length=1200)),
     "bomb": ("refused", "too many pixels", lambda n, asked: reply(bomb(8_000, 7_000))),
     "bigbomb": ("refused", "too many pixels", lambda n, asked: reply(bomb(200_000, 200_000))),
-    "gzipped": ("refused", "packed answer: gzip",
-                lambda n, asked: reply(gzip.compress(picture(n)), content_encoding="gzip")),
-    "brotli": ("refused", "packed answer: br", lambda n, asked: reply(picture(n), content_encoding="br")),
+    "gzipbomb": ("refused", "too many bytes: more than", lambda n, asked: zipped(gzip_bomb())),
+    "gzipmore": ("refused", "broken encoding: bytes after",
+                 lambda n, asked: endless(gzip.compress(picture(n)), bytes(2**16), content_encoding="gzip")),
+    "gzipnothing": ("refused", "too many bytes: more than",
+                    lambda n, asked: endless(gzip.compress(b"")[:10], EMPTY_BLOCKS, content_encoding="gzip")),
+    "gzipcut": ("refused", "broken encoding: the gzip stream is cut",
+                lambda n, asked: zipped(gzip.compress(picture(n))[:-12])),
+    "brotli": ("refused", "unknown encoding: br", lambda n, asked: zipped(picture(n), "br")),
+    "badgzip": ("refused", "broken encoding", lambda n, asked: zipped(picture(n))),
     "huge": ("refused", f"too many bytes: {10**10}", lambda n, asked: reply(content_length=10**10)),
     "endless": ("refused", "too many bytes: more than", lambda n, asked: endless(b"", bytes(2**16))),
     "loop": ("refused", "too many redirects", lambda n, asked: moved(f"/loop/{n}")),

@@ -121,7 +121,9 @@ def dictionary_feed(
     does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or does not divide
     among the processes.
     """
-    share = _share(batch_size, process_index, process_count, len(pairs))
+    share = _share(batch_size, process_index, process_count)
+    if batch_size > len(pairs):
+        raise ValueError(f"batch_size {batch_size} is more than the {len(pairs)} pictures: choose a smaller one")
     steps = len(pairs) // batch_size
 
     @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
@@ -154,9 +156,7 @@ def batches(
     yield from map(feed.dataset.make, range(epoch * steps, (epoch + 1) * steps))
 
 
-def _share(batch_size: int, process_index: int, process_count: int, pictures: int | float = np.inf) -> slice:
-    if batch_size > pictures:
-        raise ValueError(f"batch_size {batch_size} is more than the {pictures} pictures: choose a smaller one")
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
     part = batch_size // process_count
@@ -180,7 +180,9 @@ def records_feed(
     that cannot be read is skipped and counted, and the next record takes its place; a thousand of them one after the
     other raise ValueError. For the rest see `dictionary_feed`.
     """
-    share = _share(batch_size, process_index, process_count, len(records))
+    share = _share(batch_size, process_index, process_count)
+    if batch_size > len(records):
+        raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
     decode = decode or functools.partial(decode_square, size=image_size)
     make = functools.partial(  # not a closure: worker processes get it by its name
         _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)

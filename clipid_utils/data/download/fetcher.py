@@ -5,6 +5,7 @@ import importlib.util
 import io
 import random
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -200,17 +201,26 @@ class Fetcher:
             raise TransientFailure(f"HTTP {status}", details, again=(wait or 0) <= self.limits.patience)
 
     async def _body(self, response: httpcore2.Response, headers: httpx2.Headers) -> bytes:
-        """The body of an answer. A packed one, which nobody asked for and which may unpack to any size, is refused."""
-        most, body = self.limits.most_bytes, bytearray()
+        """The body of an answer, unpacked. Its bytes are limited before and after they are unpacked."""
+        most, raw, body = self.limits.most_bytes, 0, bytearray()
         packing, length = headers.get("content-encoding", "").lower(), headers.get("content-length", "")
-        if packing not in ("", "identity"):
-            raise PermanentFailure("packed answer", packing)
+        if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise PermanentFailure("unknown encoding", packing)
         if length.isdecimal() and int(length) > most:
             raise PermanentFailure("too many bytes", length)
+        unpacker = zlib.decompressobj(47) if packing not in ("", "identity") else None  # 47: gzip and zlib
         async for part in response.aiter_stream():
-            body += part
-            if len(body) > most:
+            raw += len(part)
+            try:
+                body += unpacker.decompress(part, most - len(body) + 1) if unpacker else part
+            except zlib.error as error:
+                raise PermanentFailure("broken encoding", error) from None
+            if max(raw, len(body)) > most:
                 raise PermanentFailure("too many bytes", f"more than {most}")
+            if unpacker and unpacker.unused_data:  # zlib would keep all that follows in memory
+                raise PermanentFailure("broken encoding", f"bytes after the end of the {packing} stream")
+        if unpacker and not unpacker.eof:
+            raise PermanentFailure("broken encoding", f"the {packing} stream is cut off")
         if not body:
             raise PermanentFailure("empty answer", "no body")
         return bytes(body)
