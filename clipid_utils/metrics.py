@@ -14,20 +14,6 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 CHUNK_BYTES = 64 * 2**20  # of similarities that are compared together: more would only need more memory
 
 
-def _check_similarity(similarity: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    similarity, positives = np.asarray(similarity), np.asarray(positives)
-    if similarity.ndim != 2 or similarity.shape != positives.shape:
-        raise ValueError(
-            f"similarity and positives must be two matrices [queries, candidates] of one shape, "
-            f"not {similarity.shape} and {positives.shape}; transpose both for the other direction"
-        )
-    if not similarity.size:
-        raise ValueError(f"nothing to rank: similarity has shape {similarity.shape}")
-    if positives.dtype != np.bool_:
-        raise TypeError(f"positives must be boolean (True where the candidate is right), not {positives.dtype}")
-    return similarity, positives
-
-
 def ranks(similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"]) -> Int[np.ndarray, " Q"]:
     """Rank (0 = first) of each query's best positive; a wrong candidate with the same similarity counts as before it.
 
@@ -35,7 +21,14 @@ def ranks(similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"]
     ValueError for a NaN, for shapes that differ and for a query without a positive. It takes some rows at a time, so
     `similarity` and `positives` may be memory maps.
     """
-    similarity, positives = _check_similarity(similarity, positives)
+    similarity, positives = np.asarray(similarity), np.asarray(positives)
+    if similarity.ndim != 2 or similarity.shape != positives.shape:
+        raise ValueError("similarity and positives must be two matrices [queries, candidates] of one shape, "
+                         f"not {similarity.shape} and {positives.shape}; transpose both for the other direction")
+    if not similarity.size:
+        raise ValueError(f"nothing to rank: similarity has shape {similarity.shape}")
+    if positives.dtype != np.bool_:
+        raise TypeError(f"positives must be boolean (True where the candidate is right), not {positives.dtype}")
     queries, candidates = similarity.shape
     rows = max(1, CHUNK_BYTES // (candidates * max(similarity.itemsize, 4)))
     found = np.empty(queries, np.int64)
@@ -60,7 +53,7 @@ def recall_at_k(
 
     For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Raises as `ranks`.
     """
-    return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
+    return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in ks}
 
 
 def mrr_at_k(
@@ -70,7 +63,7 @@ def mrr_at_k(
 
     clip-italian reports it for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
     """
-    return {k: float(np.mean(reciprocal_at_k(ranks(similarity, positives), k))) for k in _ks(ks)}
+    return {k: float(np.mean(reciprocal_at_k(ranks(similarity, positives), k))) for k in ks}
 
 
 def hits_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
@@ -94,10 +87,10 @@ def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -
 
 
 def bootstrap_interval(
-    per_item: Shaped[np.ndarray, "Q ..."], statistic: Callable[[np.ndarray], float] = np.mean, level: float = 0.95,
-    samples: int = 2000, seed: int = 0, clusters: Sequence[object] | None = None,
+    per_item: Shaped[np.ndarray, "Q ..."], statistic: Callable[[np.ndarray], float] = np.mean, samples: int = 2000,
+    seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) of a statistic: items are drawn with replacement, `samples` times.
+    """95% percentile bootstrap interval (Efron 1979) of a statistic: items are drawn with replacement, `samples` times.
 
     `per_item` has one row for each query (for Recall@K: 0 or 1, see `hits_at_k`). To compare two models on the same
     queries, resample the differences. Queries that are not independent, such as pictures of one concept, get the same
@@ -109,26 +102,19 @@ def bootstrap_interval(
         raise ValueError("no items to resample")
     if np.issubdtype(per_item.dtype, np.inexact) and np.isnan(per_item).any():
         raise ValueError("per_item has a NaN: leave the item out, or find out where the NaN comes from")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1 (0.95 is usual), not {level}")
-    rng = np.random.default_rng(seed)
-    if clusters is None:
-        def draw() -> np.ndarray:
-            return rng.integers(len(per_item), size=len(per_item))
-    else:
-        if len(clusters) != len(per_item):
-            raise ValueError(f"{len(clusters)} clusters for {len(per_item)} items: give each item the key of its own")
-        numbers = _numbered(clusters, {})
-        items, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers)  # the items, cluster by cluster
-        starts = np.cumsum(sizes) - sizes
+    numbers = np.arange(len(per_item)) if clusters is None else _numbered(clusters, {})
+    if len(numbers) != len(per_item):
+        raise ValueError(f"{len(numbers)} clusters for {len(per_item)} items: give each item the key of its own")
+    items, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers)  # the items, cluster by cluster
+    starts, rng = np.cumsum(sizes) - sizes, np.random.default_rng(seed)
 
-        def draw() -> np.ndarray:
-            chosen = rng.integers(len(sizes), size=len(sizes))
-            within = np.arange(sizes[chosen].sum()) - np.repeat(np.cumsum(sizes[chosen]) - sizes[chosen], sizes[chosen])
-            return items[np.repeat(starts[chosen], sizes[chosen]) + within]
+    def draw() -> np.ndarray:
+        chosen = rng.integers(len(sizes), size=len(sizes))
+        within = np.arange(sizes[chosen].sum()) - np.repeat(np.cumsum(sizes[chosen]) - sizes[chosen], sizes[chosen])
+        return items[np.repeat(starts[chosen], sizes[chosen]) + within]
 
     drawn = [statistic(per_item[draw()]) for _ in range(samples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -149,8 +135,8 @@ def retrieval_summary(
     `clusters` are the queries' (see `bootstrap_interval`).
     """
     rank = ranks(similarity, positives)
-    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in _ks(ks)}
-    summary |= {f"MRR@{k}": with_interval(reciprocal_at_k(rank, k), seed, clusters) for k in _ks(mrr_ks)}
+    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in ks}
+    summary |= {f"MRR@{k}": with_interval(reciprocal_at_k(rank, k), seed, clusters) for k in mrr_ks}
     return summary | {"queries": int(similarity.shape[0]), "candidates": int(similarity.shape[1])}
 
 
@@ -174,10 +160,3 @@ def same_key(
 def _numbered(keys: Sequence[object], numbers: dict[object, int]) -> Int[np.ndarray, " N"]:
     """A number for each key, equal for equal keys, in the order in which they come; `numbers` gets them too."""
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-
-
-def _ks(ks: Sequence[int]) -> tuple[int, ...]:
-    ks = (ks,) if isinstance(ks, int) else tuple(ks)
-    if not ks or min(ks) < 1:
-        raise ValueError(f"K must be one or more whole numbers of at least 1, not {ks}")
-    return ks

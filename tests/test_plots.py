@@ -17,8 +17,8 @@ FIGURES = {
     "gallery": lambda: plots.gallery(PICTURES, NAMES, title="Kamus"),
     "gallery_one": lambda: plots.gallery(PICTURES[:1]),
     "search_text": lambda: plots.search_grid("kucing", PICTURES, np.array([0.9, 0.5, 0.1]), NAMES, [True, False, True]),
-    "search_image": lambda: plots.search_grid(PICTURES[0], PICTURES, np.array([0.9, 0.5, 0.1])),
-    "search_both": lambda: plots.search_grid(("tapi merah", PICTURES[0]), PICTURES, np.array([0.9, 0.5, 0.1])),
+    "search_image": lambda: plots.search_grid(PICTURES[0], PICTURES, np.array([0.9, 0.5, 0.1]), NAMES),
+    "search_both": lambda: plots.search_grid(("tapi merah", PICTURES[0]), PICTURES, np.array([0.9, 0.5, 0.1]), NAMES),
     "counts": lambda: plots.counts_by_group({"hewan": {"noto": 4, "twemoji": 2}, "orang": {"noto": 1}}),
     "lengths_odd": lambda: plots.caption_lengths({"nama": [1, 151]}),
     "lengths": lambda: plots.caption_lengths({"nama": [1, 2, 3, 2], "keduanya": [5, 9, 30]}, limit=16),
@@ -31,7 +31,7 @@ FIGURES = {
     "similarity": lambda: plots.similarity_matrix(rng.random((3, 3)), NAMES, NAMES, PICTURES, "Kemiripan"),
     "heatmap": lambda: plots.heatmap_overlay(PICTURES[0], {"penutupan": rng.normal(size=(4, 4))}, "kucing"),
     "heatmap_flat": lambda: plots.heatmap_overlay(PICTURES[0], {"nol": np.zeros((4, 4))}),
-    "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}, reference={"acak": 0.1}),
+    "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}),
     "differences": lambda: plots.differences(
         {"saringan": {"validation": CELL, "photographs": {"value": 0.0, "low": -0.01, "high": 0.02}}}, "R@10", "Beda"),
     "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
@@ -45,7 +45,7 @@ FIGURES = {
     "collectives": lambda: plots.collectives(
         {"all_gather": (np.array([[1], [2]]), np.array([[1, 2], [1, 2]])), "psum": (np.array([[1], [2]]),) * 2}),
     "collective_one": lambda: plots.collectives({"psum": (np.array([[1], [2]]), np.array([[3], [3]]))}),
-    "growth": lambda: plots.growth([8, 64, 512], {"gradients": [1e8, 2e8, 2e8]}, "devices", limits={"memory": 16e9}),
+    "growth": lambda: plots.growth([8, 64, 512], {"gradients": [1e8, 2e8, 2e8]}, "devices"),
     "rounding": lambda: plots.rounding(np.arange(9.0), np.arange(9.0), {"bfloat16": np.arange(9.0) // 2 * 2}, "x", "y"),
     "resumed": lambda: plots.resumed_run({1: 3.0, 2: 2.0, 3: 1.0}, {1: 3.0, 2: 2.0}, {2: 2.0, 3: 1.0}, "Dilanjutkan"),
 }

@@ -35,17 +35,12 @@ def evaluate_checkpoint(
     `checkpoint` is a folder for `load_clip`, or (model, processor); `dictionary` is the DatasetDict of
     `load_picture_dictionary`. Only the bootstrap draws at random, from `seed`; it draws whole concepts, because
     pictures of one concept are not independent. With `out` the dict is written there as JSON. An empty split is
-    recorded as 0 pictures. Raises KeyError that names a missing split, FileNotFoundError if `checkpoint` is a Path and
-    not a folder.
+    recorded as 0 pictures. Raises KeyError for a split that the dictionary lacks, FileNotFoundError if there is no such
+    checkpoint.
 
     Retrieval: the queries are the distinct (concept, Indonesian name) pairs of a split and the candidates all of its
     pictures, or the reverse; a picture of the same concept or of the same name (in any case) is right.
     """
-    absent = [split for split in splits if split not in dictionary]
-    if absent:
-        raise KeyError(f"the dictionary has no split {', '.join(absent)}; it has {', '.join(dictionary)}")
-    if isinstance(checkpoint, Path) and not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no such folder: name the folder of a checkpoint")
     given = isinstance(checkpoint, tuple)
     model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
     report: dict = {
@@ -133,7 +128,6 @@ def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
     clusters = [concept for concept, kept in zip(concepts, answerable, strict=True) if kept]
     summary = retrieval_summary(nearness, positives[answerable], seed=seed, clusters=clusters)
     return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
-
 
 
 

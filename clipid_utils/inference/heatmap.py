@@ -22,25 +22,19 @@ def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tup
 
 def occlusion(
     model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
-    grid: int | None = None, window: float | int = 2, fill: Float[np.ndarray, " 3"] | None = None, batch_size: int = 64,
+    window: float | int = 2, batch_size: int = 64,
 ) -> Float[np.ndarray, "grid grid"]:
     """How much the similarity of picture and text falls when a square around each cell is covered.
 
     It is positive where the picture fits the text, negative where it contradicts the text (Zeiler & Fergus 2014).
-    `text` is a string or a unit vector. There are `grid` cells along a side (by default as many as patches). The square
-    is `window` cells wide, more than one because half a cat is still a cat. `fill` is its colour in the processor's
-    values, by default the median colour of the picture's edge: a square of a different colour is itself visible. Raises
-    ValueError for a grid below 1, a window of 0 or a batch of 1.
+    `text` is a string or a unit vector. There are as many cells along a side as patches. The square is `window` cells
+    wide, more than one because half a cat is still a cat, and has the median colour of the picture's edge: a square of
+    a different colour is itself visible.
     """
-    vision = model.config.vision
-    grid = vision.image_size // vision.patch_size if grid is None else grid
-    if grid < 1 or window <= 0 or batch_size < 2:
-        raise ValueError(
-            f"grid must be at least 1, window above 0 and batch_size at least 2, not {grid}, {window} and {batch_size}"
-        )
+    grid = model.config.vision.grid
     pixel_values, embeds = _inputs(model, processor, image, text)
     covers = occlusion_masks(pixel_values.shape[:2], grid, window)  # [grid * grid, H, W]
-    colour = _edge_colour(pixel_values) if fill is None else np.asarray(fill, np.float32)
+    colour = _edge_colour(pixel_values)
     batch_size = min(batch_size, len(covers) + 1)
     drops, encode = [], encoder(model, "encode_image")
     for start in range(0, len(covers), batch_size - 1):  # the first of each batch is the picture itself
@@ -83,7 +77,5 @@ def patch_similarity(
     if against:
         embeds = embeds - embed_texts(model, processor, list(against)).mean(axis=0)
     patches = encoder(model, "encode_patches")(pixel_values[None])[0]  # [P, E]
-    grid = round(len(patches) ** 0.5)
-    if grid * grid != len(patches):
-        raise ValueError(f"encode_patches gave {len(patches)} patches, which are not a square")
+    grid = model.config.vision.grid
     return (patches @ embeds).astype(np.float32).reshape(grid, grid)

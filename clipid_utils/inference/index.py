@@ -5,7 +5,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,16 +49,16 @@ class PictureIndex:
 
 
 def build_index(
-    model: nnx.Module, processor: object, source: object, *, labels: Sequence[str] | None = None,
-    cache: str | os.PathLike | None = None, batch_size: int = 64, progress: bool = True,
+    model: nnx.Module, processor: object, source: object, *, cache: str | os.PathLike | None = None,
+    batch_size: int = 64, progress: bool = True,
 ) -> PictureIndex:
     """Embeds all pictures of a folder (with its subfolders) or of a `datasets.Dataset` with an `image` column.
 
     With `cache`, a folder, an interrupted or repeated call embeds only the pictures that are new. A picture is known by
     its file's path, size, time and first bytes (in a dataset by its content), and a model by its fingerprint. Pictures
-    that cannot be read are listed in `skipped`, and one line on stderr counts them. `labels`, one for each picture of
-    the source, are shown under results; the default is the `name_id` column or the path. Raises FileNotFoundError if
-    there is no such folder, ValueError if it has no picture that can be read.
+    that cannot be read are listed in `skipped`, and one line on stderr counts them. The labels, shown under results,
+    are the `name_id` column or the paths. Raises FileNotFoundError if there is no such folder, ValueError if it has no
+    picture that can be read.
     """
     source = Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
     if isinstance(source, Path):
@@ -72,10 +71,7 @@ def build_index(
         pictures, contents = source["image"], source.cast_column("image", ImageFeature(decode=False))["image"]
     if not keys:
         raise ValueError(f"no pictures in {source}: expected files that end in {' '.join(sorted(PICTURE_SUFFIXES))}")
-    if labels is not None and len(labels) != len(keys):
-        raise ValueError(f"{len(labels)} labels for {len(keys)} pictures: give one for each")
-    if labels is None:
-        labels = list(source["name_id"]) if "name_id" in getattr(source, "column_names", ()) else keys
+    labels = list(source["name_id"]) if "name_id" in getattr(source, "column_names", ()) else keys
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
@@ -115,9 +111,8 @@ def load_index(path: str | os.PathLike, source: object = None, expect: str | Non
     with np.load(path, allow_pickle=False) as file:
         embeds, rows, notes = file["embeds"], file["rows"], json.loads(file["notes"].item())
     if expect is not None and expect != notes["fingerprint"]:
-        raise ValueError(
-            f"{path} was made by checkpoint {notes['fingerprint']}, not {expect}; build it again with build_index"
-        )
+        raise ValueError(f"{path} was made by checkpoint {notes['fingerprint']}, not {expect}: build it again with "
+                         "build_index")
     source = Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
     notes["skipped"] = [tuple(entry) for entry in notes["skipped"]]
     return PictureIndex(embeds=embeds, rows=rows, source=source, **notes)

@@ -93,15 +93,13 @@ def top_k(
         raise ValueError(f"embeds [N, E] and queries [Q, E] must agree in E, not {embeds.shape} and {queries.shape}")
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
-    if np.isnan(queries).any():
-        raise ValueError("a query holds a NaN")
     k = min(k, len(embeds))
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for start in range(0, len(embeds), block):
         part_scores, part_rows = _largest(queries @ embeds[start : start + block].T, k)
         scores, rows = np.hstack([scores, part_scores]), np.hstack([rows, part_rows + start])
     if np.isnan(scores).any():  # for np.max and np.argpartition a NaN is the largest, so that none is hidden
-        raise ValueError("a similarity is NaN; look for a NaN in the embeddings of the index")
+        raise ValueError("a similarity is NaN; look for a NaN in the query or in the embeddings of the index")
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
@@ -197,9 +195,7 @@ def _controls(ipywidgets, draw: Callable, query: str, first: bytes):
     """Text box, picture upload, slider and the grid of results, wired together; labels in Indonesian."""
     text = ipywidgets.Text(value=query, description="Cari:", placeholder="kucing tidur", continuous_update=False)
     upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Seperti ini…")
-    weight = ipywidgets.FloatSlider(
-        value=0.7, min=0, max=1, step=0.1, description="Bobot kata:", continuous_update=False
-    )
+    weight = ipywidgets.FloatSlider(value=0.7, max=1, step=0.1, description="Bobot kata:", continuous_update=False)
     results = ipywidgets.Image(value=first, format="png")
     note = ipywidgets.Label()
 

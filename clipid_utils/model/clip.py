@@ -75,10 +75,7 @@ class HybridCLIP(nnx.Module):
         return jnp.exp(jnp.minimum(self.logit_scale[...], self.config.max_logit_scale))
 
     def __call__(
-        self,
-        pixel_values: Float[Arrays, "B H W 3"],
-        input_ids: Int[Arrays, "T L"],
-        attention_mask: Int[Arrays, "T L"],
+        self, pixel_values: Float[Arrays, "B H W 3"], input_ids: Int[Arrays, "T L"], attention_mask: Int[Arrays, "T L"]
     ) -> CLIPOutput:
         """Embeddings and logits: exp(logit_scale) * image_embeds @ text_embeds.T, plus logit_bias if there is one."""
         image_embeds = self.encode_image(pixel_values)

@@ -56,6 +56,15 @@ def _joined(model: HybridCLIP, rows: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
 
 
+def _in_batches(model: HybridCLIP, method: str, arrays: tuple[np.ndarray, ...], size: int) -> np.ndarray:
+    """The method's output for arrays with a row for each input, `size` rows at a time."""
+    encode, rows = encoder(model, method), []
+    for start in range(0, len(arrays[0]), size):
+        part = [array[start : start + size] for array in arrays]
+        rows.append(encode(*(_pad(array, size) for array in part))[: len(part[0])])
+    return _joined(model, rows)
+
+
 def embed_images(
     model: HybridCLIP, processor: CLIPProcessor, images: Iterable[Image.Image], batch_size: int = 64,
     progress: bool = True,
@@ -75,22 +84,18 @@ def embed_pixels(
     model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of pictures that are normalised pixels already."""
-    encode = encoder(model, "encode_image")
-    parts = (pixel_values[start : start + batch_size] for start in range(0, len(pixel_values), batch_size))
-    return _joined(model, [encode(_pad(part, batch_size))[: len(part)] for part in parts])
+    return _in_batches(model, "encode_image", (pixel_values,), batch_size)
 
 
 def embed_texts(
-    model: HybridCLIP, processor: CLIPProcessor, texts: Sequence[str], batch_size: int = 256, progress: bool = False,
+    model: HybridCLIP, processor: CLIPProcessor, texts: Sequence[str], batch_size: int = 256
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of texts, in their order. Raises ValueError for an empty text."""
-    rows, encode = [], encoder(model, "encode_text")
-    tokens = processor.tokenize(list(texts), multiple=8) if len(texts) else {}  # few widths, so few compilations
-    batch_size = min(batch_size, 1 << max(0, len(texts) - 1).bit_length())
-    for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress):
-        part = [tokens[name][start : start + batch_size] for name in ("input_ids", "attention_mask")]
-        rows.append(encode(*(_pad(array, batch_size) for array in part))[: len(part[0])])
-    return _joined(model, rows)
+    if not len(texts):
+        return _joined(model, [])
+    tokens = processor.tokenize(list(texts), multiple=8)  # few widths, so few compilations
+    batch_size = min(batch_size, 1 << (len(texts) - 1).bit_length())
+    return _in_batches(model, "encode_text", (tokens["input_ids"], tokens["attention_mask"]), batch_size)
 
 
 def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | None = None) -> str:

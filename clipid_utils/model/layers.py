@@ -25,9 +25,7 @@ class Linear(nnx.Linear):
         return ops.linear(x.astype(dtype), kernel, bias)
 
 
-def linear(
-    d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True
-) -> Linear:
+def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True) -> Linear:
     """A linear layer whose first outputs are as large as its inputs, or whose kernel has the given `std`.
 
     The released CLIP starts in the same way: kernels shrink with the width, and kernels that end a residual branch also
@@ -90,9 +88,7 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        mask: Bool[Array, "B 1 L"] | None = None,
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None,
         survive: Float[Array, "2 B 1 1"] | None = None,
     ) -> Float[Array, "B L D"]:
         """`survive` scales the two residual branches: 0 drops a branch, 1/p keeps its mean (stochastic depth)."""

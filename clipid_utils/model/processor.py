@@ -217,15 +217,12 @@ class CLIPProcessor:
 
     @classmethod
     def from_towers(
-        cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None,
-        vision_revision: str | None = None, text_revision: str | None = None,
+        cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None
     ) -> "CLIPProcessor":
         """The processor of `load_towers`: pictures for the one tower, texts for the other."""
-        folder = fetch_checkpoint(vision, revision=vision_revision, weights=False)
-        processor = cls.load(folder, fetch_checkpoint(text, revision=text_revision, weights=False))
+        processor = cls.load(fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False))
         if image_size is not None:
-            old, resize = processor.image_size, processor.resize
-            sides = (resize,) if isinstance(resize, int) else resize
-            scaled = tuple(round(side * image_size / old) for side in sides)
-            processor.image_size, processor.resize = image_size, scaled[0] if isinstance(resize, int) else scaled
+            resize, ratio = processor.resize, image_size / processor.image_size
+            processor.image_size, processor.resize = image_size, round(resize * ratio) if isinstance(
+                resize, int) else tuple(round(side * ratio) for side in resize)
         return processor

@@ -61,10 +61,8 @@ class TextEncoder(nnx.Module):
         not in the embedding table.
         """
         if input_ids.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"input_ids have {input_ids.shape[1]} tokens; this text tower takes {self.config.max_length}: "
-                "truncate in the processor"
-            )
+            raise ValueError(f"input_ids have {input_ids.shape[1]} tokens; this text tower takes "
+                             f"{self.config.max_length}: truncate in the processor")
         self._check_ids(input_ids)
         x = self.embeddings(input_ids, token_type_ids)
         mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
@@ -72,13 +70,12 @@ class TextEncoder(nnx.Module):
 
     def _check_ids(self, input_ids: Int[Arrays, "B L"]) -> None:
         """JAX itself would take the last row of the table for an id that is too large."""
-        here = not isinstance(input_ids, jax.core.Tracer) and getattr(input_ids, "is_fully_addressable", True)
-        ids = np.asarray(input_ids) if here else np.zeros(0, int)
-        if not ids.size:
+        if isinstance(input_ids, jax.core.Tracer) or not getattr(input_ids, "is_fully_addressable", True):
             return
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
-            raise ValueError(f"input_ids have the id {bad}; the embedding table of this text tower has "
+        ids = np.asarray(input_ids)
+        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if wrong.size:
+            raise ValueError(f"input_ids have the id {wrong[0]}; the embedding table of this text tower has "
                              f"{self.config.vocab_size} rows: use the checkpoint's own tokenizer")
 
     def pooled(

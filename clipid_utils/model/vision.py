@@ -42,10 +42,9 @@ class VisionTransformer(nnx.Module):
         pixel_values = jnp.asarray(pixel_values)
         size, grid = self.config.patch_size, self.config.grid
         if pixel_values.shape[1:] != (self.config.image_size, self.config.image_size, 3):
-            raise ValueError(
-                f"pixel_values have shape {pixel_values.shape}; this model wants "
-                f"[B, {self.config.image_size}, {self.config.image_size}, 3]: use the checkpoint's own processor"
-            )
+            side = self.config.image_size
+            raise ValueError(f"pixel_values have shape {pixel_values.shape}; this model wants [B, {side}, {side}, 3]: "
+                             "use the checkpoint's own processor")
         x = pixel_values.reshape(-1, grid, size, grid, size, 3).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(x.shape[0], grid**2, 3 * size**2)
 

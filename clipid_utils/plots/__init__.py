@@ -18,18 +18,6 @@ from clipid_utils.plots.charts import (
     training_curves,
     training_history,
 )
-from clipid_utils.plots.devices import (
-    collectives,
-    growth,
-    placements,
-    resumed_run,
-    rounding,
-)
-from clipid_utils.plots.pictures import (
-    augmentations,
-    gallery,
-    heatmap_overlay,
-    search_grid,
-    similarity_matrix,
-)
+from clipid_utils.plots.devices import collectives, growth, placements, resumed_run, rounding
+from clipid_utils.plots.pictures import augmentations, gallery, heatmap_overlay, search_grid, similarity_matrix
 from clipid_utils.plots.style import ORANGE

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.parts import cut, legend_beside, named_cells, named_levels, written_matrix
+from clipid_utils.plots.parts import cut, legend_beside, named_cells, written_matrix
 from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, styled
 
 
@@ -98,12 +98,9 @@ def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
 @styled
 def recall_bars(
     results: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] = ("R@1", "R@5", "R@10"),
-    reference: Mapping[str, float] | None = None, title: str = "",
+    title: str = "",
 ) -> Figure:
-    """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as in `metrics.json`.
-
-    `reference` draws named horizontal lines (nearest neighbours in pixels, chance).
-    """
+    """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as in `metrics.json`."""
     figure, axis = plt.subplots(figsize=(max(5.5, 1.1 + 0.62 * len(results) * len(metrics)), 3.4))
     wide = 0.8 / len(metrics)
     for i, metric in enumerate(metrics):
@@ -115,7 +112,6 @@ def recall_bars(
         axis.errorbar(x, values, np.maximum(error, 0), fmt="none", ecolor="#333333", capsize=3, linewidth=1)
         for position, cell in zip(x, cells, strict=True):
             axis.text(position, cell["high"] + 0.012, f"{cell['value']:.2f}", ha="center", fontsize=8)
-    named_levels(axis, reference, "{}: {:.2f}")
     room = int((figure.get_figwidth() - 1.1) / len(results) / 0.09)  # letters
     axis.set_xticks(range(len(results)), [cut(label, room) for label in results])
     axis.grid(axis="x", visible=False)
@@ -203,15 +199,16 @@ def schedule(rates: Float[np.ndarray, " steps"] | Sequence[float], title: str = 
 
 @styled
 def projection(
-    embeds: Float[np.ndarray, "N E"], labels: Sequence[str], marked: Bool[np.ndarray, " N"] | None = None,
-    mark_names: tuple[str, str] = ("pictures", "texts"), title: str = "",
+    embeds: Float[np.ndarray, "N E"], labels: Sequence[str], marked: Bool[np.ndarray, " N"], title: str = ""
 ) -> Figure:
-    """Embeddings on their first two principal components; each label has a colour and marker, `marked` rows a frame."""
+    """Embeddings on their first two principal components; each label has a colour and marker, `marked` texts a frame.
+
+    `marked` is True for the rows that are texts.
+    """
     centred = embeds - embeds.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     points = centred @ directions[:2].T
     explained = singular[:2] ** 2 / (singular**2).sum()
-    marked = np.zeros(len(embeds), bool) if marked is None else np.asarray(marked)
     labels = np.asarray([str(label) for label in labels])
     figure, axis = plt.subplots(figsize=(7.2, 4.4))
     for i, label in enumerate(dict.fromkeys(labels)):
@@ -221,7 +218,6 @@ def projection(
         axis.scatter(*points[chosen & ~marked].T, s=16, alpha=0.75, label=cut(label, 24, 1), **look)
         axis.scatter(*points[chosen & marked].T, s=90, edgecolor="black", linewidth=1.3, **look)
     axis.set(xlabel=f"component 1 ({explained[0]:.0%})", ylabel=f"component 2 ({explained[1]:.0%})", title=title)
-    if marked.any():
-        axis.scatter([], [], s=90, color="white", edgecolor="black", label=f"framed: {mark_names[1]}")
+    axis.scatter([], [], s=90, color="white", edgecolor="black", label="framed: texts")
     legend_beside(axis, 8)
     return figure

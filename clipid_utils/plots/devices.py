@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.parts import cut, legend_beside, named_levels, titled
+from clipid_utils.plots.parts import cut, legend_beside, titled
 from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, RED, styled
 
 
@@ -75,13 +75,12 @@ def collectives(exchanges: Mapping[str, tuple[Int[np.ndarray, "D N"], Int[np.nda
 @styled
 def growth(
     x: Sequence[int], series: Mapping[str, Sequence[int | float]], xlabel: str, unit: str = "B", ylabel: str = "",
-    limits: Mapping[str, int | float] | None = None, title: str = "",
+    title: str = "",
 ) -> Figure:
-    """How quantities grow or fall with x, both axes logarithmic; `limits` draws named horizontal lines."""
+    """How quantities grow or fall with x, both axes logarithmic."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     for (name, values), colour, marker in zip(series.items(), COLOURS, "os^DvPX*", strict=False):
         axis.plot(x, values, color=colour, marker=marker, markersize=5, label=name)
-    named_levels(axis, limits)
     axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     axis.set_xticks(x, [f"{value:,}" for value in x])
     axis.minorticks_off()

@@ -1,13 +1,10 @@
 """Parts that several figures share."""
 
 import math
-from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-
-from clipid_utils.plots.style import GREY
 
 
 def cut(text: object, width: int, lines: int = 2) -> str:
@@ -31,12 +28,6 @@ def titled(figure: Figure, title: str, **options) -> Figure:
 
 def legend_beside(axis, size: int = 9) -> None:
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=size)
-
-
-def named_levels(axis, levels: Mapping[str, float | int] | None, label: str = "{}") -> None:
-    """Horizontal lines with their names in the legend; `label` may have the value too, "{}: {:.2f}"."""
-    for (name, level), style in zip((levels or {}).items(), ("--", ":", "-."), strict=False):
-        axis.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=label.format(name, level))
 
 
 def written_matrix(axis, values: np.ndarray, dark_below: float | int, text: str, least: float = -math.inf) -> None:

@@ -25,7 +25,7 @@ def gallery(
 
 @styled
 def search_grid(
-    query: object, images: Sequence, scores: Float[np.ndarray, " k"], captions: Sequence[object] | None = None,
+    query: object, images: Sequence, scores: Float[np.ndarray, " k"], captions: Sequence[object],
     right: Sequence[bool] | None = None, columns: int = 5, size: float = 1.7,
 ) -> Figure:
     """The pictures that a query found, best first, with their similarities.
@@ -33,7 +33,6 @@ def search_grid(
     The query is a text, a picture, or (text, picture).
     With `right`, a boolean for each picture, a hit has a green frame and a tick, a miss an orange frame and a cross.
     """
-    captions = [""] * len(images) if captions is None else captions
     text, example = query if isinstance(query, tuple) else (query, None) if isinstance(query, str) else ("", query)
     figure, axes = picture_grid(len(images) + (example is not None), columns, size, 0.45)
     if example is not None:
@@ -75,7 +74,6 @@ def heatmap_overlay(
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     figure, axes = plt.subplots(1, len(heatmaps) + 1, figsize=((len(heatmaps) + 1) * size * 1.12, size + 0.5))
-    axes = np.atleast_1d(axes)
     for axis in axes:
         axis.axis("off")
     axes[0].imshow(pixels)
@@ -84,10 +82,8 @@ def heatmap_overlay(
         grey = np.repeat(pixels[..., :3].mean(axis=-1, keepdims=True), 3, axis=-1) / 255
         axis.imshow(grey * 0.6 + 0.4)
         limit = float(np.abs(heat).max()) or 1.0
-        extent = (0, width, height, 0)
-        layer = axis.imshow(
-            heat, cmap=DIVERGING, vmin=-limit, vmax=limit, alpha=0.65, extent=extent, interpolation="bilinear"
-        )
+        layer = axis.imshow(heat, cmap=DIVERGING, vmin=-limit, vmax=limit, alpha=0.65,
+                            extent=(0, width, height, 0), interpolation="bilinear")
         axis.set_title(cut(name, 26), fontsize=9, loc="center")
         figure.colorbar(layer, ax=axis, fraction=0.046, format="%.2f").ax.tick_params(labelsize=7)
     return figure
@@ -95,20 +91,17 @@ def heatmap_overlay(
 
 @styled
 def augmentations(
-    originals: Sequence, augmented: Sequence[Sequence], captions: Sequence[object] | None = None, title: str = ""
+    originals: Sequence, augmented: Sequence[Sequence], captions: Sequence[object], title: str = ""
 ) -> Figure:
     """A row for each picture: the original at the left, then its forms in training."""
-    figure, axes = plt.subplots(
-        len(originals), len(augmented[0]) + 1, figsize=(1.25 * (len(augmented[0]) + 1), 1.35 * len(originals) + 0.3),
-        squeeze=False,
-    )
+    rows, columns = len(originals), len(augmented[0]) + 1
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.35 * rows + 0.3), squeeze=False)
     for row, (original, variants) in enumerate(zip(originals, augmented, strict=True)):
         for axis, image in zip(axes[row], [original, *variants], strict=True):
             pixels = np.asarray(image)
             show(axis, pixels if pixels.dtype == np.uint8 else np.clip(pixels, 0, 1))
         axes[row, 0].spines[:].set(color=BLUE, linewidth=2.5)
-        if captions is not None:
-            axes[row, 0].set_ylabel(cut(captions[row], 14), fontsize=8)
+        axes[row, 0].set_ylabel(cut(captions[row], 14), fontsize=8)
     axes[0, 0].set_title("before", fontsize=9, loc="center")
     axes[0, 1].set_title("after", fontsize=9, loc="center")
     return titled(figure, title)

@@ -109,7 +109,7 @@ def test_top_k_errors():
         searching.top_k(embeds, np.ones((1, 3), np.float32))
     with pytest.raises(ValueError, match="k must be"):
         searching.top_k(embeds, embeds, 0)
-    with pytest.raises(ValueError, match="query holds a NaN"):
+    with pytest.raises(ValueError, match="similarity is NaN"):
         searching.top_k(embeds, np.full((1, 4), np.nan, np.float32))
     with pytest.raises(ValueError, match="similarity is NaN"):
         searching.top_k(np.where(embeds > 0, np.nan, 0).astype(np.float32), np.ones((1, 4), np.float32), 1)

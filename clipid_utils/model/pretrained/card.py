@@ -30,9 +30,7 @@ SPLITS = {  # of the dictionary; a model may be trained on other data than its `
 
 
 def write_model_card(
-    folder: str | os.PathLike, *, name: str | None = None, license: str | None = None,
-    base_model: Sequence[str] = (), datasets: Sequence[str] = (), training_data: str | None = None,
-    overwrite: bool = False,
+    folder: str | os.PathLike, *, name: str | None = None, overwrite: bool = False, **words
 ) -> Path:
     """Writes `README.md` into a checkpoint folder, from the files there, and returns its path.
 
@@ -46,12 +44,8 @@ def write_model_card(
     card = folder / "README.md"
     if card.exists() and not overwrite:
         raise FileExistsError(f"{card} exists: keep it, or replace it with overwrite=True")
-    text = model_card(
-        name or folder.resolve().name, config, *others, license=license, base_model=base_model, datasets=datasets,
-        training_data=training_data,
-    )
     with whole_file(card) as file:
-        file.write(text.encode())
+        file.write(model_card(name or folder.resolve().name, config, *others, **words).encode())
     return card
 
 

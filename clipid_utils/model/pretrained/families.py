@@ -50,69 +50,50 @@ TRANSFORMS = {
     # the convolution over patches, torch's [D, 3, rows, columns], is a linear layer over (row, column, channel)
     "patches": Transform(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
                          lambda x: x.reshape(-1, x.shape[-1]), _to_convolution),
-    # ViT keeps an axis for the batch: [1, 1, D] and [1, 1 + P, D]
-    "class token": Transform(lambda x: x.reshape(x.shape[-1]), lambda x: x.reshape(x.shape[-1]),
-                             lambda x, vision: x[None, None]),
-    "batch axis": Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(x.shape[-2:]),
-                            lambda x, vision: x[None]),
+    # ViT keeps axes for the batch: [1, 1, D] and [1, 1 + P, D]
+    "batch axes": Transform(np.squeeze, np.squeeze, lambda x, vision: x.reshape(1, -1, x.shape[-1])),
 }
 # The arrays of a part: suffix in torch, suffix here, transform
 _PARTS = {
     "linear": ((".weight", ".kernel", "transpose"), (".bias", ".bias", "same")),
-    "kernel": ((".weight", ".kernel", "transpose"),),
     "norm": ((".weight", ".scale", "same"), (".bias", ".bias", "same")),
     "table": ((".weight", "", "same"),),
     "array": (("", "", "same"),),
-    "class": (("", "", "class token"),),
-    "places": (("", "", "batch axis"),),
+    "batched": (("", "", "batch axes"),),
     "patches": ((".weight", ".kernel", "patches"),),
     "patches+": ((".weight", ".kernel", "patches"), (".bias", ".bias", "same")),
 }
-# transformers' name of a part, our name, and its arrays in _PARTS; # is the number of a layer
-_CLIP = """
-    embeddings.class_embedding              class_embedding         array
-    embeddings.position_embedding           position_embedding      table
-    embeddings.patch_embedding              patch_embedding         patches
-    pre_layrnorm                            ln_pre                  norm
-    encoder.layers.#.self_attn.q_proj       blocks.#.attn.q_proj    linear
-    encoder.layers.#.self_attn.k_proj       blocks.#.attn.k_proj    linear
-    encoder.layers.#.self_attn.v_proj       blocks.#.attn.v_proj    linear
-    encoder.layers.#.self_attn.out_proj     blocks.#.attn.out_proj  linear
-    encoder.layers.#.layer_norm1            blocks.#.ln_1           norm
-    encoder.layers.#.mlp.fc1                blocks.#.mlp.fc1        linear
-    encoder.layers.#.mlp.fc2                blocks.#.mlp.fc2        linear
-    encoder.layers.#.layer_norm2            blocks.#.ln_2           norm
-    post_layernorm                          ln_post                 norm
+# Outside the layers, whose place is #: the family, transformers' name of a part, our name, and its arrays in _PARTS
+_OUTER = """
+    clip  embeddings.class_embedding              class_embedding       array
+    clip  embeddings.position_embedding           position_embedding    table
+    clip  embeddings.patch_embedding              patch_embedding       patches
+    clip  pre_layrnorm                            ln_pre                norm
+    clip  #                                       #                     #
+    clip  post_layernorm                          ln_post               norm
+    vit   embeddings.cls_token                    class_embedding       batched
+    vit   embeddings.position_embeddings          position_embedding    batched
+    vit   embeddings.patch_embeddings.projection  patch_embedding       patches+
+    vit   #                                       #                     #
+    vit   layernorm                               ln_post               norm
+    vit   pooler.dense                            pooler                linear
+    bert  embeddings.word_embeddings              word_embedding        table
+    bert  embeddings.position_embeddings          position_embedding    table
+    bert  embeddings.token_type_embeddings        token_type_embedding  table
+    bert  embeddings.LayerNorm                    ln                    norm
+    bert  #                                       #                     #
+    bert  pooler.dense                            pooler                linear
 """
-_VIT = """
-    embeddings.cls_token                            class_embedding         class
-    embeddings.position_embeddings                  position_embedding      places
-    embeddings.patch_embeddings.projection          patch_embedding         patches+
-    encoder.layer.#.attention.attention.query       blocks.#.attn.q_proj    linear
-    encoder.layer.#.attention.attention.key         blocks.#.attn.k_proj    linear
-    encoder.layer.#.attention.attention.value       blocks.#.attn.v_proj    linear
-    encoder.layer.#.attention.output.dense          blocks.#.attn.out_proj  linear
-    encoder.layer.#.layernorm_before                blocks.#.ln_1           norm
-    encoder.layer.#.intermediate.dense              blocks.#.mlp.fc1        linear
-    encoder.layer.#.output.dense                    blocks.#.mlp.fc2        linear
-    encoder.layer.#.layernorm_after                 blocks.#.ln_2           norm
-    layernorm                                       ln_post                 norm
-    pooler.dense                                    pooler                  linear
-"""
-_BERT = """
-    embeddings.word_embeddings                  word_embedding          table
-    embeddings.position_embeddings              position_embedding      table
-    embeddings.token_type_embeddings            token_type_embedding    table
-    embeddings.LayerNorm                        ln                      norm
-    encoder.layer.#.attention.self.query        blocks.#.attn.q_proj    linear
-    encoder.layer.#.attention.self.key          blocks.#.attn.k_proj    linear
-    encoder.layer.#.attention.self.value        blocks.#.attn.v_proj    linear
-    encoder.layer.#.attention.output.dense      blocks.#.attn.out_proj  linear
-    encoder.layer.#.attention.output.LayerNorm  blocks.#.ln_1           norm
-    encoder.layer.#.intermediate.dense          blocks.#.mlp.fc1        linear
-    encoder.layer.#.output.dense                blocks.#.mlp.fc2        linear
-    encoder.layer.#.output.LayerNorm            blocks.#.ln_2           norm
-    pooler.dense                                pooler                  linear
+# In each layer: our name of a part, its arrays, and transformers' name in CLIP, ViT and BERT
+_LAYER = """
+    attn.q_proj    linear  self_attn.q_proj    attention.attention.query  attention.self.query
+    attn.k_proj    linear  self_attn.k_proj    attention.attention.key    attention.self.key
+    attn.v_proj    linear  self_attn.v_proj    attention.attention.value  attention.self.value
+    attn.out_proj  linear  self_attn.out_proj  attention.output.dense     attention.output.dense
+    ln_1           norm    layer_norm1         layernorm_before           attention.output.LayerNorm
+    mlp.fc1        linear  mlp.fc1             intermediate.dense         intermediate.dense
+    mlp.fc2        linear  mlp.fc2             output.dense               output.dense
+    ln_2           norm    layer_norm2         layernorm_after            output.LayerNorm
 """
 # Source keys that no model here uses
 _UNUSED = (
@@ -134,25 +115,24 @@ def key_table(config: CLIPConfig) -> list[Key]:
     """Every weight of a model, in the order of the forward pass."""
     vit = not config.vision.ln_pre
     keys = [
-        *_tower("vision", _VIT if vit else _CLIP, config.vision.layers, config.vision.pooling == "pooler"),
+        *_tower("vision", "vit" if vit else "clip", config.vision.layers, config.vision.pooling == "pooler"),
         Key("visual_projection.weight", "vision.projection.kernel", "transpose"),
-        *_tower("text", _BERT, config.text.layers, config.text.pooling == "pooler"),
+        *_tower("text", "bert", config.text.layers, config.text.pooling == "pooler"),
         Key("text_projection.weight", "text.projection.kernel", "transpose"),
         Key("logit_scale", "logit_scale", "same"),
     ]
     return keys if config.logit_bias is None else [*keys, Key("logit_bias", "logit_bias", "same")]
 
 
-def _tower(side: str, table: str, layers: int, pooler: bool) -> list[Key]:
-    lines = [line.split() for line in table.strip().splitlines()]
-    lines = [line for line in lines if pooler or line[1] != "pooler"]
-    first = next(i for i, line in enumerate(lines) if "#" in line[0])
-    end = max(i for i, line in enumerate(lines) if "#" in line[0]) + 1
-    repeated = [[name.replace("#", str(number)) for name in line] for number in range(layers)
-                for line in lines[first:end]]
+def _tower(side: str, family: str, layers: int, pooler: bool) -> list[Key]:
+    column, stack = ("clip", "vit", "bert").index(family) + 2, "layers" if family == "clip" else "layer"
+    layer = [line.split() for line in _LAYER.strip().splitlines()]
+    inner = [(f"encoder.{stack}.{number}.{row[column]}", f"blocks.{number}.{row[0]}", row[1])
+             for number in range(layers) for row in layer]
+    outer = [line.split()[1:] for line in _OUTER.strip().splitlines() if line.split()[0] == family]
+    rows = [row for part in outer for row in (inner if part[0] == "#" else [part]) if pooler or row[1] != "pooler"]
     return [Key(f"{side}_model.{theirs}{hf_suffix}", f"{side}.{ours}{suffix}", transform)
-            for theirs, ours, part in [*lines[:first], *repeated, *lines[end:]]
-            for hf_suffix, suffix, transform in _PARTS[part]]
+            for theirs, ours, part in rows for hf_suffix, suffix, transform in _PARTS[part]]
 
 
 def canonical(name: str, sides: tuple[str, ...] = ("vision", "text")) -> tuple[str, bool]:
@@ -217,10 +197,6 @@ def _settings(values: dict, kind: str) -> Any:
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
               "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "pooler_act",
               "pooler_output_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
-    sizes = {field: values[field] for field in fields if field.endswith(("_size", "_layers", "_heads", "_embeddings"))
-             and isinstance(values.get(field), str | float)}
-    if sizes:
-        raise ConfigError(f"{', '.join(f'{field} is {value!r}' for field, value in sizes.items())}: use whole numbers")
     settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
     for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
                           settings.hidden_size}.items():

@@ -66,15 +66,12 @@ def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
     where = f"{name!r} at revision {revision or 'main'!r}"
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
-    except hub_errors.HFValidationError as error:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor an id on the hub, 'owner/name': correct it"
-                                ) from error
     except hub_errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"the hub has no {where}: name a branch, tag or commit of it") from error
     except hub_errors.GatedRepoError as error:
         raise PermissionError(f"the hub gives {where} only to people who have access: ask for access on the "
                               "repository's page, then set HF_TOKEN to your token") from error
-    except hub_errors.RepositoryNotFoundError as error:
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
         raise FileNotFoundError(f"{name!r} is neither a folder nor a repository that the hub shows: correct the name "
                                 "or, if it is private, set HF_TOKEN to a token that may read it") from error
     except (hub_errors.HTTPError, OSError) as error:

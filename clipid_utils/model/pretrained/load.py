@@ -16,7 +16,6 @@ from clipid_utils.model.pretrained.processor_files import MODEL_TYPE
 from clipid_utils.model.processor import CLIPProcessor
 
 WHOLE_MODELS = ("vision-text-dual-encoder", "hybrid-clip")
-TO_PROCESSOR = ("image_size", "vision_revision", "text_revision")  # the options of load_towers that its processor has
 
 
 def load_clip(
@@ -60,7 +59,7 @@ def load_clip(
 
 
 def load_towers(
-    vision: str | os.PathLike, text: str | os.PathLike, **options
+    vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None, **options
 ) -> tuple[HybridCLIP, CLIPProcessor]:
     """A new model of two pretrained towers, and its processor.
 
@@ -70,7 +69,6 @@ def load_towers(
     - `embed_dim`: the common space's size; by default that of the image projection in `vision`, or 512;
     - `pooling`: "pooler" (default) or "mean", of the text tower;
     - `image_size`: a different picture size; the position embeddings are interpolated to it;
-    - `vision_revision`, `text_revision`: branch, tag or commit on the hub;
     - `dtype`, `param_dtype`: as in `load_clip`;
     - `rngs`: draws the new parameters, by default from seed 0: the text projection, the image projection if `vision`
       has none of size `embed_dim`, and a pooler if the text tower has none (with a warning).
@@ -78,9 +76,8 @@ def load_towers(
     Raises FileNotFoundError if a tower is not there. Raises ValueError, with the names, for towers of a different kind,
     weights that do not fit config.json, and a tokenizer with ids beyond the embedding table.
     """
-    model = HybridCLIP.from_towers(vision, text, **options)
-    to_processor = {name: options[name] for name in TO_PROCESSOR if name in options}
-    return model, _fitted(CLIPProcessor.from_towers(vision, text, **to_processor), model, text)
+    model = HybridCLIP.from_towers(vision, text, image_size=image_size, **options)
+    return model, _fitted(CLIPProcessor.from_towers(vision, text, image_size=image_size), model, text)
 
 
 def _fitted(processor: CLIPProcessor, model: HybridCLIP, where: Path | str | os.PathLike) -> CLIPProcessor:
@@ -106,9 +103,6 @@ def _with_scale(config: CLIPConfig, leaves: dict[str, Leaf], *, linear_scale: bo
     name, array, source = leaves["logit_scale"]
     value = array().reshape(())
     if linear_scale:
-        if not value > 0:
-            raise ConfigError(f"the weights' logit_scale is {value}; a hybrid-clip has a linear one, which must be "
-                              "above 0")
         value = np.log(20 * np.asarray(value, np.float64)).astype(np.float32)
         config = dataclasses.replace(config, logit_scale=float(value))
     leaves["logit_scale"] = Leaf(name, lambda: value, source)

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from huggingface_hub.errors import StrictDataclassError
 
-from clipid_utils.files import read_json
 from clipid_utils.model.config import CLIPConfig
 from clipid_utils.model.layers import linear
 from clipid_utils.model.pretrained import families
 from clipid_utils.model.pretrained.families import TRANSFORMS, Key, key_table
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
+from clipid_utils.model.pretrained.processor_files import read_json
 from clipid_utils.model.pretrained.weights import read_weights
 
 FLOAT32 = ("logit_scale", "logit_bias")  # whatever param_dtype is: bfloat16 would round a scale of 27.23 to 27
@@ -86,10 +87,7 @@ def read_config(folder: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: name a folder written by save_clip, or by transformers' "
                                 "save_pretrained")
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} cannot be read (it is not an object): fetch or save the checkpoint again")
-    return values
+    return read_json(file)
 
 
 @contextlib.contextmanager
@@ -99,7 +97,7 @@ def naming(folder: Path) -> Iterator[None]:
         yield
     except families.ConfigError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read ({error}): fetch or save the checkpoint again"
                          ) from error
 
@@ -126,17 +124,17 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
         kind = jnp.float32 if dotted(path) in FLOAT32 else param_dtype
         filled.append((path, variable.replace(jnp.array(leaf.array(), kind))))
         if leaf.source:
-            leaf.source.weights.forget(leaf.name)
+            del leaf.source.weights[leaf.name]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def join_towers(
     model_class: type, vision: str | os.PathLike, text: str | os.PathLike, *, embed_dim: int | None = None,
-    pooling: str = "pooler", image_size: int | None = None, vision_revision: str | None = None,
-    text_revision: str | None = None, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None,
+    pooling: str = "pooler", image_size: int | None = None, dtype=jnp.float32, param_dtype=jnp.float32,
+    rngs: nnx.Rngs | None = None,
 ):
     """A model of two pretrained towers; `load.load_towers` describes the options."""
-    folders = [fetch_checkpoint(vision, revision=vision_revision), fetch_checkpoint(text, revision=text_revision)]
+    folders = [fetch_checkpoint(vision), fetch_checkpoint(text)]
     sources = [Source(folder, side) for folder, side in zip(folders, ("vision", "text"), strict=True)]
     with naming(folders[0]):
         has_pooler = "vision_model.pooler.dense.weight" in sources[0].names

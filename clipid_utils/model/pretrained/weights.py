@@ -7,9 +7,10 @@ file is trusted: no code of it runs, and no array reaches beyond its bytes.
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import msgpack
@@ -17,8 +18,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 
-from clipid_utils.files import read_json
 from clipid_utils.model.pretrained import torch_pickle
+from clipid_utils.model.pretrained.processor_files import read_json
 from clipid_utils.model.pretrained.torch_pickle import Refusal, Storage, Tensor
 
 _CODES = {  # safetensors' name of a dtype: numpy's
@@ -30,24 +31,11 @@ _DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) fo
 Arrays = dict[str, Callable[[], np.ndarray]]  # by name; the call makes the array
 
 
-class Weights(Mapping):
-    """Arrays by name, each made when it is asked for."""
-
-    def __init__(self, arrays: Arrays):
-        self._arrays = arrays
+class Weights(UserDict):
+    """Arrays by name, each made when it is asked for; `del` frees the memory of one that is not needed any more."""
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def forget(self, name: str) -> None:
-        """Frees the memory of an array that is not needed any more."""
-        del self._arrays[name]
+        return self.data[name]()
 
 
 def read_weights(folder: Path) -> Weights:
@@ -134,7 +122,7 @@ def _flax(path: Path) -> Arrays:
     with open(path, "rb") as file:
         reader = msgpack.Unpacker(file, max_buffer_size=2**31 - 1, strict_map_key=False, ext_hook=_flax_array)
         tree = reader.unpack()
-        if not isinstance(tree, dict) or file.read(1) or reader.read_bytes(1):
+        if file.read(1) or reader.read_bytes(1):
             raise ValueError("it is not one dict in msgpack")
     arrays: Arrays = {}
     for names, value in flatten_dict(tree).items():
@@ -146,13 +134,9 @@ def _flax(path: Path) -> Arrays:
 
 
 def _flax_array(kind: int, data: bytes) -> np.ndarray:
-    if kind not in (1, 3):  # flax's arrays and numpy's numbers; 2 is a complex number
-        raise ValueError(f"it has an extension of kind {kind}, which is not an array")
     shape, dtype, numbers = msgpack.unpackb(data)
     if dtype not in _DTYPES:
         raise Refusal(f"has an array of {dtype}, not of one of {', '.join(_DTYPES)}: save it as float32")
-    if min(shape, default=0) < 0:
-        raise ValueError(f"an array has the shape {shape}")
     return np.frombuffer(numbers, _DTYPES[dtype]).reshape(shape)
 
 
@@ -165,7 +149,13 @@ def _torch(path: Path) -> Arrays:
     with open(path, "rb") as file:
         head = file.read(torch_pickle.MAX_PICKLE)
         tensors, start_of = _torch_old(file, head) if torch_pickle.MAGIC in head[:32] else _torch_zip(file)
-        return {name: _torch_view(path, name, tensor, start_of(tensor.storage)) for name, tensor in tensors.items()}
+        arrays: Arrays = {}
+        for name, tensor in tensors.items():
+            (dtype, storage, numel), start = tensor.storage, start_of(tensor.storage)
+            if start is None:
+                raise ValueError(f"{name!r} is in storage {storage!r}, which is missing or of a different size")
+            arrays[name] = _view(path, name, dtype, tensor.shape, start, numel, tensor.offset, tensor.strides)
+        return arrays
 
 
 def _torch_zip(file: BinaryIO) -> tuple[dict[str, Tensor], _StartOf]:
@@ -197,35 +187,22 @@ def _torch_old(file: BinaryIO, head: bytes) -> tuple[dict[str, Tensor], _StartOf
     """After the pickles comes each storage: the number of its elements in eight bytes, and the elements."""
     tensors, keys, at = torch_pickle.read_old_pickles(head)
     storages, starts = {tensor.storage.key: tensor.storage for tensor in tensors.values()}, {}
-    size = file.seek(0, io.SEEK_END)
     for key in keys:
-        if key not in storages:
-            raise ValueError(f"no tensor is in storage {key!r}")
         dtype, _, numel = storages[key]
         file.seek(at)
         if int.from_bytes(file.read(8), "little", signed=True) != numel:
             raise ValueError(f"storage {key!r} has not the {numel} elements that its tensors expect")
         starts[storages[key]] = at + 8
         at += 8 + numel * _DTYPES[dtype].itemsize
-        if not 8 <= at <= size:
-            raise ValueError(f"storage {key!r} would end at byte {at} of {size}")
-    if at != size:
-        raise ValueError(f"its storages end at byte {at} of {size}")
+    if at != file.seek(0, io.SEEK_END):
+        raise ValueError(f"its storages end at byte {at}, not where the file ends")
     return tensors, starts.get
-
-
-def _torch_view(path: Path, name: str, tensor: Tensor, start: int | None) -> Callable[[], np.ndarray]:
-    dtype, storage, numel = tensor.storage
-    if start is None:
-        raise ValueError(f"{name!r} is in storage {storage!r}, which is missing or has a different place or size")
-    return _view(path, name, dtype, tensor.shape, start, numel, tensor.offset, tensor.strides)
 
 
 # Shards, and the order of the files
 
 def _shards(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
-    shard_of: Any = read_json(path)
-    shard_of = shard_of.get("weight_map") if isinstance(shard_of, dict) else None
+    shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict):
         raise ValueError(f"{path} cannot be read (it has no weight_map): fetch or save it again")
     shards: dict[str, Arrays] = {}
