@@ -5,6 +5,7 @@ listed above `ANCESTOR`. `indobert-base`, `indobert-large` and `indonesian-rober
 in the way that is usual today. No run of that size has been made here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -247,13 +248,10 @@ def make_feed(recipe: Recipe, config: FitConfig, records: Dataset | None, proces
 def train_heads(recipe: Recipe, stage: Stage, model, processor, data, validation, folder: Path) -> FitResult:
     """A stage on features: computes or reads them, trains the projections, and keeps the model in the folder."""
     features = cache_features(model, processor, data, folder / "features")
-    log = RunLog(folder, dataclasses.asdict(stage.fit) | {"seed": recipe.seed}, tensorboard=recipe.tensorboard,
-                 wandb=recipe.wandb)
-    try:
+    settings = dataclasses.asdict(stage.fit) | {"seed": recipe.seed}
+    with contextlib.closing(RunLog(folder, settings, tensorboard=recipe.tensorboard, wandb=recipe.wandb)) as log:
         result = train_projections(model, features, stage.fit, seed=recipe.seed, optimizer=OPTIMIZERS[stage.optimizer],
                                    on_log=lambda history: log.log(history[-1]))
-    finally:
-        log.close()
     if not result.interrupted and jax.process_index() == 0:
         with whole_folder(folder / "model") as made:
             save_clip(result.model, processor, made)

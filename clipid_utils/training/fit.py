@@ -22,7 +22,7 @@ from clipid_utils.training.distributed import Placed, jit_form, make_mesh
 from clipid_utils.training.loop import Loop, fitting_batch
 from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
-from clipid_utils.training.processes import from_all, say, total
+from clipid_utils.training.processes import from_all, say
 from clipid_utils.training.run_folder import RunFolder
 from clipid_utils.training.step import TrainState, assemble, init_state, leaf_names, make_update
 
@@ -230,7 +230,7 @@ class _Captions:
             self.pairs = len(ids) * self.steps
 
     def counts(self) -> dict[str, int]:
-        return {"truncated": self.before + total(self.truncated), "shared_captions": self.shared}
+        return {"truncated": self.before + sum(from_all(self.truncated)), "shared_captions": self.shared}
 
     def line(self, step: int) -> dict[str, int]:
         """The counts for the line of a step; at the first line, shared captions are also printed."""

@@ -91,14 +91,12 @@ def feature_batches(features: Features, batch_size: int, *, seed: int, epoch: in
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(np.flatnonzero(np.isfinite(features.images[:, 0])))
     drawn = rng.random(len(order))
-    caption_ids = getattr(features, "caption_ids", None)
     for start in range(0, len(order) - batch_size + 1, batch_size):
         rows, chance = order[start : start + batch_size], drawn[start : start + batch_size]
         first, counts = features.starts[rows], features.starts[rows + 1] - features.starts[rows]
         texts = features.captions[first + (chance * counts).astype(np.int64)]
-        captions = {} if caption_ids is None else {"caption_ids": caption_ids[texts]}
         yield {"images": features.images[rows], "texts": features.texts[texts], "concepts": features.concepts[rows],
-               **captions}
+               "caption_ids": features.caption_ids[texts]}
 
 
 def train_projections(

@@ -1,6 +1,5 @@
 """Where the lines of a run go: its folder, and TensorBoard or Weights & Biases if they are asked for."""
 
-import io
 import json
 import sys
 import uuid
@@ -101,19 +100,15 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(line)
 
-    def picture(self, name: str, picture: "Figure | np.ndarray", step: int) -> None:
-        """Writes a figure, or an array uint8 [H, W, 3], as samples/step_000123.png; elsewhere its name is `name`."""
+    def picture(self, name: str, figure: "Figure", step: int) -> None:
+        """Writes a figure as samples/step_000123.png; elsewhere its name is `name`."""
         if self.folder is None:
             return
         path = self.folder / "samples" / f"step_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        if not isinstance(picture, np.ndarray):
-            file = io.BytesIO()
-            picture.savefig(file, format="png")
-            picture = np.asarray(Image.open(file).convert("RGB"))
-        Image.fromarray(picture).save(path)
+        figure.savefig(path)
         if self.tensorboard is not None:
-            self.tensorboard.add_image(name, picture, step, dataformats="HWC")
+            self.tensorboard.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.log({"step": step, name: sys.modules["wandb"].Image(str(path))})
 

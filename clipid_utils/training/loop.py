@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,14 +16,6 @@ from tqdm.auto import tqdm
 
 from clipid_utils.training.alarms import check_finite
 from clipid_utils.training.processes import say
-
-
-class Outcome(NamedTuple):
-    """How a loop ended."""
-
-    state: Any
-    done: int  # the number of the last step
-    interrupted: bool
 
 
 @dataclass
@@ -47,8 +39,8 @@ class Loop:
     def run(
         self, step: Callable[[Any, dict], tuple[Any, dict]], state: Any, batches: Iterator[dict], *, start: int = 0,
         evaluation_due: bool = False,
-    ) -> Outcome:
-        """Steps until the last one, Ctrl-C or SIGTERM.
+    ) -> tuple[Any, int, bool]:
+        """Steps until the last one, Ctrl-C or SIGTERM; returns the state, its step, and whether it was stopped.
 
         `step(state, batch)` returns the new state and its metrics, scalars. `start` is the number of steps that are
         done already, and `evaluation_due` says that the evaluation of the last of them is missing.
@@ -63,7 +55,7 @@ class Loop:
                 batch = clock.next(batches, running[-1] if running else None, self.batch_size)
                 if done == start:
                     if jax.process_count() == 1 and asked(done):
-                        return Outcome(state, done, True)
+                        return state, done, True
                     bar.set_description("compiling")
                 state, values = step(state, batch)
                 if done == start:
@@ -84,7 +76,7 @@ class Loop:
                     self._line(done, values)
                     with clock.pause():
                         self.save(state, {"step": done, "evaluation_due": bool(due and stop)})
-        return Outcome(state, done, stop)
+        return state, done, stop
 
     def _line(self, done: int, values: dict) -> dict:
         line = {"step": done} | ({"epoch": -(-done // self.steps_per_epoch)} if self.steps_per_epoch else {})

@@ -86,21 +86,16 @@ def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: fl
 
 
 def rate_factors(
-    params: nnx.State, rates: Mapping[str, float], layer_decay: float = 1.0, layers: Mapping[str, int] | None = None
+    params: nnx.State, rates: Mapping[str, float], layer_decay: float, layers: Mapping[str, int]
 ) -> Any:
     """The factor on each leaf's learning rate.
 
     It is the product of two: the factor of the first pattern in `rates` that fits (1 if none does), and `layer_decay`
     once for each layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA). So embeddings learn slowest;
     the parameters after the last block, and the scale, have the full rate. `layers` is the number of blocks of each
-    tower. It is needed if some are frozen: without it the blocks in `params` are counted. Raises ValueError for a
-    pattern that fits nothing.
+    tower, of which some may be frozen and not in `params`. Raises ValueError for a pattern that fits nothing.
     """
     check_patterns(params, rates)
-    found = [re.match(r"(\w+)\.blocks\.(\d+)\.", dotted(path)) for path, _ in nnx.to_flat_state(params)]
-    layers = dict(layers or {})
-    for block in filter(None, found):
-        layers[block[1]] = max(layers.get(block[1], 0), int(block[2]) + 1)
 
     def factor(path, leaf) -> float:
         name = dotted(path)
@@ -109,14 +104,13 @@ def rate_factors(
         if block is not None:
             return group * layer_decay ** (layers[block[1]] - int(block[2]))
         first = re.match(r"(\w+)\.(\w+_embedding|ln_pre|ln)\b", name)
-        return group * (1.0 if first is None else layer_decay ** (layers.get(first[1], 0) + 1))
+        return group * (1.0 if first is None else layer_decay ** (layers[first[1]] + 1))
 
     return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def with_rates(
-    optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float = 1.0,
-    layers: Mapping[str, int] | None = None,
+    optimizer: optax.GradientTransformation, rates: Mapping[str, float], layer_decay: float, layers: Mapping[str, int]
 ) -> optax.GradientTransformation:
     """The optimizer with its updates, weight decay included, multiplied by `rate_factors`."""
 

@@ -22,11 +22,6 @@ def from_first(value):
     return from_all(value)[0]
 
 
-def total(count: int) -> int:
-    """The sum of a count over all processes."""
-    return sum(from_all(count))
-
-
 def say(text: str) -> None:
     """Prints a line, once for all processes."""
     if jax.process_index() == 0:

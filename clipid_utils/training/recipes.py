@@ -7,24 +7,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax.numpy as jnp
-from datasets import Dataset
 from flax import nnx
 
-from clipid_utils.data.batches.loader import PicturePairs, load_pairs
+from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.data.captions import TEMPLATES
-from clipid_utils.files import write_json
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import PRESETS
-from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
-from clipid_utils.training.fit import FitConfig, FitResult, fit
-from clipid_utils.training.optimizers import muon
+from clipid_utils.training.fit import FitConfig
 from clipid_utils.wording import fill
 
 SOURCE_SIZE = 64  # pixels in memory, from which the augmentation samples the model's 48
@@ -57,35 +50,3 @@ def pairs_checksum(pairs: PicturePairs) -> str:
     digest = hashlib.sha256(pairs.images.tobytes())
     digest.update(json.dumps([pairs.names, pairs.keywords], ensure_ascii=False).encode())
     return digest.hexdigest()
-
-
-def train_mini(
-    dictionary: Mapping[str, Dataset], out: Path, seed: int = 0, *, config: FitConfig = MINI, resume: bool = False,
-    **options,
-) -> FitResult:
-    """Trains the mini checkpoint into `out`: weights, tokenizer, `fit.json`, `metrics.jsonl` and `recipe.json`.
-
-    An older checkpoint in `out` is replaced only when the whole run is done, and its `metrics.json`, measured on the
-    old weights, is deleted. Until then the run is in the folder `<out>.training`; `resume` continues there if `config`
-    keeps checkpoints. `options` are those of `fit`, such as `on_log`.
-    """
-    out, started = Path(out), time.time()
-    work = out.with_name(out.name + ".training")
-    train = load_pairs(dictionary["train"], SOURCE_SIZE)
-    validation = load_pairs(dictionary["validation"], PRESETS["mini"].vision.image_size)
-    model, processor = new_mini(train, seed=seed)
-    result = fit(model, processor, train, validation, config, seed=seed, out=work, optimizer=muon, resume=resume,
-                 overwrite=not resume, **options)
-    if result.interrupted:
-        return result
-    save_clip(result.model, processor, work)
-    write_json(work / "recipe.json", {
-        "recipe": "mini", "seed": seed, "minutes": round((time.time() - started) / 60, 1), "pictures": len(train),
-        "train_sha256": pairs_checksum(train), "validation_sha256": pairs_checksum(validation)})
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").unlink(missing_ok=True)
-    for path in work.iterdir():
-        if path.is_file():
-            path.replace(out / path.name)
-    shutil.rmtree(work)
-    return result

@@ -11,7 +11,7 @@ import jax
 from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.files import read_json
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.embed import embed_texts
+from clipid_utils.model.embed import embed_pictures, embed_texts
 from clipid_utils.model.pretrained.load import load_clip
 from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor
@@ -20,7 +20,7 @@ from clipid_utils.training.distributed import Placed
 from clipid_utils.training.log import RunLog
 from clipid_utils.training.processes import from_first
 from clipid_utils.training.step import TrainState
-from clipid_utils.training.validation import embed_pairs, retrieval_grid, validation_recall
+from clipid_utils.training.validation import retrieval_grid, validation_recall
 
 WEIGHTS = ("best", "last")  # subfolders with a model
 
@@ -113,7 +113,7 @@ class RunFolder:
         """
         recall, figure = {}, None
         if validation is not None and jax.process_index() == 0:
-            embeds = embed_pairs(model, self.processor, validation)
+            embeds = embed_pictures(model, self.processor, validation.images, progress=False)[0]
             recall = validation_recall(model, self.processor, validation, embeds)
             if samples and self.path is not None:
                 similarity = embed_texts(model, self.processor, samples) @ embeds.T

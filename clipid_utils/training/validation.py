@@ -10,21 +10,11 @@ from jaxtyping import Float
 from clipid_utils import metrics
 from clipid_utils.data.batches.loader import PicturePairs
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.embed import embed_pixels, embed_texts
+from clipid_utils.model.embed import embed_pictures, embed_texts
 from clipid_utils.model.processor import CLIPProcessor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BATCH = 64  # pictures that are float32 at once: all of a large validation set would need gigabytes
-
-
-def embed_pairs(model: HybridCLIP, processor: CLIPProcessor, pairs: PicturePairs) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of the pictures, which must have the model's size."""
-    starts = range(0, len(pairs), BATCH)
-    return np.concatenate([
-        embed_pixels(model, processor.normalize(pairs.images[start : start + BATCH]), BATCH) for start in starts])
-
 
 def validation_recall(
     model: HybridCLIP, processor: CLIPProcessor, pairs: PicturePairs,
@@ -32,9 +22,10 @@ def validation_recall(
 ) -> dict[str, float]:
     """Recall@1, 5 and 10 by the pictures' names, text to picture and back; concepts with the same name count as right.
 
-    `image_embeds` are the vectors of `embed_pairs`, if the caller has them.
+    `image_embeds` are the pictures' vectors, if the caller has them.
     """
-    image_embeds = embed_pairs(model, processor, pairs) if image_embeds is None else image_embeds
+    if image_embeds is None:
+        image_embeds = embed_pictures(model, processor, pairs.images, progress=False)[0]
     unique, first = np.unique(pairs.concepts, return_index=True)
     text_embeds = embed_texts(model, processor, [pairs.names[i] for i in first])
     similarity, right = text_embeds @ image_embeds.T, unique[:, None] == pairs.concepts[None, :]

@@ -30,20 +30,10 @@ from clipid_utils.training.step import TrainState, init_state, leaf_names, make_
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; conftest.py simulates them on a CPU")
 
-BATCH, STEPS, RATE = 32, 10, 0.005
+BATCH, STEPS, RATE = 32, 4, 0.02
 FEW = 64  # numbers, in place of `SMALL`: of the tiny model's leaves too most are cut
 FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
 CUT = {"params=data": (jit_form, "data", (8, 1)), "params=model": (jit_form, "model", (4, 2))}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The whole step is compiled a dozen times, which takes half as long without LLVM's optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # no later test gets a program compiled here
 
 
 # --- The whole step, with all that is random in it ------------------------------------------------------------------
@@ -98,7 +88,7 @@ def flat(params) -> dict:
 
 
 def run(form: str, loss: str = "clip", chunks: int = 1, remat: bool = False) -> Run:
-    """Ten steps of SGD with momentum, whose state after the first step is the gradient. Compiled once for all tests."""
+    """Steps of SGD with momentum, whose state after the first step is the gradient. Compiled once for all tests."""
     return _run(form, loss, chunks, remat)
 
 
@@ -134,7 +124,7 @@ def _run(form: str, loss: str, chunks: int, remat: bool) -> Run:
 
 
 def assert_same(one: Run, other: Run) -> None:
-    """Every metric of every step, the first gradient, the parameters and their average after ten steps."""
+    """Every metric of every step, the first gradient, the parameters and their average at the end."""
     for step, (mine, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True)):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5), step
     for part in ("gradients", "params", "average"):
@@ -144,8 +134,7 @@ def assert_same(one: Run, other: Run) -> None:
             np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-5, err_msg=f"{part} {name}")
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, loss", [*((form, "clip") for form in FORMS), ("shard_map", "siglip")])
 def test_eight_devices_take_the_steps_of_one(form, loss):
     assert_same(run(form, loss), run("one", loss))
 
@@ -156,8 +145,7 @@ def test_a_state_in_pieces_takes_the_same_steps(form):
 
 
 @pytest.mark.parametrize(
-    "form, loss, remat", [("one", "clip", False), ("jit", "clip", True), ("shard_map", "siglip", False),
-                          ("pmap", "clip", False)]
+    "form, loss, remat", [("one", "clip", False), ("jit", "clip", True), ("shard_map", "siglip", False)]
 )
 def test_the_gradient_in_chunks_is_that_of_the_whole_batch(form, loss, remat):
     """With the keys drawn again: augmentation, drop_path and keep_patches are those of the whole batch.
@@ -326,7 +314,7 @@ def toy():
 ROWS = {"rows": np.arange(64, dtype=np.float32).reshape(16, 4), "number": np.arange(16, dtype=np.int32),
         "flag": np.arange(16) % 3 == 0, "images": np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3)}
 ways = pytest.mark.parametrize("form", FORMS)
-meshes = pytest.mark.parametrize("sides", [(1, 1), (8, 1), (4, 2)])
+meshes = pytest.mark.parametrize("sides", [(8, 1), (4, 2)])
 
 
 @ways

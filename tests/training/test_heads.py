@@ -1,7 +1,5 @@
 """Stage 1 on given features: batches, loss and messages; `test_features.py` compares its steps."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,11 +22,7 @@ def features(count: int = 12, broken: tuple[int, ...] = (), caption_ids: np.ndar
               "captions": np.arange(2 * count, dtype=np.int32), "starts": np.arange(0, 2 * count + 1, 2),
               "concepts": np.arange(count, dtype=np.int32)}
     ids = np.repeat(np.arange(2 * count, dtype=np.int32)[:, None], 2, axis=1) if caption_ids is None else caption_ids
-    if "caption_ids" in {field.name for field in dataclasses.fields(Features)}:
-        return Features(**fields, caption_ids=ids)
-    made = Features(**fields)
-    object.__setattr__(made, "caption_ids", ids)
-    return made
+    return Features(**fields, caption_ids=ids)
 
 
 def test_each_epoch_has_its_own_order_and_captions(monkeypatch):

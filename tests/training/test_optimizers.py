@@ -236,8 +236,8 @@ def params():
     return nnx.state(tiny_clip()[0], nnx.Param)
 
 
-def factors_of(params, rates, layer_decay=1.0) -> dict:
-    return named(params, rate_factors(params, rates, layer_decay))
+def factors_of(params, rates, layer_decay=1.0, vision=2, text=2) -> dict:
+    return named(params, rate_factors(params, rates, layer_decay, {"vision": vision, "text": text}))
 
 
 def test_the_first_pattern_that_fits_counts(params):
@@ -268,7 +268,7 @@ def test_a_layer_decays_once_for_each_layer_to_its_towers_end(params):
 
 def test_towers_of_other_depths_count_their_own_layers():
     model = nnx.eval_shape(lambda: HybridCLIP(PRESETS["mini"], rngs=nnx.Rngs(0)))  # 4 layers and 2
-    found = factors_of(nnx.state(model, nnx.Param), {}, 0.5)
+    found = factors_of(nnx.state(model, nnx.Param), {}, 0.5, vision=4)
     assert found == {name: 0.5 ** depth(name, 4 if name.startswith("vision.") else 2) for name in found}
 
 
@@ -284,7 +284,7 @@ def test_every_update_is_that_of_the_optimizer_times_its_factor(weights, optimiz
     """Decay and all; also where only one tower is trained."""
     params = tree({name: value for name, value in weights.items() if name.startswith(trained)})
     plain = optimizer(lambda step: 0.01, 0.5, 1.0)
-    rated = with_rates(plain, {"*.word_embedding": 0.1, "*.projection.*": 3.0}, 0.5)
+    rated = with_rates(plain, {"*.word_embedding": 0.1, "*.projection.*": 3.0}, 0.5, {"vision": 1, "text": 1})
     gradients = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     updates, theirs = (flat(jax.jit(kind.update)(gradients, kind.init(params), params)[0]) for kind in (plain, rated))
     for name, value in updates.items():
@@ -333,7 +333,7 @@ def test_a_pattern_that_fits_nothing_stops_before_a_step(params):
     with pytest.raises(ValueError, match=r"the pattern 'teks\.\*' fits no parameter"):
         init_state(model, optax.sgd(0.1), 0, ["vision.*", "teks.*"])
     with pytest.raises(ValueError, match=r"the pattern 'proj\.\*' fits no parameter"):
-        rate_factors(params, {"*.projection.*": 1.0, "proj.*": 2.0})
+        factors_of(params, {"*.projection.*": 1.0, "proj.*": 2.0})
     check_patterns(params, ["*", "logit_scale", "*.blocks.1.*"])
 
 
@@ -369,7 +369,7 @@ def test_a_locked_image_tower_stays_bit_for_bit():
     """LiT (Zhai et al. 2022): the pictures' embeddings stay, decay and average or not, and the texts' move."""
     model, processor = tiny_clip(vision=dataclasses.replace(CONFIG.vision, layers=1),
                                  text=dataclasses.replace(CONFIG.text, layers=1))
-    optimizer = with_rates(adamw(0.01, 0.5, 1.0), {"text.blocks.*": 0.1}, 0.9)
+    optimizer = with_rates(adamw(0.01, 0.5, 1.0), {"text.blocks.*": 0.1}, 0.9, {"vision": 1, "text": 1})
     graph, state = init_state(model, optimizer, 0, ["text.*", "logit_scale"])
     before = {name: np.array(value) for name, value in flatten_params(nnx.state(model, nnx.Param)).items()}
     step = make_step(graph, optimizer, image_mean=processor.image_mean, image_std=processor.image_std,

@@ -3,12 +3,8 @@
 import dataclasses
 import json
 
-import jax
-import numpy as np
 import pytest
-from datasets import Dataset
-from flax import nnx
-from tiny import tiny_clip, tiny_pairs
+from tiny import tiny_pairs
 
 import clipid_utils
 from clipid_utils.data.batches.loader import load_pairs
@@ -16,32 +12,10 @@ from clipid_utils.data.dictionary.build import load_picture_dictionary, recipe_n
 from clipid_utils.inference.index import fingerprint
 from clipid_utils.paths import CACHE, CHECKPOINTS
 from clipid_utils.training import recipes
-from clipid_utils.training.fit import FitConfig, FitResult
+from clipid_utils.training.fit import FitConfig
 
 MINI = CHECKPOINTS / "mini"
 PREPARED = CACHE / f"picture_dictionary-{recipe_number('sources.json', 'groups.json', 'stamp_kinds.json')}"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """`train_mini` with a stand-in for the training itself; gives a function that runs it."""
-    clip = tiny_clip()
-
-    def stand_in(model, processor, train, validation, config, *, out, **options):
-        (out / "best").mkdir(parents=True)
-        (out / "metrics.jsonl").write_text("{}\n")
-        return FitResult(clip[0], [], stand_in.interrupted)
-
-    def run(out, interrupted=False):
-        stand_in.interrupted = interrupted
-        empty = Dataset.from_dict({"name_id": []})
-        return recipes.train_mini({"train": empty, "validation": empty}, out)
-
-    monkeypatch.setattr(recipes, "load_pairs", lambda rows, size: tiny_pairs(12))
-    monkeypatch.setattr(recipes, "new_mini", lambda train, seed: clip)
-    monkeypatch.setattr(recipes, "fit", stand_in)
-    run.model = clip[0]
-    return run
 
 
 def test_a_new_mini_cuts_texts_as_its_training_does():
@@ -49,30 +23,6 @@ def test_a_new_mini_cuts_texts_as_its_training_does():
     model, processor = recipes.new_mini(tiny_pairs(12), seed=0)
     assert processor.max_length == recipes.MINI.caption_tokens < model.config.text.max_length
     assert model.config.text.vocab_size == processor.tokenizer.get_vocab_size()
-
-
-def test_a_whole_run_replaces_the_checkpoint_and_what_was_measured_of_the_old_one(quick, tmp_path):
-    out = tmp_path / "mini"
-    out.mkdir()
-    (out / "metrics.json").write_text("{}")
-    quick(out)
-    model, _ = clipid_utils.load_clip(out)
-    for one, other in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(quick.model)), strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert not (out / "metrics.json").exists()
-    assert {"metrics.jsonl", "recipe.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
-    assert [path.name for path in tmp_path.iterdir()] == ["mini"]
-    recipe = json.loads((out / "recipe.json").read_text())
-    assert recipe["seed"] == 0 and recipe["pictures"] == 12 and len(recipe["train_sha256"]) == 64
-
-
-def test_an_interrupted_run_leaves_the_checkpoint_as_it_was(quick, tmp_path):
-    out = tmp_path / "mini"
-    quick(out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert quick(out, interrupted=True).interrupted
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    assert (tmp_path / "mini.training" / "metrics.jsonl").exists()
 
 
 def test_the_tokenizer_has_read_every_name_keyword_and_template():

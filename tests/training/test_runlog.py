@@ -19,7 +19,7 @@ from clipid_utils.training.log import RunLog, read_lines
 from clipid_utils.training.validation import retrieval_grid
 
 CONFIG = {"epochs": 2, "learning_rate": 1e-3}
-PICTURE = np.full((8, 10, 3), 200, np.uint8)
+PICTURE = Figure((0.1, 0.08), dpi=100)
 
 
 def line(step, **more):
@@ -68,7 +68,7 @@ def test_a_run_leaves_config_versions_lines_and_samples(tmp_path):
     assert json.loads((folder / "fit.json").read_text()) == CONFIG
     assert read_lines(folder / "metrics.jsonl") == log.history == [line(10), line(20), line(30)]
     assert samples(folder) == ["step_000010.png", "step_000020.png", "step_000030.png"]
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / "samples" / "step_000010.png")), PICTURE)
+    assert Image.open(folder / "samples" / "step_000010.png").size == (10, 8)
     assert sorted(path.name for path in folder.iterdir()) == ["fit.json", "metrics.jsonl", "samples", "versions.json"]
 
 

@@ -1,6 +1,7 @@
 """One training step: what decays, what is clamped, what is averaged; on eight devices: test_distributed.py."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,20 @@ from clipid_utils.training.loss import clip_loss, same_concept, siglip_loss
 from clipid_utils.training.optimizers import adamw, muon
 from clipid_utils.training.step import apply_gradients, init_state, make_step, make_update
 
+SGD = optax.sgd(0.1)
 
-def prepare(model, processor, optimizer=None, **options):
-    """A state and a step; plain pictures, SGD, unless `options` say otherwise."""
-    optimizer = optimizer or optax.sgd(0.1)
+
+@functools.cache
+def compiled(graph, optimizer, options):
+    return make_step(graph, optimizer, **dict(options))
+
+
+def prepare(model, processor, optimizer=SGD, **options):
+    """A state and a step; plain pictures, SGD, unless `options` say otherwise. Equal steps are compiled once."""
     graph, state = init_state(model, optimizer, seed=0)
-    options = {"augmentation": None, **options}
-    step = make_step(graph, optimizer, image_mean=processor.image_mean, image_std=processor.image_std, **options)
-    return state, step
+    options = {"augmentation": None, "image_mean": tuple(processor.image_mean),
+               "image_std": tuple(processor.image_std), **options}
+    return state, compiled(graph, optimizer, tuple(options.items()))
 
 
 def embeddings(model, processor, batch):
@@ -85,10 +92,10 @@ def test_the_metrics_are_those_of_the_plain_formula():
 
 
 def test_the_same_seed_takes_the_same_steps():
-    results = []
+    results, optimizer = [], adamw(1e-2, 0.1, 1.0)
     for _ in range(2):
         model, processor = short_clip()
-        state, step = prepare(model, processor, adamw(1e-2, 0.1, 1.0), augmentation=AugmentConfig(), drop_path=0.3,
+        state, step = prepare(model, processor, optimizer, augmentation=AugmentConfig(), drop_path=0.3,
                               keep_patches=3)
         for seed in range(3):
             state, values = step(state, tiny_batch(processor, seed=seed))
@@ -132,7 +139,7 @@ def test_a_clamped_scale_can_come_down_again():
 
 def test_the_average_follows_closely_at_first():
     model, processor = short_clip()
-    state, step = prepare(model, processor, average_decay=0.999)
+    state, step = prepare(model, processor)
     expected = copied(flatten_params(state.average))
     for number in range(3):
         state, _ = step(state, tiny_batch(processor, seed=number))
