@@ -123,7 +123,6 @@ def test_a_picture_may_be_bytes_a_dict_a_path_or_pillows(tmp_path):
     forms = [content, {"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}]
     opened = [filters.row_picture({"image": form}) for form in forms]
     opened.append(filters.row_picture({"image_path": str(tmp_path / "a.png")}))
-    assert len({found.sha256 for found in opened}) == 1
     pixels = [np.asarray(found.image) for found in [*opened, filters.row_picture({"image": picture(3)})]]
     assert all((found == pixels[0]).all() for found in pixels)
 

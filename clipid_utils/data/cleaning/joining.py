@@ -55,7 +55,13 @@ def join(
               for path, part in zip([*files, *held_out], [*sets, *others], strict=True)]
     keys, records = np.concatenate([key for key, _ in signed]), datasets.concatenate_datasets(sets)
     held = np.arange(len(keys)) >= len(records)
-    side = sides(keys, _Rows([thumbnails for _, thumbnails in signed]), held, validation_share)[: len(records)]
+    ends = np.cumsum([len(key) for key, _ in signed])
+
+    def thumbnails(rows: np.ndarray) -> np.ndarray:  # of all sets, which together may be larger than memory
+        places = zip(np.searchsorted(ends, rows, "right"), rows, strict=True)
+        return np.stack([signed[part][1][row - ends[part]] for part, row in places])
+
+    side = sides(keys, thumbnails, held, validation_share)[: len(records)]
     times = np.where(side == TRAIN, _times(records["source"], keys, weights or {}, seed), side == VALIDATION)
     names = (f"{Path(path).name}, record {row}" for path, part in zip(files, sets, strict=True)
              for row in range(1, len(part) + 1))
@@ -97,21 +103,6 @@ def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.
 def _rows(records: Dataset) -> Iterator[dict]:
     for chunk in records.iter(100):
         yield from (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
-
-
-class _Rows:
-    """Any rows of several arrays, counted through; together the arrays may be larger than memory."""
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
-        which = np.searchsorted(self.ends, rows, "right")
-        for number in np.unique(which):
-            here = which == number
-            found[here] = self.arrays[number][rows[here] - self.ends[number] + len(self.arrays[number])]
-        return found
 
 
 def sides(

@@ -17,6 +17,7 @@ import imagehash
 import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from clipid_utils.files import PictureError, need, open_picture, usable_threads
 
@@ -42,11 +43,14 @@ class Signatures:
 
 
 def signatures(
-    images: Sequence[Image.Image], mirrored: bool = False, progress: Callable[[Iterable], Iterable] = iter
+    images: Sequence[Image.Image], mirrored: bool = False, desc: str | None = None
 ) -> Signatures:
-    """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image."""
+    """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image.
+
+    With `desc` a progress bar of this name is shown.
+    """
     hashes, thumbnails = [], []
-    for image in progress(images):
+    for image in tqdm(images, desc=desc, disable=desc is None):
         image = ImageOps.mirror(image) if mirrored else image
         hashes.append(np.packbits(imagehash.phash(image).hash.ravel()).view(np.uint64)[0])
         thumbnails.append(np.asarray(image.convert("RGB").resize(THUMBNAIL[:2], Image.Resampling.BOX)))

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from clipid_utils.data.dictionary.artists import look_up
-from clipid_utils.files import read_json
 
 FLAT_SHARE = 0.5  # the least of a drawing: see stamp_kind
 
@@ -87,11 +86,6 @@ def flat_share(image: Image.Image) -> float:
     pairs = opaque[:, 1:] & opaque[:, :-1]
     equal = (rgba[:, 1:, :3] == rgba[:, :-1, :3]).all(-1)
     return float(equal[pairs].mean()) if pairs.any() else 1.0
-
-
-def read_kinds(path: Path) -> dict[str, set[str]]:
-    """The corrections by eye: kind -> stamp paths."""
-    return {kind: set(listed) for kind, listed in read_json(path).items()}
 
 
 def _settings(path: Path) -> set[str]:
