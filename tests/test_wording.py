@@ -31,7 +31,8 @@ def test_classifiers(name, expected):
 
 @pytest.mark.parametrize("name, group, expected", [
     ("okapi", "animals", "seekor okapi"), ("okapi", "symbols", "okapi"), ("okapi", None, "okapi"),
-    ("okapi-okapi", "animals", "okapi-okapi"), ("kucing tidur", "objects", "seekor kucing tidur"),
+    ("okapi-okapi", "animals", "okapi-okapi"), ("okapi-okapian", "animals", "okapi-okapian"),
+    ("sebuah okapi", "animals", "sebuah okapi"), ("kucing tidur", "objects", "seekor kucing tidur"),
     ("bendera Jepang", "flags", "sehelai bendera Jepang")])
 def test_the_group_decides_for_words_that_are_not_in_the_table(name, group, expected):
     assert wording.counted(name, group) == expected

@@ -1,12 +1,13 @@
 """Filters of captions and pictures: what each drops, what it keeps, and what the reports say."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from test_near_copies import all_with_all, encoded
 
-from clipid_utils.data.cleaning import filters
+from clipid_utils.data.cleaning import filters, near_copies
 from clipid_utils.data.cleaning.near_copies import signatures
 from clipid_utils.data.cleaning.proper_nouns import SLOTS, Tagger, slot
 from clipid_utils.data.report import Report
@@ -163,7 +164,10 @@ def test_near_pictures_are_those_that_comparing_all_with_all_finds(seed, max_bit
     images = [picture(int(rng.integers(3))) for _ in range(12)]
     images = [Image.fromarray(np.clip(np.asarray(image) + rng.normal(0, rng.choice([0, 9, 60]), (64, 64, 3)), 0, 255)
                               .astype(np.uint8)) for image in images]
-    kept = kept_pictures(images, filters.near_pictures(max_bits, max_difference))[0]  # one after the other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_copies, "MAX_BITS", max_bits)
+        patch.setattr(near_copies, "MAX_DIFFERENCE", max_difference)
+        kept = kept_pictures(images, filters.near_pictures())[0]  # one after the other
     near, expected = all_with_all(signatures(images), signatures(images), max_bits, max_difference), []
     for row in range(len(images)):
         if not near[row, expected].any():

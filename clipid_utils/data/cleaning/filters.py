@@ -21,8 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from clipid_utils.data.cleaning import near_copies
-from clipid_utils.data.cleaning.near_copies import MAX_BITS, MAX_DIFFERENCE, NearIndex, Signatures
+from clipid_utils.data.cleaning.near_copies import THUMBNAIL, NearIndex, Signatures, signatures
 from clipid_utils.data.cleaning.proper_nouns import Tagger, split_words
 from clipid_utils.data.report import Report
 from clipid_utils.files import PictureError, need, open_picture
@@ -43,7 +42,7 @@ class Picture:
     @functools.cached_property
     def signature(self) -> Signatures:
         """What near copies are found by."""
-        return near_copies.signatures([self.image])
+        return signatures([self.image])
 
 
 CaptionCheck = Callable[[str], str | None]
@@ -228,9 +227,9 @@ def repeated_pictures() -> PictureCheck:
     return _repeated(pixels, "a repeated picture")
 
 
-def near_pictures(max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE) -> PictureCheck:
+def near_pictures() -> PictureCheck:
     """Drops near copies (`near_copies`) of earlier pictures. Remembers 8 bytes a picture, and 3 KB on the disk."""
-    seen = SeenPictures(max_bits, max_difference)
+    seen = SeenPictures()
 
     def check(picture: Picture) -> str | None:
         if seen.first(picture) is not None:
@@ -266,9 +265,8 @@ def placeholders(rows: Iterable[dict], most: int = 5) -> PictureCheck:
 class SeenPictures:
     """Earlier pictures by number, from 0. Their thumbnails are in a temporary file."""
 
-    def __init__(self, max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE):
-        self.stored = tempfile.TemporaryFile(buffering=0)
-        self.index = NearIndex(self._thumbnails, max_bits, max_difference)
+    def __init__(self):
+        self.index, self.stored = NearIndex(self._thumbnails), tempfile.TemporaryFile(buffering=0)
 
     def first(self, picture: Picture) -> int | None:
         """The number of the first picture that this one is a near copy of, or None."""
@@ -280,7 +278,7 @@ class SeenPictures:
         self.index.add(picture.signature.hashes)
 
     def _thumbnails(self, numbers: np.ndarray) -> UInt8[np.ndarray, "N 32 32 3"]:
-        return np.memmap(self.stored, np.uint8, "r").reshape(-1, *near_copies.THUMBNAIL)[numbers]
+        return np.memmap(self.stored, np.uint8, "r").reshape(-1, *THUMBNAIL)[numbers]
 
 
 def _repeated(key: Callable, reason: str) -> Callable:

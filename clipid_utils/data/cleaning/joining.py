@@ -32,7 +32,7 @@ REASONS = {UNREADABLE: "picture cannot be read", HELD_OUT: "copy of a picture th
 def join(
     files: Sequence[str | os.PathLike], train: str | os.PathLike, validation: str | os.PathLike, report: Report, *,
     work: str | os.PathLike, validation_share: float = 0.05, weights: dict[str, int | float] | None = None,
-    held_out: Sequence[str | os.PathLike] = (), seed: int = 0, progress: Callable[[Iterable], Iterable] = iter,
+    held_out: Sequence[str | os.PathLike] = (), seed: int = 0,
 ) -> dict[str, Counter]:
     """Writes the records of the files to `train` and `validation` (.jsonl or .parquet). Returns their counts by source.
 
@@ -51,8 +51,7 @@ def join(
                              "(into .parquet) apart from files with paths")
     others = [_read(path, held_out=True) for path in held_out]
     Path(work).mkdir(parents=True, exist_ok=True)
-    signed = [_signed(path, part, Path(work), progress)
-              for path, part in zip([*files, *held_out], [*sets, *others], strict=True)]
+    signed = [_signed(path, part, Path(work)) for path, part in zip([*files, *held_out], sets + others, strict=True)]
     keys, records = np.concatenate([key for key, _ in signed]), datasets.concatenate_datasets(sets)
     held = np.arange(len(keys)) >= len(records)
     ends = np.cumsum([len(key) for key, _ in signed])
@@ -89,7 +88,7 @@ def _read(path: str | os.PathLike, held_out: bool = False) -> Dataset:
     return records
 
 
-def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.ndarray, np.ndarray]:
+def _signed(path, records: Dataset, work: Path) -> tuple[np.ndarray, np.ndarray]:
     """The keys and thumbnails of a set's pictures, in files whose name changes with the set's file."""
     def pictures(start: int) -> Iterator[str | bytes]:
         for row in _rows(records.select(range(start, len(records)))):
@@ -97,7 +96,7 @@ def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.
             yield picture["bytes"] or picture["path"] if isinstance(picture, dict) else picture
 
     place = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
-    return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}", progress)
+    return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}")
 
 
 def _rows(records: Dataset) -> Iterator[dict]:

@@ -11,16 +11,9 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from PIL import Image as PillowImage
 
 from clipid_utils.data.cleaning.near_copies import signatures
+from clipid_utils.data.dictionary import rasterise
 from clipid_utils.data.dictionary.artists import find_drawings, read_concepts
 from clipid_utils.data.dictionary.fetch import fetch_packages
-from clipid_utils.data.dictionary.rasterise import (
-    draw_rows,
-    is_blank,
-    render_png,
-    render_stamp,
-    render_svg,
-    to_dataset,
-)
 from clipid_utils.data.dictionary.splits import SPLITS, assign_splits
 from clipid_utils.data.dictionary.tuxpaint import read_stamps
 from clipid_utils.data.prepared import prepare_once
@@ -35,7 +28,7 @@ FEATURES = Features({
     "group": Value("string"), "group_id": Value("string"), "kind": Value("string"),
     "licence": Value("string"), "credit": Value("string"), "has_text": Value("bool"),
 })  # fmt: skip
-RENDER = {"emojione": render_png, "tuxpaint": render_stamp}  # of all other artists: render_svg
+RENDER = {"emojione": rasterise.render_png, "tuxpaint": rasterise.render_stamp}  # of all other artists: render_svg
 MISSED = {
     "ruby-gemojione": "no EmojiOne drawings (1,341 fewer to train and test on)",
     "tuxpaint-stamps-default": "no Tux Paint stamps (931 fewer, and `photographs` is empty)",
@@ -60,8 +53,8 @@ def load_picture_dictionary(cache: Path | None = None) -> DatasetDict:
             f"{' and '.join(MISSED[name] for name in missing)}. To get them, delete {prepared} and run it where "
             "apt-get has these packages (Debian, Ubuntu, Colab, Binder, WSL)."
         )
-    stored = load_from_disk(str(prepared))
-    return DatasetDict({name: stored[name] if name in stored else to_dataset([], FEATURES) for name in SPLITS})
+    stored, empty = load_from_disk(str(prepared)), rasterise.to_dataset([], FEATURES)
+    return DatasetDict({name: stored.get(name, empty) for name in SPLITS})
 
 
 def recipe_number(*names: str) -> str:
@@ -79,10 +72,10 @@ def prepare(folder: Path, cache: Path) -> None:
     rows = []
     for artist, drawings in groupby(list_rows(packages, groups, sources["artists"]), lambda row: row["artist"]):
         kept = cache / "pictures" / f"{artist}-{recipe_number('sources.json')}"
-        for row in draw_rows(list(drawings), RENDER.get(artist, render_svg), kept, artist):
+        for row in rasterise.draw_rows(list(drawings), RENDER.get(artist, rasterise.render_svg), kept, artist):
             if row["png"] is None:
                 raise ValueError(f"{artist}: {row['source']}: an empty drawing, or not a drawing")
-            if not is_blank(row["png"]):
+            if not rasterise.is_blank(row["png"]):
                 rows.append(row)
     pictures = [PillowImage.open(io.BytesIO(row["png"])) for row in rows]
     seen = signatures(pictures, desc="comparing pictures")
@@ -90,7 +83,8 @@ def prepare(folder: Path, cache: Path) -> None:
     split = assign_splits(rows, seen, mirrored)
     parts = {name: [rows[i] for i in np.flatnonzero(split == name)] for name in SPLITS}
     # `datasets` cannot load an empty split; load_picture_dictionary adds it again.
-    DatasetDict({name: to_dataset(part, FEATURES) for name, part in parts.items() if part}).save_to_disk(folder)
+    stored = {name: rasterise.to_dataset(part, FEATURES) for name, part in parts.items() if part}
+    DatasetDict(stored).save_to_disk(folder)
     write_json(folder / "missing.json", [name for name, unpacked in packages.items() if unpacked is None])
 
 

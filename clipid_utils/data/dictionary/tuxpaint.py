@@ -44,12 +44,9 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
 
 def read_captions(path: Path) -> dict[str, str]:
     """The captions in a stamp's .txt: "en" (its first line) and, if there is one, "id"; without final punctuation."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    captions = {"en": lines[0] if lines else ""}
-    captions |= dict(line.replace("id.utf8", "id", 1).split("=", 1) for line in lines if line.startswith("id.utf8="))
-    captions = {language: " ".join(caption.split()).rstrip(".,;: ") for language, caption in captions.items()}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    captions = {"en": lines[:1], "id": [line.partition("=")[2] for line in lines if line.startswith("id.utf8=")][-1:]}
+    captions = {language: " ".join(" ".join(found).split()).rstrip(".,;: ") for language, found in captions.items()}
     return {language: caption for language, caption in captions.items() if caption}
 
 
