@@ -33,7 +33,7 @@ from clipid_utils.data.cleaning.proper_nouns import (
     split_words,
 )
 from clipid_utils.data.dictionary.artists import read_names
-from clipid_utils.data.dictionary.fetch import fetch_npm, read_sources
+from clipid_utils.data.dictionary.fetch import fetch_npm
 from clipid_utils.data.dictionary.splits import UNSEEN_CONCEPTS, share
 from clipid_utils.files import read_json, whole_file, write_json
 from clipid_utils.paths import CACHE, DATA
@@ -124,7 +124,7 @@ def read_sentences(path: Path) -> list[tuple[list[str], list[bool]]]:
 
 def read_things() -> tuple[list[list[str]], list[list[str]]]:
     """The words of the emoji's Indonesian names and keywords without a capital, and of the names held out."""
-    sources = read_sources(DATA / "sources.json")
+    sources = read_json(DATA / "sources.json")
     packages = {name: fetch_npm(name, pin, CACHE) for name, pin in sources["npm"].items() if "cldr" in name}
     learned, held = set(), set()
     for concept, (name, keywords) in read_names(packages, "id").items():

@@ -13,7 +13,6 @@ from clipid_utils.data.translation.checks import (
     check_numbers,
     check_repetition,
     filter_pairs,
-    language_check,
     loops,
     numbers,
     round_trip_check,
@@ -36,7 +35,7 @@ BAD = [
     ("copy", "a cat and a dog", "kucing and anjing"), ("copy", "a wooden fence post", "wooden fence post"),
     ("copy", "a butterfly", "A butterfly"),
     ("repetition", "a cat", "kucing kucing kucing"),
-    ("repetition", "people walk through the old town in the rain at night", "orang di kota tua orang di kota orang di"),
+    ("repetition", "people walk through the old town in the rain at night", "orang di kota orang kota di kota orang"),
     ("numbers", "three cats", "dua kucing"), ("numbers", "cats", "dua ekor kucing"), ("numbers", "2015", "tahun 2016"),
     ("colours", "a red car", "mobil biru"), ("colours", "a red car", "sebuah mobil"),
     ("colours", "a car", "mobil hitam"), ("colours", "a green and yellow bird", "burung hijau dan hitam"),
@@ -83,7 +82,6 @@ def test_the_language_of_five_words_and_more_is_looked_at():
     assert check([("", "seorang pria sedang mengendarai sepeda di jalan raya")]) == [""]
     assert check([("", "the road is long"), ("", "the road is very long")]) == ["", "taken for 'en'"]
     assert check([("road very", "the road is very long")]) == [""]  # words of the English do not count
-    assert language_check(lambda text: "nl", least_words=1)([("", "satu"), ("", "")]) == ["taken for 'nl'", ""]
 
 
 @pytest.mark.parametrize("text, source, expected", [
@@ -99,6 +97,7 @@ def test_what_counts_as_a_loop(text, source, expected):
 def test_names_may_stay_as_they_are():
     assert check_copy("the skyline of New York City", "cakrawala New York City") == ""
     assert check_copy("New York", "New York") == ""
+    assert check_copy("an ox on a tv", "ox di tv") == ""  # short words may be the same by chance
     assert check_copy("fence post Texas", "fence post Texas")  # the other words were copied too
     assert check_copy("hot dog", "hot dog")  # the price: words that both languages share are stopped
 

@@ -58,9 +58,10 @@ def test_the_index_finds_all_near_copies_and_no_others(seed, count, mirrored, ch
     right = Signatures(keys["hash"], thumbnails).take(among)
     expected = all_with_all(asked, right, *limits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "CHUNK", chunk)
-        assert near_copies(asked, right, *limits).tolist() == np.argwhere(expected).tolist()
-        index = NearIndex(right.thumbnails.__getitem__, *limits)
+        for name, value in zip(("CHUNK", "MAX_BITS", "MAX_DIFFERENCE"), (chunk, *limits), strict=True):
+            patch.setattr(copies, name, value)
+        assert near_copies(asked, right).tolist() == np.argwhere(expected).tolist()
+        index = NearIndex(right.thumbnails.__getitem__)
         index.add(right.hashes)
         found = list(index.find(asked, one_is_enough=True))
     assert [row for row, _ in found] == np.flatnonzero(expected.any(1)).tolist()

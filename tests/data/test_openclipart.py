@@ -22,6 +22,7 @@ from clipid_utils.data.dictionary.openclipart import (
     to_records,
 )
 from clipid_utils.data.dictionary.rasterise import render_svg
+from clipid_utils.files import read_json
 from clipid_utils.paths import CACHE, DATA
 
 PLACE = "./usr/share/openclipart/svg/"
@@ -73,7 +74,7 @@ def world(tmp_path, monkeypatch):
     (registry / "openclipart-svg.deb").write_bytes(archive)
     (registry / "openclipart-svg.version").write_text("1:0.18-1")
     miniature.write_clients(tmp_path / "bin", registry)
-    pin = fetch.read_sources(DATA / "sources.json")["openclipart"]["openclipart-svg"]
+    pin = read_json(DATA / "sources.json")["openclipart"]["openclipart-svg"]
     pin["versions"] = {"1:0.18-1": [hashlib.sha256(archive).hexdigest()]}
     (tmp_path / "data/sources.json").write_text(json.dumps({"openclipart": {"openclipart-svg": pin}}))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import shutil
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import miniature
@@ -14,12 +13,13 @@ from PIL import Image, ImageOps
 
 from clipid_utils.data.cleaning.near_copies import near_copies, signatures
 from clipid_utils.data.dictionary import build as picture_dictionary
-from clipid_utils.data.dictionary import drawing, fetch, load_picture_dictionary
+from clipid_utils.data.dictionary import fetch, rasterise
 from clipid_utils.data.dictionary.artists import clean_keywords, clean_name, concept_id, has_skin_tone, look_up
-from clipid_utils.data.dictionary.build import FEATURES, recipe_number
+from clipid_utils.data.dictionary.build import FEATURES, load_picture_dictionary, recipe_number
 from clipid_utils.data.dictionary.rasterise import SIZE, fit_on_white, render_stamp, render_svg
 from clipid_utils.data.dictionary.splits import SPLITS, assign_splits, may_flip, share
 from clipid_utils.data.dictionary.tuxpaint import as_name
+from clipid_utils.files import read_json
 from clipid_utils.paths import CACHE, DATA
 
 
@@ -130,25 +130,25 @@ def test_without_npm_the_wheel_is_used_and_without_that_the_error_says_what_to_i
 
 
 def test_an_interrupted_preparation_continues_where_it_stopped(world, monkeypatch):
-    drawn, again, draw = [], [], drawing.draw
+    drawn, again, draw = [], [], rasterise.draw
 
-    def interrupted(render, drawings):
-        if len(drawn) == 3 and not again:  # in the middle of the second artist
+    def interrupted(render, drawing):
+        if len(drawn) == 14 and not again:  # 9 of one artist, and the first part of the second
             raise KeyboardInterrupt
-        drawn.append(drawings)
-        return draw(render, drawings)
+        drawn.append(str(drawing))
+        return draw(render, drawing)
 
-    monkeypatch.setattr(drawing, "PART", 5)
-    monkeypatch.setattr(drawing, "draw", interrupted)
+    monkeypatch.setattr(rasterise, "PART", 5)
+    monkeypatch.setattr(rasterise, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_picture_dictionary(world.cache)
     assert not list(world.cache.glob("picture_dictionary-*"))
-    asked, first = len(calls(world)), {str(path) for part in drawn for path in part}
+    asked, first = len(calls(world)), set(drawn)
     drawn.clear()
     again.append(True)
     dictionary = load_picture_dictionary(world.cache)
     assert len(calls(world)) == asked  # nothing is fetched again
-    assert len(first) > 11 and first.isdisjoint(str(path) for part in drawn for path in part)  # nor drawn again
+    assert len(first) > 11 and first.isdisjoint(drawn)  # nor drawn again
     assert len(dictionary["train"]) > 0
 
 
@@ -416,7 +416,7 @@ def test_true_splits_leak_no_near_copy(dictionary):
 
 
 def test_no_checksum_is_missing_from_the_pinned_list():
-    sources = fetch.read_sources(Path(DATA) / "sources.json")
+    sources = read_json(DATA / "sources.json")
     assert all(pin["integrity"].startswith("sha512-") and pin["version"] for pin in sources["npm"].values())
     hashes = [h for pin in sources["debian"].values() for listed in pin["versions"].values() for h in listed]
     assert all(len(h) == 64 for h in hashes)

@@ -9,10 +9,11 @@ pictures. Name them last, so that they remember only what has passed the others.
 
 import functools
 import hashlib
-import io
+import itertools
 import re
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,14 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from clipid_utils.data.cleaning.near_copies import (
-    MAX_BITS,
-    MAX_DIFFERENCE,
-    THUMBNAIL,
-    NearIndex,
-    Signatures,
-    signatures,
-)
+from clipid_utils.data.cleaning.near_copies import THUMBNAIL, NearIndex, Signatures, signatures
 from clipid_utils.data.cleaning.proper_nouns import Tagger, split_words
 from clipid_utils.data.report import Report
 from clipid_utils.files import need
@@ -36,6 +30,7 @@ from clipid_utils.pictures import PictureError, open_picture
 # The languages that a caption is recognised among. Among all 97 of the library a short caption is often recognised as
 # a rare language.
 LANGUAGES = ("id", "ms", "en", "nl", "de", "fr", "es", "it", "pt")
+HASHES = 64  # of a caption's MinHash
 SHOWN = 100  # characters of a caption in a report's example
 
 
@@ -44,11 +39,6 @@ class Picture:
     """The picture of a row, RGB and upright, opened once for all its checks."""
 
     image: Image.Image
-
-    @functools.cached_property
-    def sha256(self) -> bytes:
-        """The SHA-256 of its size and pixels."""
-        return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).digest()
 
     @functools.cached_property
     def signature(self) -> Signatures:
@@ -116,8 +106,8 @@ def length(words: tuple[int, int] = (2, 50), characters: tuple[int, int] = (5, 3
     """Drops captions with fewer or more words, or characters, than the two numbers allow (both included)."""
 
     def check(caption: str) -> str | None:
-        for unit, (least, most), count in (("words", words, len(split_words(caption))),
-                                           ("characters", characters, len(caption.strip()))):
+        counts = ("words", words, len(split_words(caption))), ("characters", characters, len(caption.strip()))
+        for unit, (least, most), count in counts:
             if not least <= count <= most:
                 return f"fewer than {least} {unit}" if count < least else f"more than {most} {unit}"
         return None
@@ -135,14 +125,14 @@ def proper_nouns(tagger: Tagger, limit: float = 0.8) -> CaptionCheck:
     return lambda caption: reason if tagger.share(caption) >= limit else None
 
 
-def language(wanted: str = "id", least: float = 0.3, among: tuple[str, ...] = LANGUAGES) -> CaptionCheck:
-    """Drops captions that are in `wanted` with a probability below `least`, by py3langid among the languages `among`.
+def language(wanted: str = "id", least: float = 0.3) -> CaptionCheck:
+    """Drops captions that are in `wanted` with a probability below `least`, by py3langid among LANGUAGES.
 
     Malay counts as Indonesian: short captions are often the same in both. Of captions of 8 words the default drops
     0.7% of the Indonesian and keeps 2% of the English ones; of 4 words 2.7% and 6.7% (scripts/measure_language.py on
     UD_Indonesian-GSD). One or two words say little about the language. A caption without a letter is kept.
     """
-    identifier = language_identifier(among)
+    identifier = language_identifier()
     counted = {"id", "ms"} if wanted == "id" else {wanted}
 
     def check(caption: str) -> str | None:
@@ -155,11 +145,11 @@ def language(wanted: str = "id", least: float = 0.3, among: tuple[str, ...] = LA
     return check
 
 
-def language_identifier(among: tuple[str, ...] = LANGUAGES):
-    """py3langid's identifier of languages, among the given ones."""
+def language_identifier():
+    """py3langid's identifier of languages, among LANGUAGES."""
     langid = need("py3langid.langid", "data")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-    identifier.set_languages(among)
+    identifier.set_languages(LANGUAGES)
     return identifier
 
 
@@ -170,30 +160,26 @@ def repeated_captions() -> CaptionCheck:
 
 def common_captions(rows: Iterable[dict], most: int = 10) -> CaptionCheck:
     """Drops captions of more than `most` rows, such as the title of a series. Reads all rows first."""
-    counts: dict[int, int] = {}
-    for row in rows:
-        for key in {caption_hash(caption) for caption in row["captions"]}:
-            counts[key] = counts.get(key, 0) + 1
+    counts = Counter(key for row in rows for key in {caption_hash(caption) for caption in row["captions"]})
     common = {key for key, count in counts.items() if count > most}
     return lambda caption: f"a caption of more than {most} pictures" if caption_hash(caption) in common else None
 
 
-def near_captions(threshold: float = 0.8, hashes: int = 64, letters: int = 4) -> CaptionCheck:
-    """Drops a caption whose runs of `letters` letters agree with an earlier one's by a Jaccard index of `threshold`.
+def near_captions(threshold: float = 0.8) -> CaptionCheck:
+    """Drops a caption whose runs of four letters agree with an earlier one's by a Jaccard index of `threshold`.
 
     This is an estimate by MinHash with locality-sensitive hashing (Broder 1997): near the threshold some pairs are
     missed and some are dropped. Short captions that differ in one word are kept.
     """
     rensa = need("rensa", "data")
-    seen, number = rensa.RMinHashDeduplicator(threshold=threshold, num_perm=hashes, use_lsh=True, seed=0), 0
+    seen = rensa.RMinHashDeduplicator(threshold=threshold, num_perm=HASHES, use_lsh=True, seed=0)
+    numbers = itertools.count()
 
     def check(caption: str) -> str | None:
-        nonlocal number
         text = f" {normalise(caption) or caption.strip()} "
-        sketch = rensa.RMinHash(num_perm=hashes, seed=0)
-        sketch.update(sorted({text[i : i + letters] for i in range(max(1, len(text) - letters + 1))}))
-        number += 1
-        return None if seen.add(str(number), sketch) else "nearly a repeated caption"
+        sketch = rensa.RMinHash(num_perm=HASHES, seed=0)
+        sketch.update(sorted({text[i : i + 4] for i in range(max(1, len(text) - 3))}))
+        return None if seen.add(str(next(numbers)), sketch) else "nearly a repeated caption"
 
     return check
 
@@ -236,12 +222,15 @@ def flat(deviation: float = 4.0) -> PictureCheck:
 
 def repeated_pictures() -> PictureCheck:
     """Drops pictures that have the same pixels as an earlier one."""
-    return _repeated(lambda picture: picture.sha256[:16], "a repeated picture")
+    def pixels(picture: Picture) -> bytes:
+        return hashlib.blake2b(f"{picture.image.size}".encode() + picture.image.tobytes(), digest_size=16).digest()
+
+    return _repeated(pixels, "a repeated picture")
 
 
-def near_pictures(max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE) -> PictureCheck:
+def near_pictures() -> PictureCheck:
     """Drops near copies (`near_copies`) of earlier pictures. Remembers 8 bytes a picture, and 3 KB on the disk."""
-    seen = SeenPictures(max_bits, max_difference)
+    seen = SeenPictures()
 
     def check(picture: Picture) -> str | None:
         if seen.first(picture) is not None:
@@ -277,8 +266,8 @@ def placeholders(rows: Iterable[dict], most: int = 5) -> PictureCheck:
 class SeenPictures:
     """Earlier pictures by number, from 0. Their thumbnails are in a temporary file."""
 
-    def __init__(self, max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE):
-        self.index, self.stored = NearIndex(self._thumbnails, max_bits, max_difference), tempfile.TemporaryFile()
+    def __init__(self):
+        self.index, self.stored = NearIndex(self._thumbnails), tempfile.TemporaryFile(buffering=0)
 
     def first(self, picture: Picture) -> int | None:
         """The number of the first picture that this one is a near copy of, or None."""
@@ -286,16 +275,11 @@ class SeenPictures:
 
     def remember(self, picture: Picture) -> None:
         """Gives the picture the next number."""
-        self.stored.seek(0, io.SEEK_END)
         self.stored.write(picture.signature.thumbnails.tobytes())
         self.index.add(picture.signature.hashes)
 
     def _thumbnails(self, numbers: np.ndarray) -> UInt8[np.ndarray, "N 32 32 3"]:
-        found = np.empty((len(numbers), *THUMBNAIL), np.uint8)
-        for row, number in enumerate(numbers.tolist()):
-            self.stored.seek(number * found[row].nbytes)
-            self.stored.readinto(found[row])
-        return found
+        return np.memmap(self.stored, np.uint8, "r").reshape(-1, *THUMBNAIL)[numbers]
 
 
 def _repeated(key: Callable, reason: str) -> Callable:

@@ -32,7 +32,7 @@ REASONS = {UNREADABLE: "picture cannot be read", HELD_OUT: "copy of a picture th
 def join(
     files: Sequence[str | os.PathLike], train: str | os.PathLike, validation: str | os.PathLike, report: Report, *,
     work: str | os.PathLike, validation_share: float = 0.05, weights: dict[str, int | float] | None = None,
-    held_out: Sequence[str | os.PathLike] = (), seed: int = 0, progress: Callable[[Iterable], Iterable] = iter,
+    held_out: Sequence[str | os.PathLike] = (), seed: int = 0,
 ) -> dict[str, Counter]:
     """Writes the records of the files to `train` and `validation` (.jsonl or .parquet). Returns their counts by source.
 
@@ -51,11 +51,16 @@ def join(
                              "(into .parquet) apart from files with paths")
     others = [_read(path, held_out=True) for path in held_out]
     Path(work).mkdir(parents=True, exist_ok=True)
-    signed = [_signed(path, part, Path(work), progress)
-              for path, part in zip([*files, *held_out], [*sets, *others], strict=True)]
+    signed = [_signed(path, part, Path(work)) for path, part in zip([*files, *held_out], sets + others, strict=True)]
     keys, records = np.concatenate([key for key, _ in signed]), datasets.concatenate_datasets(sets)
     held = np.arange(len(keys)) >= len(records)
-    side = sides(keys, _Rows([thumbnails for _, thumbnails in signed]), held, validation_share)[: len(records)]
+    ends = np.cumsum([len(key) for key, _ in signed])
+
+    def thumbnails(rows: np.ndarray) -> np.ndarray:  # of all sets, which together may be larger than memory
+        places = zip(np.searchsorted(ends, rows, "right"), rows, strict=True)
+        return np.stack([signed[part][1][row - ends[part]] for part, row in places])
+
+    side = sides(keys, thumbnails, held, validation_share)[: len(records)]
     times = np.where(side == TRAIN, _times(records["source"], keys, weights or {}, seed), side == VALIDATION)
     names = (f"{Path(path).name}, record {row}" for path, part in zip(files, sets, strict=True)
              for row in range(1, len(part) + 1))
@@ -83,7 +88,7 @@ def _read(path: str | os.PathLike, held_out: bool = False) -> Dataset:
     return records
 
 
-def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.ndarray, np.ndarray]:
+def _signed(path, records: Dataset, work: Path) -> tuple[np.ndarray, np.ndarray]:
     """The keys and thumbnails of a set's pictures, in files whose name changes with the set's file."""
     def pictures(start: int) -> Iterator[str | bytes]:
         for row in _rows(records.select(range(start, len(records)))):
@@ -91,27 +96,12 @@ def _signed(path, records: Dataset, work: Path, progress: Callable) -> tuple[np.
             yield picture["bytes"] or picture["path"] if isinstance(picture, dict) else picture
 
     place = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
-    return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}", progress)
+    return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}")
 
 
 def _rows(records: Dataset) -> Iterator[dict]:
     for chunk in records.iter(100):
         yield from (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
-
-
-class _Rows:
-    """Any rows of several arrays, counted through; together the arrays may be larger than memory."""
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
-        which = np.searchsorted(self.ends, rows, "right")
-        for number in np.unique(which):
-            here = which == number
-            found[here] = self.arrays[number][rows[here] - self.ends[number] + len(self.arrays[number])]
-        return found
 
 
 def sides(

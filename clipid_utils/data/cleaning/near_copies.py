@@ -17,6 +17,7 @@ import imagehash
 import numpy as np
 from jaxtyping import Int, UInt8, UInt64
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 from clipid_utils.files import need, usable_threads
 from clipid_utils.pictures import PictureError, open_picture
@@ -43,26 +44,27 @@ class Signatures:
 
 
 def signatures(
-    images: Sequence[Image.Image], mirrored: bool = False, progress: Callable[[Iterable], Iterable] = iter
+    images: Sequence[Image.Image], mirrored: bool = False, desc: str | None = None
 ) -> Signatures:
-    """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image."""
+    """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image.
+
+    With `desc` a progress bar of this name is shown.
+    """
     hashes, thumbnails = [], []
-    for image in progress(images):
+    for image in tqdm(images, desc=desc, disable=desc is None):
         image = ImageOps.mirror(image) if mirrored else image
         hashes.append(np.packbits(imagehash.phash(image).hash.ravel()).view(np.uint64)[0])
         thumbnails.append(np.asarray(image.convert("RGB").resize(THUMBNAIL[:2], Image.Resampling.BOX)))
     return Signatures(np.array(hashes, np.uint64), np.array(thumbnails, np.uint8).reshape(-1, *THUMBNAIL))
 
 
-def near_copies(
-    left: Signatures, right: Signatures, max_bits: int = MAX_BITS, max_difference: float = MAX_DIFFERENCE
-) -> Int[np.ndarray, "pairs 2"]:
+def near_copies(left: Signatures, right: Signatures) -> Int[np.ndarray, "pairs 2"]:
     """The near copies as pairs (row of left, row of right), in order.
 
     The hash alone takes different simple shapes for copies (a red and a blue circle, two arrows). So each pair that it
     proposes is also compared pixel by pixel.
     """
-    index = NearIndex(right.thumbnails.__getitem__, max_bits, max_difference)
+    index = NearIndex(right.thumbnails.__getitem__)
     index.add(right.hashes)
     pairs = [np.stack([np.full_like(found, row), found], axis=1) for row, found in index.find(left)]
     return np.concatenate([np.empty((0, 2), np.int64), *pairs])
@@ -74,12 +76,8 @@ class NearIndex:
     `thumbnails` gives the thumbnails of any numbers; they can be on the disk.
     """
 
-    def __init__(
-        self, thumbnails: Callable[[np.ndarray], np.ndarray], max_bits: int = MAX_BITS,
-        max_difference: float = MAX_DIFFERENCE,
-    ):
-        self.thumbnails, self.max_bits, self.max_difference = thumbnails, max_bits, max_difference
-        self.hashes = need("faiss", "data").IndexBinaryFlat(64)
+    def __init__(self, thumbnails: Callable[[np.ndarray], np.ndarray]):
+        self.thumbnails, self.hashes = thumbnails, need("faiss", "data").IndexBinaryFlat(64)
 
     def add(self, hashes: UInt64[np.ndarray, " N"]) -> None:
         """Gives the hashes the next numbers."""
@@ -95,13 +93,13 @@ class NearIndex:
         """
         for start in range(0, len(sought.hashes), CHUNK):
             codes = _codes(sought.hashes[start : start + CHUNK])
-            ends, _, numbers = self.hashes.range_search(codes, self.max_bits + 1)
+            ends, _, numbers = self.hashes.range_search(codes, MAX_BITS + 1)
             for row, (low, high) in enumerate(itertools.pairwise(ends.tolist()), start):
                 near = np.sort(numbers[low:high])
                 near = near if own is None else near[near != own[row]]
                 for part in (near[first : first + CHUNK] for first in range(0, len(near), CHUNK)):
                     difference = np.abs(self.thumbnails(part).astype(np.int16) - sought.thumbnails[row]).mean((1, 2, 3))
-                    if (found := part[difference <= self.max_difference]).size:
+                    if (found := part[difference <= MAX_DIFFERENCE]).size:
                         yield row, found
                         if one_is_enough:
                             break
@@ -126,8 +124,7 @@ def sign(picture: str | bytes) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def sign_all(
-    pictures: Callable[[int], Iterable[str | bytes]], count: int, path: Path,
-    progress: Callable[[Iterable], Iterable] = iter,
+    pictures: Callable[[int], Iterable[str | bytes]], count: int, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys [N] and thumbnails [N, 32, 32, 3] of `count` pictures, memory-mapped from files beside `path`.
 
@@ -141,7 +138,7 @@ def sign_all(
     with open(files[0], "ab") as keys, open(files[1], "ab") as thumbnails, ThreadPoolExecutor(usable_threads()) as pool:
         keys.truncate(done * sizes[0])
         thumbnails.truncate(done * sizes[1])
-        waiting = iter(progress(pictures(done)))
+        waiting = iter(tqdm(pictures(done), desc=f"signatures of {path.stem}", initial=done, total=count))
         while done < count and (chunk := list(itertools.islice(waiting, CHUNK))):
             signed = [found or nothing for found in pool.map(sign, chunk)]
             keys.write(np.stack([key for key, _ in signed]).tobytes())

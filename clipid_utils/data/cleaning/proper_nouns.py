@@ -8,7 +8,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -68,20 +67,23 @@ def shape(word: str) -> str:
     return re.sub(r"([xX])\1+", r"\1", letters)[:6]
 
 
-@dataclass(frozen=True)
 class Tagger:
     """Finds the proper nouns among the words of a text."""
 
-    weights: Float[np.ndarray, " slots"]
-    parts: tuple[Callable, ...] = PARTS
-    _list: list[float] = field(init=False, repr=False)  # Python's numbers are faster, one by one
-
-    def __post_init__(self):
-        object.__setattr__(self, "_list", self.weights.astype(np.float64).tolist())
+    def __init__(self, weights: Float[np.ndarray, " slots"], parts: tuple[Callable, ...] = PARTS):
+        self.weights, self.parts = weights, parts
+        self._list = weights.tolist()  # Python's numbers are faster, one by one
 
     def tag(self, words: Sequence[str]) -> list[bool]:
-        """Whether each of the words, in the order of the text and with its capitals, is a proper noun."""
-        return decide(encode(words, self.parts), self._list)
+        """Whether each of the words, in the order of the text and with its capitals, is a proper noun.
+
+        The tags are decided from left to right; each depends on the tag before it.
+        """
+        tags, before, weights = [], False, self._list
+        for features, *after in encode(words, self.parts):
+            before = sum([weights[s] for s in features]) + sum([weights[s] for s in after[before]]) > 0
+            tags.append(before)
+        return tags
 
     def share(self, caption: str) -> float:
         """The share of proper nouns among the words of a caption, 0.0 if it has no words."""
@@ -111,13 +113,3 @@ def encode(words: Sequence[str], parts: Iterable[Callable]) -> list[tuple[list[i
 def slot(text: str) -> int:
     """The slot of a feature."""
     return zlib.crc32(text.encode()) % SLOTS
-
-
-def decide(encoded: list[tuple], weights: list[float]) -> list[bool]:
-    """The tags from left to right; each depends on the tag before it."""
-    tags, before = [], False
-    for features, *after in encoded:
-        before = sum([weights[s] for s in features]) + sum([weights[s] for s in after[before]]) > 0
-        tags.append(before)
-    return tags
-

@@ -33,9 +33,8 @@ def read_concepts(packages: dict[str, Path | None], groups: dict) -> dict[str, d
     concepts = {}
     for emoji in listed:
         concept = concept_id(emoji["hexcode"])
-        if has_skin_tone(concept) or emoji["group"].startswith("extras"):
-            continue
-        if concept not in indonesian or concept not in english:
+        left_out = has_skin_tone(concept) or emoji["group"].startswith("extras")
+        if left_out or concept not in indonesian or concept not in english:
             continue
         place = f"{emoji['group']}/{emoji['subgroups']}"
         concepts[concept] = {
@@ -90,22 +89,18 @@ def clean_keywords(keywords: list[str], name: str) -> list[str]:
 
 
 def find_drawings(packages: dict[str, Path | None]) -> dict[str, dict[str, str | Path]]:
-    """Artist -> concept id -> the drawing, as a path (PNG, SVG) or as the SVG's text. Skin tones are left out."""
+    """Artist -> concept id -> the drawing, as a path (PNG, SVG) or as the SVG's text."""
     folders = {
         "openmoji": packages["openmoji"] / "package/color/svg",
         "twemoji": packages["@discordapp/twemoji"] / "package/dist/svg",
     }
     if packages["ruby-gemojione"]:
         folders["emojione"] = next(packages["ruby-gemojione"].rglob("assets/png"))
-    drawings = {}
-    for artist, folder in folders.items():
-        drawings[artist] = {concept_id(path.stem): path for path in sorted(folder.iterdir())}
+    drawings = {artist: {concept_id(path.stem): path for path in sorted(folder.iterdir())}
+                for artist, folder in folders.items()}
     # Only the sprite sheet has the flags. If both sets have a drawing, the newer one is taken.
     drawings["noto"] = read_sprites(packages["@svgmoji/noto"]) | read_icons(packages["@iconify-json/noto"])
-    return {
-        artist: {concept: drawing for concept, drawing in sorted(found.items()) if not has_skin_tone(concept)}
-        for artist, found in drawings.items()
-    }
+    return drawings
 
 
 def read_sprites(package: Path) -> dict[str, str]:

@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk  # noqa: F401
 from PIL import Image as PillowImage
-from tqdm.auto import tqdm
 
 from clipid_utils.data.cleaning.near_copies import signatures
+from clipid_utils.data.dictionary import rasterise
 from clipid_utils.data.dictionary.artists import find_drawings, read_concepts
-from clipid_utils.data.dictionary.drawing import draw_rows
-from clipid_utils.data.dictionary.fetch import fetch_packages, read_sources
-from clipid_utils.data.dictionary.prepared import prepare_once, save, to_dataset
-from clipid_utils.data.dictionary.rasterise import is_blank
+from clipid_utils.data.dictionary.fetch import fetch_packages
 from clipid_utils.data.dictionary.splits import SPLITS, assign_splits
-from clipid_utils.data.dictionary.tuxpaint import read_kinds, read_stamps
+from clipid_utils.data.dictionary.tuxpaint import read_stamps
+from clipid_utils.data.prepared import prepare_once
 from clipid_utils.files import read_json, write_json
 from clipid_utils.paths import CACHE, DATA
 
@@ -30,7 +28,7 @@ FEATURES = Features({
     "group": Value("string"), "group_id": Value("string"), "kind": Value("string"),
     "licence": Value("string"), "credit": Value("string"), "has_text": Value("bool"),
 })  # fmt: skip
-RENDER = {"emojione": "render_png", "tuxpaint": "render_stamp"}  # of all other artists: render_svg
+RENDER = {"emojione": rasterise.render_png, "tuxpaint": rasterise.render_stamp}  # of all other artists: render_svg
 MISSED = {
     "ruby-gemojione": "no EmojiOne drawings (1,341 fewer to train and test on)",
     "tuxpaint-stamps-default": "no Tux Paint stamps (931 fewer, and `photographs` is empty)",
@@ -55,8 +53,8 @@ def load_picture_dictionary(cache: Path | None = None) -> DatasetDict:
             f"{' and '.join(MISSED[name] for name in missing)}. To get them, delete {prepared} and run it where "
             "apt-get has these packages (Debian, Ubuntu, Colab, Binder, WSL)."
         )
-    stored = load_from_disk(str(prepared))
-    return DatasetDict({name: stored[name] if name in stored else to_dataset([], FEATURES) for name in SPLITS})
+    stored, empty = load_from_disk(str(prepared)), rasterise.to_dataset([], FEATURES)
+    return DatasetDict({name: stored.get(name, empty) for name in SPLITS})
 
 
 def recipe_number(*names: str) -> str:
@@ -69,23 +67,24 @@ def recipe_number(*names: str) -> str:
 
 def prepare(folder: Path, cache: Path) -> None:
     """Fills the folder with the prepared dictionary; what is fetched and drawn on the way stays in `cache`."""
-    sources, groups = read_sources(DATA / "sources.json"), read_json(DATA / "groups.json")
-    packages = fetch_packages(sources, cache, lambda jobs: tqdm(jobs, desc="fetching packages"))
+    sources, groups = read_json(DATA / "sources.json"), read_json(DATA / "groups.json")
+    packages = fetch_packages(sources, cache)
     rows = []
     for artist, drawings in groupby(list_rows(packages, groups, sources["artists"]), lambda row: row["artist"]):
         kept = cache / "pictures" / f"{artist}-{recipe_number('sources.json')}"
-        for row in draw_rows(list(drawings), RENDER.get(artist, "render_svg"), kept, artist):
+        for row in rasterise.draw_rows(list(drawings), RENDER.get(artist, rasterise.render_svg), kept, artist):
             if row["png"] is None:
                 raise ValueError(f"{artist}: {row['source']}: an empty drawing, or not a drawing")
-            if not is_blank(row["png"]):
+            if not rasterise.is_blank(row["png"]):
                 rows.append(row)
     pictures = [PillowImage.open(io.BytesIO(row["png"])) for row in rows]
-    seen = signatures(pictures, progress=lambda images: tqdm(images, desc="comparing pictures"))
-    mirrored = signatures(pictures, mirrored=True, progress=lambda images: tqdm(images, desc="and their mirror images"))
+    seen = signatures(pictures, desc="comparing pictures")
+    mirrored = signatures(pictures, mirrored=True, desc="and their mirror images")
     split = assign_splits(rows, seen, mirrored)
     parts = {name: [rows[i] for i in np.flatnonzero(split == name)] for name in SPLITS}
     # `datasets` cannot load an empty split; load_picture_dictionary adds it again.
-    save(DatasetDict({name: to_dataset(part, FEATURES) for name, part in parts.items() if part}), folder)
+    stored = {name: rasterise.to_dataset(part, FEATURES) for name, part in parts.items() if part}
+    DatasetDict(stored).save_to_disk(folder)
     write_json(folder / "missing.json", [name for name, unpacked in packages.items() if unpacked is None])
 
 
@@ -95,11 +94,11 @@ def list_rows(packages: dict[str, Path | None], groups: dict, artists: dict) -> 
     for artist, drawings in find_drawings(packages).items():
         rows += [
             {**concepts[concept], "artist": artist, "concept": concept, "drawing": drawing}
-            for concept, drawing in drawings.items()
+            for concept, drawing in sorted(drawings.items())
             if concept in concepts
         ]
     if packages["tuxpaint-stamps-default"]:
-        stamps = read_stamps(packages["tuxpaint-stamps-default"], groups, read_kinds(DATA / "stamp_kinds.json"))
+        stamps = read_stamps(packages["tuxpaint-stamps-default"], groups, read_json(DATA / "stamp_kinds.json"))
         rows += [{**stamp, "artist": "tuxpaint"} for stamp in stamps]
     for row in rows:
         row |= {"group_id": groups["names"][row["group"]], **artists[row["artist"]]}

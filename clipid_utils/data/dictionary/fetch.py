@@ -13,10 +13,11 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from clipid_utils.files import PARTIAL, read_json, whole_folder
+from tqdm.auto import tqdm
+
+from clipid_utils.files import PARTIAL, whole_folder
 
 # Bounds of one package: all are at least three times the needs of the largest, which unpacks to 180 MB
 MOST_BYTES = 2**29  # of each file that a client writes
@@ -29,14 +30,7 @@ class FetchError(RuntimeError):
     """A package could not be fetched, or it is not the pinned one. The message says which, and what to do."""
 
 
-def read_sources(path: Path) -> dict:
-    """The pinned list of packages and artists, `data/sources.json`."""
-    return read_json(path)
-
-
-def fetch_packages(
-    sources: dict, cache: Path, progress: Callable[[Iterable], Iterable] = iter
-) -> dict[str, Path | None]:
+def fetch_packages(sources: dict, cache: Path) -> dict[str, Path | None]:
     """Name -> unpacked folder of every package in `sources`; None for a Debian package that is not available here.
 
     A package that is already unpacked needs no network. Raises FetchError for an npm package that cannot be fetched,
@@ -44,7 +38,7 @@ def fetch_packages(
     """
     jobs = [(fetch_npm, name, pin) for name, pin in sources["npm"].items()]
     jobs += [(fetch_debian, name, pin) for name, pin in sources["debian"].items()]
-    return {name: fetch(name, pin, cache) for fetch, name, pin in progress(jobs)}
+    return {name: fetch(name, pin, cache) for fetch, name, pin in tqdm(jobs, desc="fetching packages")}
 
 
 def fetch_npm(name: str, pin: dict, cache: Path) -> Path:
@@ -59,7 +53,7 @@ def fetch_npm(name: str, pin: dict, cache: Path) -> Path:
         archives = list(Path(downloads).glob("*.tgz"))
         if done.returncode or len(archives) != 1:
             raise FetchError(f"npm could not fetch {name}@{pin['version']}: {_why(done)}. {AGAIN}")
-        found = "sha512-" + base64.b64encode(_digest(archives[0], "sha512").digest()).decode()
+        found = "sha512-" + base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
         if found != pin["integrity"]:
             raise FetchError(_mismatch(f"{name}@{pin['version']}", pin["integrity"], found))
         _unpack(archives[0], pin["members"], folder)
@@ -94,7 +88,7 @@ def fetch_debian(name: str, pin: dict, cache: Path) -> Path | None:
         done = _run(["dpkg-deb", "--field", str(archive), "Version"], downloads)
         if done.returncode:
             raise FetchError(f"{archive.name} is not a Debian package ({_why(done)}): run it again.")
-        version, found = done.stdout.strip(), _digest(archive, "sha256").hexdigest()
+        version, found = done.stdout.strip(), hashlib.sha256(archive.read_bytes()).hexdigest()
         if not version.startswith(pin["series"]):
             return _missing(name, f"version {version} has other pictures than the series {pin['series']}")
         if version not in pin["versions"]:
@@ -184,11 +178,6 @@ def _run(command: list[str], folder: str | Path, output=subprocess.PIPE) -> subp
 def _why(done: subprocess.CompletedProcess) -> str:
     lines = [line for line in done.stderr.splitlines() if "ERR" in line or "error" in line]
     return " ".join((lines or done.stderr.splitlines() or [f"exit status {done.returncode}"])[:2])
-
-
-def _digest(path: Path, algorithm: str):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm)
 
 
 def _missing(name: str, reason: str) -> None:

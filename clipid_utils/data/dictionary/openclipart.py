@@ -8,20 +8,20 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
-from tqdm.auto import tqdm
 
 from clipid_utils.data.cleaning.near_copies import near_copies, signatures
-from clipid_utils.data.dictionary.drawing import draw_rows
-from clipid_utils.data.dictionary.fetch import FetchError, fetch_debian, read_sources
-from clipid_utils.data.dictionary.prepared import prepare_once, save, to_dataset
-from clipid_utils.data.dictionary.rasterise import is_blank
+from clipid_utils.data.dictionary.artists import look_up
+from clipid_utils.data.dictionary.fetch import FetchError, fetch_debian
+from clipid_utils.data.dictionary.rasterise import draw_rows, is_blank, render_stamp, to_dataset
 from clipid_utils.data.dictionary.splits import VALIDATION, share
+from clipid_utils.data.prepared import prepare_once
 from clipid_utils.data.report import Report
 from clipid_utils.files import read_json, write_json
 from clipid_utils.paths import CACHE, DATA
@@ -54,12 +54,11 @@ def load_openclipart(cache: Path | None = None) -> tuple[Dataset, Report]:
     second folders; each drawing is here once. Raises FetchError, also if there is no apt-get.
     """
     cache = Path(cache or CACHE)
-    pin = read_sources(DATA / "sources.json")["openclipart"][PACKAGE]
+    pin = read_json(DATA / "sources.json")["openclipart"][PACKAGE]
     number = hashlib.sha256(f"{RECIPE} {json.dumps(pin, sort_keys=True)}".encode()).hexdigest()[:12]
     prepared = prepare_once(cache / f"openclipart-{number}", partial(prepare, pin=pin, cache=cache, number=number))
     stored = read_json(prepared / "report.json")
-    report = Report(kept=stored["kept"], examples=stored["examples"])
-    report.dropped.update(stored["dropped"])
+    report = Report(stored["kept"], Counter(stored["dropped"]), stored["examples"])
     return load_from_disk(str(prepared / "rows")), report
 
 
@@ -71,13 +70,13 @@ def prepare(folder: Path, pin: dict, cache: Path, number: str) -> None:
                          "it where apt-get has it (Debian, Ubuntu, Colab, Binder, WSL) and copy data/cache from there.")
     report, rows = Report(), []
     drawings = list(read_drawings(package, report))
-    for row in draw_rows(drawings, "render_stamp", cache / "pictures" / f"openclipart-{number}", "openclipart"):
+    for row in draw_rows(drawings, render_stamp, cache / "pictures" / f"openclipart-{number}", "openclipart"):
         if row["png"] is None or is_blank(row["png"]):
             report.drop("nothing to be seen on white", row["source"])
         else:
             report.keep()
             rows.append(row)
-    save(to_dataset(rows, FEATURES), folder / "rows")
+    to_dataset(rows, FEATURES).save_to_disk(folder / "rows")
     write_json(folder / "report.json", vars(report))
 
 
@@ -86,8 +85,7 @@ def read_drawings(package: Path, report: Report) -> Iterator[dict]:
     root = next(package.rglob("openclipart/svg"))
     for path in sorted(root.rglob("*.svg")):
         source = path.relative_to(root).as_posix()
-        series = next((reason for place, reason in SERIES.items() if source.startswith(place + "/")), None)
-        if series:
+        if series := look_up(SERIES, source):
             report.drop(series, source)
             continue
         try:
@@ -155,13 +153,12 @@ def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[Da
     with the name of an unseen concept. Validation is a tenth, drawn by a hash of `source` from the drawings without a
     near copy among the others: no picture is on both sides.
     """
-    tested = {name: rows for name, rows in dictionary.items() if name != "train" and len(rows)}
     images = list(openclipart["image"])
-    seen = signatures(images, progress=lambda part: tqdm(part, desc="comparing pictures"))
-    mirrored = signatures(images, mirrored=True, progress=lambda part: tqdm(part, desc="and their mirror images"))
+    seen = signatures(images, desc="comparing pictures")
+    mirrored = signatures(images, mirrored=True, desc="and their mirror images")
     reasons: dict[int, str] = {}
-    for name, rows in tested.items():
-        others = signatures(rows["image"])
+    for name in (name for name in dictionary if name != "train"):
+        others = signatures(dictionary[name]["image"])
         for side in (seen, mirrored):
             for row in near_copies(side, others)[:, 0].tolist():
                 reasons.setdefault(row, f"a near copy of a picture of {name}")
@@ -169,18 +166,13 @@ def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[Da
     for row, title in enumerate(openclipart["title_en"]):
         if tidy_title(title).lower() in unseen:
             reasons.setdefault(row, "the name of an unseen concept")
-    report, kept = Report(), []
-    for row, source in enumerate(openclipart["source"]):
-        if row in reasons:
-            report.drop(reasons[row], source)
-        else:
-            report.keep()
-            kept.append(row)
-    kept = np.array(kept, np.int64)
+    report, kept = Report(), np.setdiff1d(np.arange(len(openclipart)), list(reasons))
+    report.kept = len(kept)
+    for row in sorted(reasons):
+        report.drop(reasons[row], openclipart["source"][row])
     pairs = np.concatenate([near_copies(side.take(kept), seen.take(kept)) for side in (seen, mirrored)])
-    doubled = set(kept[pairs[pairs[:, 0] != pairs[:, 1]].ravel()].tolist())
-    drawn = [row for row in kept.tolist()
-             if row not in doubled and share(f"openclipart {openclipart['source'][row]}") < VALIDATION]
+    alone = np.setdiff1d(kept, kept[pairs[pairs[:, 0] != pairs[:, 1]]])
+    drawn = [row for row in alone if share(f"openclipart {openclipart['source'][row]}") < VALIDATION]
     train = np.setdiff1d(kept, drawn)
     return DatasetDict(train=openclipart.select(train), validation=openclipart.select(drawn)), report
 

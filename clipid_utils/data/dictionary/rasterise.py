@@ -1,15 +1,57 @@
-"""Drawings and cut-out photographs as square RGB pictures on white. As a script it is a process of `drawing.draw`."""
+"""Drawings and cut-out photographs as square RGB pictures on white, kept in parts."""
 
+import hashlib
 import io
-import pickle
-import signal
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+import resvg_py
+from datasets import Dataset, Features
 from PIL import Image
+from tqdm.auto import tqdm
+
+from clipid_utils.files import whole_file
 
 SIZE = 128  # pixels; more than any model of the course looks at
 MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
+PART = 400  # drawings kept at a time: an interrupted run draws at most these again
+
+
+def draw_rows(
+    rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str
+) -> Iterator[dict]:
+    """The rows with their `png`: their `drawing`, a path or the text of an SVG, drawn by one of the functions below.
+
+    `png` is None for an empty drawing or one that cannot be drawn. The pictures are kept in `folder` in parts, so an
+    interrupted run continues.
+    """
+    for start in tqdm(range(0, len(rows), PART), desc=f"drawing {name}"):
+        part = rows[start : start + PART]
+        # Named by its drawings: the same parts of other rows have other names
+        named = "\n".join([render.__name__, *(row["source"] for row in part)])
+        path = folder / f"{hashlib.sha256(named.encode()).hexdigest()[:12]}.parquet"
+        if not path.exists():
+            table = pyarrow.table({"png": pyarrow.array([draw(render, row["drawing"]) for row in part], "binary")})
+            with whole_file(path) as file:
+                pyarrow.parquet.write_table(table, file)
+        pngs = pyarrow.parquet.read_table(path)["png"].to_pylist()
+        yield from (row | {"png": png} for row, png in zip(part, pngs, strict=True))
+
+
+def to_dataset(rows: list[dict], features: Features) -> Dataset:
+    """Rows with a `png` as a Dataset of pictures with the other features."""
+    rows = [row | {"image": {"bytes": row["png"], "path": None}} for row in rows]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def draw(render: Callable[[str | Path], Image.Image], drawing: str | Path) -> bytes | None:
+    """The PNG of a drawing, or None if it is empty or cannot be drawn."""
+    try:
+        return png_bytes(render(drawing))
+    except ValueError:
+        return None
 
 
 def render_svg(svg: str | Path) -> Image.Image:
@@ -59,33 +101,15 @@ def is_blank(png: bytes) -> bool:
 
 
 def _centred(image: Image.Image) -> Image.Image:
-    if image.size == (SIZE, SIZE):
-        return image
     square = Image.new("RGB", (SIZE, SIZE), "white")
     square.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
     return square
 
 
 def _resvg(svg: str | Path, side: int, background: str | None = None) -> Image.Image:
-    import resvg_py  # only the preparation needs it, not the readers of a prepared dictionary
-
     source = {"svg_path": str(svg)} if isinstance(svg, Path) else {"svg_string": svg}
     # No system fonts: the fonts of a machine must not change the pictures.
     # dpi: without it, sizes in pt, cm or mm count as nothing.
     options = {"width": side, "height": side, "background": background, "skip_system_fonts": True, "dpi": 96}
     png = resvg_py.svg_to_bytes(**source, **options)
     return Image.open(io.BytesIO(bytes(png)))
-
-
-def _drawn(render: str, source: str | Path) -> bytes | None:
-    try:
-        return png_bytes(globals()[render](source))
-    except ValueError:  # empty, or not an SVG
-        return None
-    except BaseException as error:  # resvg's panic is not an Exception
-        raise SystemExit(f"{str(source)[:200]}: {error!r}") from error
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
-    sys.stdout.buffer.write(pickle.dumps([_drawn(*task) for task in pickle.load(sys.stdin.buffer)]))

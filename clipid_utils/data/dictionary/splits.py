@@ -32,21 +32,17 @@ def assign_splits(rows: list[dict], seen: Signatures, mirrored: Signatures) -> n
     names = np.array([row["name_id"].lower() for row in rows])
     artists, kinds = np.array([row["artist"] for row in rows]), np.array([row["kind"] for row in rows])
     # By name: everything with the name of an unseen concept leaves training.
-    unseen = {row["name_id"].lower() for row in rows if is_emoji(row) and share(row["concept"]) < UNSEEN_CONCEPTS}
+    unseen = [row["name_id"].lower() for row in rows
+              if row["artist"] != "tuxpaint" and share(row["concept"]) < UNSEEN_CONCEPTS]
     split = np.full(len(rows), "train", dtype="<U20")
     split[artists == UNSEEN_ARTIST] = "unseen_artist"
-    split[np.isin(names, sorted(unseen))] = "unseen_concept"
+    split[np.isin(names, unseen)] = "unseen_concept"
     split[kinds == "photograph"] = "photographs"
     train, tested = np.flatnonzero(split == "train"), np.flatnonzero(split != "train")
     split[copy_pairs(rows, seen, mirrored, train, tested)[:, 0]] = ""
     split[(split == "unseen_artist") & ~np.isin(names, names[split == "train"])] = ""
     split[choose_validation(rows, names, seen, mirrored, np.flatnonzero(split == "train"))] = "validation"
     return split
-
-
-def is_emoji(row: dict) -> bool:
-    """Whether a row is an emoji (and not a stamp)."""
-    return not row["concept"].startswith("tuxpaint:")
 
 
 def copy_pairs(

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from clipid_utils.data.dictionary.artists import look_up
-from clipid_utils.files import read_json
 
 FLAT_SHARE = 0.5  # the least of a drawing: see stamp_kind
 
@@ -45,12 +44,9 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
 
 def read_captions(path: Path) -> dict[str, str]:
     """The captions in a stamp's .txt: "en" (its first line) and, if there is one, "id"; without final punctuation."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    captions = {"en": lines[0] if lines else ""}
-    captions |= dict(line.replace("id.utf8", "id", 1).split("=", 1) for line in lines if line.startswith("id.utf8="))
-    captions = {language: " ".join(caption.split()).rstrip(".,;: ") for language, caption in captions.items()}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    captions = {"en": lines[:1], "id": [line.partition("=")[2] for line in lines if line.startswith("id.utf8=")][-1:]}
+    captions = {language: " ".join(" ".join(found).split()).rstrip(".,;: ") for language, found in captions.items()}
     return {language: caption for language, caption in captions.items() if caption}
 
 
@@ -87,11 +83,6 @@ def flat_share(image: Image.Image) -> float:
     pairs = opaque[:, 1:] & opaque[:, :-1]
     equal = (rgba[:, 1:, :3] == rgba[:, :-1, :3]).all(-1)
     return float(equal[pairs].mean()) if pairs.any() else 1.0
-
-
-def read_kinds(path: Path) -> dict[str, set[str]]:
-    """The corrections by eye: kind -> stamp paths."""
-    return {kind: set(listed) for kind, listed in read_json(path).items()}
 
 
 def _settings(path: Path) -> set[str]:

@@ -71,23 +71,16 @@ def filter_pairs(
 # --- The checks -------------------------------------------------------------------------------------------------------
 
 
-def language_check(
-    identify: Callable[[str], str] | None = None, accepted: frozenset[str] = INDONESIAN, least_words: int = LEAST_WORDS
-) -> PairCheck:
-    """Stops a translation of at least `least_words` words that `identify` recognises as a language not accepted.
+def check_language(english: str, indonesian: str) -> str:
+    """Stops a translation of at least LEAST_WORDS words that py3langid recognises as a language not in INDONESIAN.
 
-    Words that are also in the English do not count: they are names, or `check_copy` finds them. `identify` returns the
-    code of a text's language; the default is py3langid's.
+    Words that are also in the English do not count: they are names, or `check_copy` finds them.
     """
-
-    def check(english: str, indonesian: str) -> str:
-        own = [word for word in words(indonesian) if word not in words(english)]
-        if len(own) < least_words:
-            return ""
-        language = identify(" ".join(own)) if identify else need("py3langid", "data").classify(" ".join(own))[0]
-        return "" if language in accepted else f"taken for {language!r}"
-
-    return pair_by_pair(check)
+    own = [word for word in words(indonesian) if word not in words(english)]
+    if len(own) < LEAST_WORDS:
+        return ""
+    language = need("py3langid", "data").classify(" ".join(own))[0]
+    return "" if language in INDONESIAN else f"taken for {language!r}"
 
 
 def check_length(english: str, indonesian: str) -> str:
@@ -222,5 +215,5 @@ def round_trip_check(back: Callable[[list[str]], list[str]], least: float = 30.0
 
 CHECKS: dict[str, PairCheck] = {name: pair_by_pair(check) for name, check in (
     ("length", check_length), ("copy", check_copy), ("repetition", check_repetition), ("numbers", check_numbers),
-    ("colours", check_colours),
-)} | {"language": language_check()}
+    ("colours", check_colours), ("language", check_language),
+)}

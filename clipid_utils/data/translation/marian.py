@@ -14,8 +14,8 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-from filelock import FileLock
 
+from clipid_utils.data.prepared import prepare_once
 from clipid_utils.files import file_identity, need, read_json, whole_folder
 from clipid_utils.paths import CACHE
 
@@ -58,12 +58,7 @@ def converted_folder(path_or_id: str | os.PathLike, quantization: str, cache: Pa
     cache = Path(cache or CACHE / "translators")
     fingerprint = hashlib.sha256(repr((CONVERTER, files)).encode()).hexdigest()[:12]
     out = cache / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
-    if not out.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{out}.lock"):  # a second process waits, and then finds the folder
-            if not out.is_dir():
-                convert(folder, out, quantization)
-    return out
+    return prepare_once(out, lambda partial: convert(folder, partial, quantization))
 
 
 def convert(folder: Path, out: Path, quantization: str) -> None:
