@@ -16,7 +16,7 @@ from clipid_utils.training import command
 # For each recipe: the stages through the towers, other options that make it small, and the stage and step in which its
 # processes end, and how. Checkpoints are at steps 2 and 4; a stage on features keeps none.
 RECIPES = {
-    "ancestor-indobert-large": ([0, 1], [], [("stage-2", 3, "killed")]),
+    "ancestor-indobert-large": ([0, 1], [], [("stage-1", 3, "killed"), ("stage-2", 3, "killed")]),
     "indobert-base": (
         [1], ["--stages.0.fit.epochs", "2", "--stages.0.fit.batch-size", "8", "--stages.0.fit.log-every",
               "1", "--stages.1.fit.chunks", "2", "--stages.1.fit.rates", "text.*", "2.0"],
