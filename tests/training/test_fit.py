@@ -107,8 +107,6 @@ def test_no_folder_and_no_validation_is_a_run_too(tmp_path, capsys):
     result = run(short_clip(), validation=False)
     assert capsys.readouterr().out.splitlines() == [
         "no validation pictures: recall is not measured, and the last weights are kept",
-        "0 of the 12 pairs in the first batches share their caption with a different pair of the batch: they count as "
-        "right answers for each other"]
     assert np.isfinite([line["loss"] for line in result.history if "loss" in line]).all()
     assert list(tmp_path.iterdir()) == []
 
