@@ -106,7 +106,7 @@ def test_the_same_seed_is_the_same_run():
 def test_no_folder_and_no_validation_is_a_run_too(tmp_path, capsys):
     result = run(short_clip(), validation=False)
     assert capsys.readouterr().out.splitlines() == [
-        "no validation pictures: recall is not measured, and the last weights are kept",
+        "no validation pictures: recall is not measured, and the last weights are kept"]
     assert np.isfinite([line["loss"] for line in result.history if "loss" in line]).all()
     assert list(tmp_path.iterdir()) == []
 
