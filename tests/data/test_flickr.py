@@ -66,7 +66,7 @@ def test_flickr30k_translated(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"images": [{"id": 1}]}', "key images: .*different format: this reads"), ('{"a": ', "flickr: not valid JSON"),
+    ('{"images": [{"id": 1}]}', "key images: .*different format: this reads"), ('{"a": ', r"flickr:1: not valid JSON"),
     ("a,b,c", "neither the header"), ("", "neither the header"),
 ])
 def test_another_file_is_refused_at_once(tmp_path, pictures, text, message):

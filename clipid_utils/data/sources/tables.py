@@ -19,7 +19,7 @@ import ijson
 
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.disk_table import gathered
-from clipid_utils.files import MAX_LINE, numbered_lines, parse_line
+from clipid_utils.files import MAX_LINE, numbered_lines, parse_line, read_json
 
 ENTITY = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|\w+);")  # without the bare &not that html.unescape finds in &note
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -79,8 +79,8 @@ def json_records(path: Path, report: Report) -> Iterator[tuple[int, dict]]:
 def json_items(path: Path, prefix: str, remedy: str, *, pairs: bool = False) -> Iterator:
     """The values at ijson's `prefix` of a JSON file, one after the other, or its keys and values with `pairs`.
 
-    "annotations.item" is each entry of the list under that key. Half of a character becomes "?". Raises ValueError with
-    `remedy` for a file that is not JSON.
+    "annotations.item" is each entry of the list under that key. Half of a character becomes "?". Raises ValueError,
+    with the line and `remedy`, for a file that is not JSON.
     """
     with open(path, "rb") as file:
         if file.read(3) != codecs.BOM_UTF8:
@@ -88,6 +88,10 @@ def json_items(path: Path, prefix: str, remedy: str, *, pairs: bool = False) -> 
         try:
             yield from (ijson.kvitems if pairs else ijson.items)(file, prefix, use_float=True)
         except ijson.JSONError as error:
+            try:
+                read_json(path)  # its error names the line; it accepts only NaN, which ijson does not
+            except ValueError as found:
+                raise ValueError(f"{found}, or {remedy}") from None
             raise ValueError(f"{path}: not valid JSON ({str(error).splitlines()[0]}): {remedy}") from None
 
 
