@@ -359,7 +359,6 @@ def test_every_feed_decodes_with_the_given_function(tokenize, photograph):
         assert images.shape == (2, SIZE, SIZE, 3) and (images == expected).all()
 
 
-@pytest.mark.skipif(not hasattr(CLIPProcessor, "decoder"), reason="the processor has no decoder yet")
 @pytest.mark.parametrize("settings", [
     {}, {"resize": 30}, {"resize": (SIZE, SIZE), "resample": Image.Resampling.BILINEAR},
     {"resize": (30, 28), "resample": Image.Resampling.LANCZOS}, {"resize": 16},
