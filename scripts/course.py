@@ -74,7 +74,8 @@ class MemoryWatch:
             total = 0
             for child in me.children(recursive=True):
                 try:
-                    if child.cmdline() != own:  # a child that has just been forked still has this program's memory
+                    # A child that has just been forked still has this program's memory, and its command line or none.
+                    if child.cmdline() not in ([], own):
                         total += child.memory_info().rss
                 except psutil.Error:  # the process has ended in the meantime
                     pass
