@@ -79,7 +79,7 @@ def threads(workers: int) -> Iterator:
 
 
 def example(record: dict) -> dict:
-    """What the others make of a record."""
+    """The batch row that the other libraries make of a record."""
     number = np.random.randint(len(record["captions"]))
     return {"images": decode_square(record["image_path"], 224), "captions": record["captions"][number]}
 

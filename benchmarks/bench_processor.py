@@ -47,7 +47,7 @@ def opened(file: bytes, draft: int | None = None) -> Image.Image:
 
 
 def reduced(image: Image.Image, size: int) -> Image.Image:
-    """What the processor could be given instead: brought to the size by averages first."""
+    """An alternative input for the processor: the picture reduced by averages first."""
     short = min(image.size)
     return image.resize([int(side * size / short) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
 

@@ -88,7 +88,7 @@ print(json.dumps({"seconds": time.process_time() - start, "peak_mib": peak(), "b
 
 
 def captions(count: int) -> Iterator[str]:
-    """Sentences of ten words, of which one in three hundred is empty."""
+    """Sentences of ten words; one sentence in three hundred is empty."""
     rng = np.random.default_rng(0)
     for start in range(0, count, 10_000):
         for numbers in rng.integers(0, len(WORDS), (min(10_000, count - start), 10)):
@@ -244,7 +244,7 @@ WRITERS = {
 
 
 def read(kind: str, count: int) -> dict:
-    """What READ measures of the reader of a kind of file; one picture in two hundred is there."""
+    """The figures of READ for the reader of one kind of file; one picture in two hundred exists."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         for number in range(0, count // 5, 200):

@@ -24,7 +24,7 @@ SCRIPTS = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("
 
 
 def processor() -> str:
-    """What the machine says its CPU is."""
+    """The name of the CPU, as the machine reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What machine-translated captions are worth on the picture dictionary: three questions, one budget.
+"""The value of machine-translated captions on the picture dictionary: three questions, one budget.
 
     .venv-bench/bin/python scripts/train_translator.py --without 0 --steps 1500   # and --without 1
     python scripts/added_pictures.py    # about half an hour on 2 cores a seed; writes data/added_pictures.json
@@ -104,7 +104,7 @@ def trained(name: str, make: Callable[[], PicturePairs], seed: int, steps: int, 
         model, processor = new_mini(train, seed=seed)
         result = fit(model, processor, train, None, config, seed=seed, optimizer=muon)
         if result.interrupted:
-            raise SystemExit("stopped: the same command goes on after the last whole run")
+            raise SystemExit("stopped: the same command continues after the last whole run")
         end = [line for line in result.history if "loss" in line][-1]
         ranks = {split: text_ranks(result.model, processor, dictionary[split]) for split in SPLITS}
         end = {"step": end["step"], "loss": end["loss"], "pictures": len(train),

@@ -10,7 +10,7 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-MOST_FILE, MOST_FUNCTION = 350, 60  # lines, as they stand in the file
+MOST_FILE, MOST_FUNCTION = 350, 60  # lines of the file
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
            tokenize.ENDMARKER}
 

@@ -1,4 +1,4 @@
-"""What the ancestor's loss cost: negatives from each device's own pairs, or from the whole batch, on the dictionary.
+"""The cost of the ancestor's loss: negatives from each device's own pairs, or from the whole batch, on the dictionary.
 
     python scripts/per_device_loss.py    # about 40 minutes on 2 cores; writes data/per_device_loss.json
 

@@ -1,4 +1,4 @@
-"""What all tests share: eight simulated devices, no hub, and the shapes of every call into the library checked."""
+"""Set-up for all tests: eight simulated devices, no hub, and the shapes of every call into the library checked."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""What can be said of the committed notebooks without running them; `make test` runs them too, through nbval."""
+"""Checks of the committed notebooks that need no run; `make test` runs them too, through nbval."""
 
 import json
 import re

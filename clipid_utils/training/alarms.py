@@ -1,4 +1,4 @@
-"""What goes wrong in contrastive training, noticed in the lines of the log; each alarm says what to try.
+"""Alarms for common failures of contrastive training, read from the lines of the log; each names a remedy.
 
 `Alarms` reads only the lines; `spread` and `count_duplicates` are what the compiled step adds to them.
 """

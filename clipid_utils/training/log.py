@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def environment() -> dict:
-    """What a run runs on: versions, commit, devices and the command line, as in versions.json."""
+    """The environment of a run: versions, commit, devices and the command line, as in versions.json."""
     devices = jax.devices()
     return {
         **versions(PACKAGES), "clipid_utils": clipid_utils.__version__, "commit": commit(),

@@ -1,4 +1,4 @@
-"""What several processes of one run tell each other; every process must call these functions, in the same order."""
+"""Messages between the processes of one run; every process must call these functions, in the same order."""
 
 import json
 

@@ -26,7 +26,7 @@ WEIGHTS = ("best", "last")  # subfolders with a model
 
 
 class RunFolder:
-    """What a run leaves in `path`; None leaves nothing, and the log and the best model are in memory.
+    """The files of a run in `path`; None leaves nothing, and the log and the best model are in memory.
 
     Raises FileExistsError for a folder that has the model of an earlier run, if the caller says neither `resume` nor
     `overwrite`, which deletes it; ValueError for a run that began with different settings.

@@ -1,4 +1,4 @@
-"""What the towers promise: sizes, shapes, units, errors. That they compute what PyTorch does: test_parity_golden.py."""
+"""The contract of the towers: sizes, shapes, units, errors. test_parity_golden.py compares them with PyTorch."""
 
 import dataclasses
 

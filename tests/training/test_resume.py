@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or meets a full disk, and goes on, ends as one that never was, bit for bit on a CPU."""
+"""A run that is killed, stopped or meets a full disk and is then resumed ends like an unbroken one, bit for bit."""
 
 import dataclasses
 import functools

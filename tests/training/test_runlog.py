@@ -1,4 +1,4 @@
-"""The run's folder: what stands in it, what a resumed run keeps of it, and where else the lines go."""
+"""The run's folder: its files, the part that a resumed run keeps, and the other places of the lines."""
 
 import json
 import struct

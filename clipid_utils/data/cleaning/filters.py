@@ -42,7 +42,7 @@ class Picture:
 
     @functools.cached_property
     def signature(self) -> Signatures:
-        """What near copies are found by."""
+        """The signatures that find near copies."""
         return signatures([self.image])
 
 

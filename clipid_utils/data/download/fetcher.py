@@ -56,7 +56,7 @@ class TransientFailure(Failure):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take from hosts, time and memory, in seconds, bytes and pixels."""
+    """The limits of a run: requests to hosts, time and memory, in seconds, bytes and pixels."""
 
     connections: int = 32  # at once; at most as many answers are in memory
     per_host: int = 4  # connections at once

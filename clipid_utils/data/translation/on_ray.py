@@ -78,7 +78,7 @@ def map_shards(
 ) -> int:
     """Writes `make(**options)(table)` of each file to `out`, under its name with .parquet; returns the rows there.
 
-    The files are Parquet or JSON lines. `make` and `options` are sent to the workers, each of which calls `make` once.
+    The files are Parquet or JSON lines. Each worker gets `make` and `options`, and calls `make` once.
     A worker has `cores` cores and `gpus` GPUs; by default there are as many workers as the cluster has room for. `out`,
     the files and a model's folder must be on a disk that all nodes see. A relative `image_path` starts at `out`, for
     the function too. `address` is that of a running cluster; without it Ray starts on this machine, unless it runs
