@@ -63,6 +63,8 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(path, older)  # quicker than to delete it: a kill in between would leave half of it
         os.replace(partial, path)
     finally:
+        if older.is_dir() and not path.is_dir():  # stopped between the two renames
+            os.replace(older, path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(older, ignore_errors=True)
 

@@ -40,7 +40,11 @@ def noticed(mutant: dict, folder: Path) -> str:
     if source.count(mutant["old"]) != 1:
         return "outdated"
     path.write_text(source.replace(mutant["old"], mutant["new"]), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {  # one cache for all: a program that is compiled once is not compiled again
+        **os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:nbval", "-p", "no:cacheprovider", *mutant["tests"]]
     try:
         status = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=LONGEST).returncode

@@ -44,7 +44,7 @@ def outdated() -> dict[Path, str]:
     """The files that do not have today's address and release, with the text that they should have."""
     repository, version = release()
     notebooks = (path for pattern in NOTEBOOKS for path in sorted(ROOT.glob(pattern)))
-    others = "README.md", "CITATION.cff", "clipid_utils/data/download/download.py"
+    others = "README.md", "CITATION.cff", "notebooks/tpu.md", "clipid_utils/data/download/download.py"
     paths = [*(ROOT / name for name in others), *notebooks]
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
     return {path: new for path, text in texts.items() if (new := filled(path.name, text, repository, version)) != text}

@@ -47,6 +47,23 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path / "a") == ["new"] and os.listdir(tmp_path) == ["a"]
 
 
+def test_stopped_between_the_two_renames_the_older_folder_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    replace, calls = os.replace, []
+
+    def stops(old, new):
+        calls.append(old)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", stops)
+    (tmp_path / "a" / "old").touch()
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path / "a") == ["old"] and os.listdir(tmp_path) == ["a"]
+
+
 def test_a_kill_leaves_the_older_files_and_does_no_harm(tmp_path):
     program = f"""
 import os, runpy, signal

@@ -25,6 +25,7 @@ def test_another_release_reaches_every_place(monkeypatch):
     monkeypatch.setattr(release, "release", lambda: ("owner/name", "9.9.9"))
     found = {path.relative_to(ROOT).as_posix(): text for path, text in release.outdated().items()}
     assert {"README.md", "CITATION.cff", "notebooks/07_picture_search.ipynb"} <= set(found)
+    assert found["notebooks/tpu.md"].count("git clone https://github.com/owner/name") == 3
     first = found["notebooks/00_start_here.ipynb"]
     for place in ("github/owner/name/blob/v9.9.9/", "gh/owner/name/v9.9.9?", 'RELEASE = \\"v9.9.9\\"',
                   "https://github.com/owner/name /content"):

@@ -58,5 +58,8 @@ def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
             name, _, ending = base.partition(".")
             if name and member.isfile():
                 yield os.path.join(folder, name), ending, tar.extractfile(member).read()
-        while unpacked.read(2**16):  # to the checksum of gzip
-            pass
+        end = tar.offset
+        while part := unpacked.read(2**16):  # to the checksum of gzip
+            end += len(part)
+            if end > MAX_RATIO * path.stat().st_size:
+                raise tarfile.ReadError(f"it unpacks to more than {MAX_RATIO} times its size")

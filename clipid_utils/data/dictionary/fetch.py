@@ -76,7 +76,8 @@ def fetch_debian(name: str, pin: dict, cache: Path) -> Path | None:
     Ubuntu) is accepted on apt's own signature, with one line that says so. Returns None, after one line with the
     reason, if there is no apt or no such package.
     """
-    unpacked = [folder for folder in _packages(cache).glob(f"{name}@*") if folder.suffix != PARTIAL]
+    unpacked = [folder for folder in _packages(cache).glob(f"{name}@{pin['series'].replace(':', '_')}*")
+                if folder.suffix != PARTIAL]
     if unpacked:
         return max(unpacked)
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):

@@ -6,6 +6,7 @@ file is trusted: no code of it runs, and no array reaches beyond its bytes.
 
 import io
 import math
+import mmap
 import zipfile
 from collections import UserDict
 from collections.abc import Callable
@@ -137,7 +138,10 @@ def _flax_array(kind: int, data: bytes) -> np.ndarray:
     shape, dtype, numbers = msgpack.unpackb(data)
     if dtype not in _DTYPES:
         raise Refusal(f"has an array of {dtype}, not of one of {', '.join(_DTYPES)}: save it as float32")
-    return np.frombuffer(numbers, _DTYPES[dtype]).reshape(shape)
+    # In pages of its own, which go back to the system with the array; malloc would keep them for later
+    pages = memoryview(mmap.mmap(-1, max(1, len(numbers))))[: len(numbers)]
+    pages[:] = numbers
+    return np.frombuffer(pages, _DTYPES[dtype]).reshape(shape)
 
 
 # pytorch_model.bin: a zip of one pickle and the storages that it names; before torch 1.6 five pickles and storages
