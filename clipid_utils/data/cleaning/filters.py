@@ -56,13 +56,7 @@ def filter_captions(rows: Iterable[dict], report: Report, *checks: CaptionCheck)
     The report counts captions: each is kept, or dropped for the first reason found.
     """
     for row in rows:
-        kept = []
-        for caption in row["captions"]:
-            if reason := _first_reason(checks, caption):
-                report.drop(reason, caption[:SHOWN])
-            else:
-                report.keep()
-                kept.append(caption)
+        kept = [text for text in row["captions"] if report.count(_first_reason(checks, text), text[:SHOWN])]
         if kept:
             yield {**row, "captions": kept}
 
@@ -77,12 +71,9 @@ def filter_pictures(rows: Iterable[dict], report: Report, *checks: PictureCheck)
             picture = row_picture(row)
         except (PictureError, OSError) as error:
             report.drop("a broken picture", f"{_name(row)}: {error}")
-            continue
-        if reason := _first_reason(checks, picture):
-            report.drop(reason, _name(row))
         else:
-            report.keep()
-            yield row
+            if report.count(_first_reason(checks, picture), _name(row)):
+                yield row
 
 
 def row_picture(row: dict) -> Picture:

@@ -66,10 +66,8 @@ def join(
              for row in range(1, len(part) + 1))
     shown = _rows(records.select_columns(named if named == "image_path" else "source"))
     for name, row, kind, count in zip(names, shown, side, times, strict=True):
-        if count:
-            report.keep()
-        else:
-            report.drop(REASONS.get(kind, "the weight of its source"), f"{name}: {row.get('image_path', '')!r}")
+        reason = None if count else REASONS.get(kind, "the weight of its source")
+        report.count(reason, f"{name}: {row.get('image_path', '')!r}")
     counts = {}
     for split, path, wanted in (("train", train, TRAIN), ("validation", validation, VALIDATION)):
         counts[split] = Counter()

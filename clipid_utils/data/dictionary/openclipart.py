@@ -71,10 +71,8 @@ def prepare(folder: Path, pin: dict, cache: Path, number: str) -> None:
     report, rows = Report(), []
     drawings = list(read_drawings(package, report))
     for row in draw_rows(drawings, render_stamp, cache / "pictures" / f"openclipart-{number}", "openclipart"):
-        if row["png"] is None or is_blank(row["png"]):
-            report.drop("nothing to be seen on white", row["source"])
-        else:
-            report.keep()
+        is_empty = row["png"] is None or is_blank(row["png"])
+        if report.count("nothing to be seen on white" if is_empty else None, row["source"]):
             rows.append(row)
     to_dataset(rows, FEATURES).save_to_disk(folder / "rows")
     write_json(folder / "report.json", vars(report))
