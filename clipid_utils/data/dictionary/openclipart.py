@@ -164,13 +164,11 @@ def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[Da
     for row, title in enumerate(openclipart["title_en"]):
         if tidy_title(title).lower() in unseen:
             reasons.setdefault(row, "the name of an unseen concept")
-    report, kept = Report(), np.setdiff1d(np.arange(len(openclipart)), list(reasons))
-    report.kept = len(kept)
-    for row in sorted(reasons):
-        report.drop(reasons[row], openclipart["source"][row])
+    report, sources = Report(), openclipart["source"][:]
+    kept = np.array([row for row, source in enumerate(sources) if report.count(reasons.get(row), source)], np.int64)
     pairs = np.concatenate([near_copies(side.take(kept), seen.take(kept)) for side in (seen, mirrored)])
     alone = np.setdiff1d(kept, kept[pairs[pairs[:, 0] != pairs[:, 1]]])
-    drawn = [row for row in alone if share(f"openclipart {openclipart['source'][row]}") < VALIDATION]
+    drawn = [row for row in alone if share(f"openclipart {sources[row]}") < VALIDATION]
     train = np.setdiff1d(kept, drawn)
     return DatasetDict(train=openclipart.select(train), validation=openclipart.select(drawn)), report
 
