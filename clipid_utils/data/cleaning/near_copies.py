@@ -117,10 +117,8 @@ def sign(picture: str | bytes) -> tuple[np.ndarray, np.ndarray] | None:
     except PictureError:
         return None
     seen, mirrored = signatures([image]), signatures([image], mirrored=True)
-    keys = np.zeros((), KEYS)
-    keys["sha256"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-    keys["hash"], keys["mirrored"] = seen.hashes[0], mirrored.hashes[0]
-    return keys, seen.thumbnails[0]
+    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    return np.array((digest, seen.hashes[0], mirrored.hashes[0]), KEYS), seen.thumbnails[0]
 
 
 def sign_all(

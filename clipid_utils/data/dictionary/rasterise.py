@@ -48,10 +48,12 @@ def to_dataset(rows: list[dict], features: Features) -> Dataset:
 
 def draw(render: Callable[[str | Path], Image.Image], drawing: str | Path) -> bytes | None:
     """The PNG of a drawing, or None if it is empty or cannot be drawn."""
+    file = io.BytesIO()
     try:
-        return png_bytes(render(drawing))
+        render(drawing).save(file, "PNG")
     except ValueError:
         return None
+    return file.getvalue()
 
 
 def render_svg(svg: str | Path) -> Image.Image:
@@ -85,13 +87,6 @@ def fit_on_white(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(flat.size)
     flat = flat.resize([max(1, round(length * scale)) for length in flat.size], Image.Resampling.LANCZOS)
     return _centred(flat)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def is_blank(png: bytes) -> bool:
