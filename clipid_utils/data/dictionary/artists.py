@@ -24,9 +24,8 @@ def read_concepts(packages: dict[str, Path | None], groups: dict) -> dict[str, d
     Skin-tone variants, skin tones alone and OpenMoji's own extras are left out.
     """
     indonesian, english = read_names(packages, "id"), read_names(packages, "en")
-    listed = read_json(packages["openmoji"] / "package/data/openmoji.json")
     concepts = {}
-    for emoji in listed:
+    for emoji in read_json(packages["openmoji"] / "package/data/openmoji.json"):
         concept = concept_id(emoji["hexcode"])
         left_out = emoji["group"].startswith("extras") or not SKIN_TONES.isdisjoint(concept.split("-"))
         if left_out or concept not in indonesian or concept not in english:
@@ -110,9 +109,8 @@ def read_sprites(package: Path) -> dict[str, str]:
 def read_icons(package: Path) -> dict[str, str]:
     """Concept id -> SVG text of each icon of an Iconify collection: icons.json, with chars.json for code points."""
     collection = read_json(package / "package/icons.json")
-    characters = read_json(package / "package/chars.json")
     drawings = {}
-    for codes, name in characters.items():
+    for codes, name in read_json(package / "package/chars.json").items():
         while name not in collection["icons"]:
             name = collection["aliases"][name]["parent"]
         icon = collection["icons"][name]

@@ -19,9 +19,7 @@ MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
 PART = 400  # drawings kept at a time: an interrupted run draws at most these again
 
 
-def draw_rows(
-    rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str
-) -> Iterator[dict]:
+def draw_rows(rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str) -> Iterator[dict]:
     """The rows with their `png`: their `drawing`, a path or the text of an SVG, drawn by one of the functions below.
 
     `png` is None for an empty drawing or one that cannot be drawn. The pictures are kept in `folder` in parts, so an

@@ -28,16 +28,11 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
         source = path.relative_to(folder).as_posix()
         group = look_up(groups["tuxpaint"], source)
         stamps.append({
-            "source": source,
-            "drawing": path,
+            "source": source, "drawing": path, "group": group, "kind": stamp_kind(path, source, kinds),
             "concept": "tuxpaint:" + re.sub(r"\W+", "-", english.lower()).strip("-"),
-            "name_id": as_name(indonesian, english),
-            "keywords_id": [],
-            "name_en": as_name(english, english),
-            "keywords_en": [],
-            "group": group,
+            "name_id": as_name(indonesian, english), "keywords_id": [],
+            "name_en": as_name(english, english), "keywords_en": [],
             "has_text": group in ("letters", "flags") or "nomirror" in _text(path.with_suffix(".dat")).split(),
-            "kind": stamp_kind(path, source, kinds),
         })
     return stamps
 
