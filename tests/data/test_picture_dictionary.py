@@ -229,7 +229,7 @@ def test_a_cut_archive_is_an_error_and_leaves_nothing(world, name, fetched, kind
 
 def test_a_client_that_fails_after_its_output_leaves_nothing(world):
     client = world.bin / "dpkg-deb"
-    client.write_text(client.read_text() + "    sys.stderr.write('error: unexpected end of file')\n    sys.exit(2)\n")
+    client.write_text(client.read_text() + "sys.stderr.write('error: unexpected end of file')\nsys.exit(2)\n")
     name = "ruby-gemojione"
     with pytest.raises(fetch.FetchError, match=r"ruby-gemojione 3\.0-1: dpkg-deb could not read .*unexpected end"):
         fetch.fetch_debian(name, world.sources["debian"][name], world.cache)
