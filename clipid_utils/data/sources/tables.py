@@ -61,12 +61,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def json_records(path: Path, report: Report) -> Iterator[tuple[int, dict]]:
     """Number and JSON object of each line. Other lines are dropped. Raises ValueError for a .gz that is cut off."""
     for number, line in numbered_lines(path):
-        if not (line := line.strip()):
-            continue
-        record, problem = parse_line(line)
+        record, problem = parse_line(line) if line.strip() else (None, None)
         if problem:
             report.drop(NOT_UTF8 if "UTF-8" in problem else "not a JSON object", path, number, problem)
-        else:
+        elif record is not None:
             yield number, record
 
 
