@@ -183,14 +183,10 @@ found = (registry / (name + ".version")).read_text()
 needs_lists = (registry / "no-lists").exists() and not (registry / "updated").exists()
 if needs_lists or not (registry / "online").exists() or (version and version != found):
     sys.exit("E: Unable to locate package " + name)
-shutil.copy(registry / (name + ".deb"), name + "_" + found + "_all.deb")
+shutil.copy(registry / (name + ".deb"), name + "_" + found.replace(":", "%3a") + "_all.deb")
 """,
     "dpkg-deb": """
-deb = pathlib.Path(sys.argv[2])
-if sys.argv[1] == "--field":
-    print((registry / (deb.name.split("_")[0] + ".version")).read_text())
-else:
-    sys.stdout.buffer.write(deb.read_bytes())
+sys.stdout.buffer.write(pathlib.Path(sys.argv[2]).read_bytes())
 """,
 }
 

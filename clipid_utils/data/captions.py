@@ -5,11 +5,10 @@ may be missing. An `image_path` is relative to the file that lists it.
 """
 
 import hashlib
-import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from jaxtyping import Int32
 
 from clipid_utils.data.shards import numbered_rows
-from clipid_utils.files import file_identity, input_files, whole_file
+from clipid_utils.files import file_identity, input_files, whole_file, write_json_lines
 from clipid_utils.pictures import open_picture
 from clipid_utils.wording import fill, load_wording
 
@@ -42,16 +41,13 @@ MOST_LISTED = 10  # bad lines that an error quotes; all are counted
 RULES = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # a change of the checks below makes the cache stale
 
 
-def read_captions(
-    path: str | os.PathLike, *, root: str | os.PathLike | None = None, check_files: bool = True
-) -> Dataset:
+def read_captions(path: str | os.PathLike, *, root: str | os.PathLike | None = None) -> Dataset:
     """The captions records of a file, of a folder's part files, or of a glob, in order, with absolute `image_path`.
 
     Files are JSON lines or Parquet. Relative paths start at `root`, or else at the folder of their file. Each file is
     read once, line by line, into an Arrow file in the cache of `datasets`, which serves until the file, the root or
     the rules of this module change. Other keys are left out. Raises ValueError that names up to ten of the bad lines
-    (for Parquet: rows) with their number from 1. Pictures are not opened. With `check_files=False` a missing picture is
-    no error.
+    (for Parquet: rows) with their number from 1. A missing picture is such a line. Pictures are not opened.
     """
     sources = _sources(path, root)
     kind, *others = {_kind(file) for file, _ in sources}
@@ -61,15 +57,15 @@ def read_captions(
     try:
         records = Dataset.from_generator(
             _records, features=Features({kind: PICTURES[kind], **TEXTS}),
-            gen_kwargs={"path": str(path), "sources": tuple(sources), "kind": kind},
+            gen_kwargs={"path": path, "root": root, "kind": kind},
             fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
-    if check_files and kind == "image_path":
+    if kind == "image_path":
         paths = (name for chunk in records.select_columns(kind).iter(1000) for name in chunk[kind])
         if not all(map(os.path.isfile, paths)):
-            _refuse(path, check_captions(path, root=root))
+            _refuse(path, root)
     return records
 
 
@@ -81,17 +77,24 @@ def check_captions(
     All problems are given, missing pictures too. With `pictures`, each picture is also decoded to its end. A file
     without records gives one problem.
     """
-    def picture_problem(picture: str | dict, folder: Path) -> str | None:
-        if isinstance(picture, str) and not os.path.isfile(os.path.join(folder, picture)):
-            return (f"image_path {picture!r} not found under {folder}: fetch the picture, leave the line out, or name "
-                    "the pictures' folder as root (--root)")
-        try:
-            if pictures:
-                open_picture(picture, root=folder)
-        except (OSError, ValueError) as error:
-            return f"{error}: replace the picture, or leave the line out"
+    for file, folder in _sources(path, root):
+        number = 0
+        for number, record, problem in _lines(file):
+            problem = problem or _picture_problem(record.get("image_path") or record["image"], folder, pictures)
+            yield problem and f"{file.name}:{number}: {problem}"
+        if not number:
+            yield f"{file.name}: the file has no records: write one on each line"
 
-    return _problems(_sources(path, root), picture_problem)
+
+def _picture_problem(picture: str | dict, folder: Path, is_opened: bool) -> str | None:
+    if isinstance(picture, str) and not os.path.isfile(os.path.join(folder, picture)):
+        return (f"image_path {picture!r} not found under {folder}: fetch the picture, leave the line out, or name "
+                "the pictures' folder as root (--root)")
+    try:
+        if is_opened:
+            open_picture(picture, root=folder)
+    except (OSError, ValueError) as error:
+        return f"{error}: replace the picture, or leave the line out"
 
 
 def write_captions(rows: Iterable[dict], path: str | os.PathLike) -> None:
@@ -102,10 +105,10 @@ def write_captions(rows: Iterable[dict], path: str | os.PathLike) -> None:
     """
     path = Path(path)
     records = (_checked(row, f"record {number}", path.parent.absolute()) for number, row in enumerate(rows, 1))
+    if path.suffix != ".parquet":
+        write_json_lines(path, records)
+        return
     with whole_file(path) as file:
-        if path.suffix != ".parquet":
-            file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-            return
         chunk = list(islice(records, 1000))
         kind = "image" if chunk and "image" in chunk[0] else "image_path"
         schema = Features({kind: PICTURES[kind], **TEXTS}).arrow_schema
@@ -167,33 +170,21 @@ def _lines(file: Path) -> Iterator[tuple[int, dict | None, str | None]]:
         yield number, record, problem or _problem(record, kind)
 
 
-def _records(path: str, sources: Iterable[tuple[Path, Path]], kind: str) -> Iterator[dict]:
+def _records(path: str | os.PathLike, root: str | os.PathLike | None, kind: str) -> Iterator[dict]:
     """The rows of the Arrow file. Raises ValueError for all bad lines, or if there are no records."""
     number = 0
-    for file, folder in sources:
+    for file, folder in _sources(path, root):
         for number, record, problem in _lines(file):  # noqa: B007
             if problem:
-                _refuse(path, _problems(sources))
+                _refuse(path, root)
             picture = os.path.join(folder, record[kind]) if kind == "image_path" else record[kind]
             yield {kind: picture, **{key: record.get(key) for key in TEXTS}}
     if not number:
-        _refuse(path, _problems(sources))
+        _refuse(path, root)
 
 
-def _problems(
-    sources: Iterable[tuple[Path, Path]], picture_problem: Callable = lambda picture, folder: None
-) -> Iterator[str | None]:
-    for file, folder in sources:
-        number = 0
-        for number, record, problem in _lines(file):
-            problem = problem or picture_problem(record.get("image_path") or record["image"], folder)
-            yield problem and f"{file.name}:{number}: {problem}"
-        if not number:
-            yield f"{file.name}: the file has no records: write one on each line"
-
-
-def _refuse(path: str | os.PathLike, problems: Iterable[str | None]) -> None:
-    problems = filter(None, problems)
+def _refuse(path: str | os.PathLike, root: str | os.PathLike | None) -> None:
+    problems = filter(None, check_captions(path, root=root))
     first = list(islice(problems, MOST_LISTED))
     more = sum(1 for _ in problems)
     rest = [f"… and {more} more"] * (more > 0)

@@ -1,9 +1,7 @@
 """Samples of WebDataset tars: within bounds, and of whole tars alone."""
 
-import bz2
 import gzip
 import itertools
-import lzma
 import os
 import tarfile
 import zlib
@@ -13,7 +11,6 @@ from pathlib import Path
 
 MAX_MEMBER = 2**27  # bytes of one file in a tar
 MAX_RATIO = 100  # a packed tar may unpack to as many times its size: pictures do not shrink, bombs do
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes of a file
 
 
 class _Member(tarfile.TarInfo):
@@ -35,20 +32,20 @@ class _Member(tarfile.TarInfo):
 def tar_samples(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Name and files, by ending, of each sample: a run of files with one name up to the first dot ("a.input.jpg").
 
-    The tar may be packed. Raises ValueError for a file that is not a tar, is cut off or broken, has a file of over 128
+    The tar may be gzipped. Raises ValueError for a file that is not a tar, is cut off or broken, has a file of over 128
     MiB, or unpacks to more than 100 times its size.
     """
     try:
         for name, group in itertools.groupby(_files(Path(path)), key=itemgetter(0)):
             yield name, {ending: content for _, ending, content in group}
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole tar ({error}): fetch it again") from error
 
 
 def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """Folder and name, ending and content of each file of a tar."""
     with open(path, "rb") as raw:
-        opened = OPENERS.get(raw.read(2), open)
+        opened = gzip.open if raw.read(2) == b"\x1f\x8b" else open
     with opened(path, "rb") as unpacked, tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
             tar.members.clear()  # tarfile would keep each that was read

@@ -23,9 +23,9 @@ def annotation(number: int, image: int, caption) -> dict:
     return {"image_id": image, "id": number, "caption": caption}
 
 
-def read(path, pictures, **options):
+def read(path, pictures):
     report = Report()
-    return list(read_coco(path, pictures, report, **options)), report
+    return list(read_coco(path, pictures, report)), report
 
 
 ANNOTATIONS = [
@@ -43,9 +43,9 @@ ANNOTATIONS = [
 def test_the_annotations_as_published(tmp_path, pictures, images):
     value = {"info": {}, "licenses": [], "annotations": ANNOTATIONS} | ({"images": images} if images else {})
     (tmp_path / "captions_train2017.json").write_text(json.dumps(value), encoding="utf-8-sig")
-    records, report = read(tmp_path / "captions_train2017.json", pictures, split="train")
+    records, report = read(tmp_path / "captions_train2017.json", pictures)
     assert records == [
-        {"image_path": str(pictures / f"{number:012d}.jpg"), "captions": captions, "source": "coco", "split": "train"}
+        {"image_path": str(pictures / f"{number:012d}.jpg"), "captions": captions, "source": "coco", "split": None}
         for number, captions in ((25, ["A giraffe.", "Two giraffes"]), (9, ["Food in a tray"]), (30, ['A "vase" ?']))]
     assert (report.read, report.kept) == (8, 4)
     assert report.dropped == {"empty caption": 2, "picture not found": 1, "the picture has this caption already": 1}

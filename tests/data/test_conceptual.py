@@ -26,9 +26,9 @@ def test_rows_for_the_downloader_count_as_the_ancestors_did(tmp_path):
         "caption\turl\nseekor <PERSON> kucing\thttp://a.id/1.jpg\n\n\thttp://a.id/2.jpg\nlogo\thttp://a.id/logo.svg?x=1\n"
         "kucing lain\thttp://a.id/1.jpg\nanjing\tftp://a.id/3.jpg\nsapi\thttps://a.id/4.jpg?w=3")
     report = Report()
-    rows = list(read_conceptual(tmp_path / "cc12m_translate_final.tsv", report, source="cc12m", split="train"))
+    rows = list(read_conceptual(tmp_path / "cc12m_translate_final.tsv", report, source="cc12m"))
     assert rows == [
-        {"url": url, "captions": [caption], "source": "cc12m", "split": "train", "row": row} for url, caption, row in
+        {"url": url, "captions": [caption], "source": "cc12m", "split": None, "row": row} for url, caption, row in
         (("http://a.id/1.jpg", "seekor <PERSON> kucing", 0), ("https://a.id/4.jpg?w=3", "sapi", 5))]
     assert report.dropped == {"empty caption": 1, "SVG": 1, "repeated address": 1, "not an http(s) address": 1}
     assert report.examples["repeated address"] == ["cc12m_translate_final.tsv:6: 'http://a.id/1.jpg'"]
@@ -74,8 +74,8 @@ def tars(tmp_path):
 
 def test_the_mirrors_pictures_with_their_captions(tmp_path, tars):
     report = Report()
-    records = list(read_mirror(tars, report, source="cc3m", split="train"))
-    assert records == [{"image": b"\xff\xd8jpeg", "captions": [caption], "source": "cc3m", "split": "train"}
+    records = list(read_mirror(tars, report, source="cc3m"))
+    assert records == [{"image": b"\xff\xd8jpeg", "captions": [caption], "source": "cc3m", "split": None}
                        for caption in ("a cat", "a dog", "a cow")]
     assert report.dropped == {"no picture in the sample": 1, "empty caption": 1, "not UTF-8": 1}
     assert report.examples["empty caption"] == ["cc3m-train-0000.tar, 00000/000000004"]

@@ -3,7 +3,7 @@
 import pytest
 
 from clipid_utils.data.dictionary import rasterise
-from clipid_utils.data.dictionary.rasterise import draw, draw_rows, png_bytes, render_png, render_stamp, render_svg
+from clipid_utils.data.dictionary.rasterise import draw, draw_rows, render_png, render_stamp, render_svg
 
 CIRCLE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><circle cx="5" cy="5" r="{}" fill="{}"/></svg>'
 DRAWINGS = [CIRCLE.format(radius, colour) for radius in (1, 2, 3, 4) for colour in ("red", "blue", "#123456")]
@@ -28,7 +28,7 @@ def test_rows_are_drawn_once_and_never_take_the_pictures_of_others(tmp_path, mon
     monkeypatch.setattr(rasterise, "PART", 2)
     rows = [{"source": f"{i}", "drawing": one} for i, one in enumerate(DRAWINGS[:5])]
     drawn = list(draw_rows(rows, render_svg, tmp_path, "circles"))
-    assert [row["png"] for row in drawn] == [png_bytes(render_svg(row["drawing"])) for row in rows]
+    assert [row["png"] for row in drawn] == [draw(render_svg, row["drawing"]) for row in rows]
     other = list(draw_rows(rows[1:3], render_svg, tmp_path, "circles"))
     assert other == drawn[1:3] and len(list(tmp_path.iterdir())) == 4
     monkeypatch.setattr(rasterise, "draw", lambda *args: pytest.fail("drawn again"))

@@ -25,10 +25,10 @@ def test_photos_with_their_descriptions_and_keywords(tmp_path, ending):
     for other in ("collections", "conversions", "colors"):
         (tmp_path / f"{other}.{ending}").write_text("x\n")
     report = Report()
-    rows = list(read_unsplash(tmp_path, report, split="test"))
+    rows = list(read_unsplash(tmp_path, report))
     assert rows == [
         {"url": f"https://images.unsplash.com/photo-{name}?w=640&fm=jpg&fit=max", "captions": captions,
-         "source": "unsplash", "split": "test", "row": row}
+         "source": "unsplash", "split": None, "row": row}
         for name, captions, row in (("a", ['Say "hi" to all', "a lake", "lake, Danau Toba"], 0), ("d", ["a lake"], 3))]
     assert report.dropped == {"photo without captions": 1, "address of a different host": 1, "repeated photo": 1}
     assert report.examples["repeated photo"] == [f"photos.{ending}:7: 'a'"]

@@ -25,10 +25,10 @@ def test_rejected_and_canned_captions_are_left_out(tmp_path, pictures):
                              for number, (image, caption, rejected, precanned) in enumerate(captions)]}
     (tmp_path / "train.json").write_text(json.dumps(value))
     report = Report()
-    records = list(read_vizwiz(tmp_path / "train.json", pictures, report, split="train"))
+    records = list(read_vizwiz(tmp_path / "train.json", pictures, report))
     assert records == [
         {"image_path": str(tmp_path / f"VizWiz_train_{number:08d}.jpg"), "captions": [caption], "source": "vizwiz",
-         "split": "train"} for number, caption in ((0, "A can of food"), (1, "a mug"))]
+         "split": None} for number, caption in ((0, "A can of food"), (1, "a mug"))]
     assert report.dropped == {"is_precanned": 1, "is_rejected": 1, "picture not found": 2}
     assert report.examples["is_precanned"] == [
         f"train.json, annotation 2: {str(value['annotations'][1])[:80]!r}"]

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from clipid_utils.data.cleaning.near_copies import THUMBNAIL, NearIndex, Signatures, signatures
@@ -56,13 +55,7 @@ def filter_captions(rows: Iterable[dict], report: Report, *checks: CaptionCheck)
     The report counts captions: each is kept, or dropped for the first reason found.
     """
     for row in rows:
-        kept = []
-        for caption in row["captions"]:
-            if reason := _first_reason(checks, caption):
-                report.drop(reason, caption[:SHOWN])
-            else:
-                report.keep()
-                kept.append(caption)
+        kept = [text for text in row["captions"] if report.count(_first_reason(checks, text), text[:SHOWN])]
         if kept:
             yield {**row, "captions": kept}
 
@@ -77,12 +70,9 @@ def filter_pictures(rows: Iterable[dict], report: Report, *checks: PictureCheck)
             picture = row_picture(row)
         except (PictureError, OSError) as error:
             report.drop("a broken picture", f"{_name(row)}: {error}")
-            continue
-        if reason := _first_reason(checks, picture):
-            report.drop(reason, _name(row))
         else:
-            report.keep()
-            yield row
+            if report.count(_first_reason(checks, picture), _name(row)):
+                yield row
 
 
 def row_picture(row: dict) -> Picture:
@@ -230,15 +220,8 @@ def repeated_pictures() -> PictureCheck:
 
 def near_pictures() -> PictureCheck:
     """Drops near copies (`near_copies`) of earlier pictures. Remembers 8 bytes a picture, and 3 KB on the disk."""
-    seen = SeenPictures()
-
-    def check(picture: Picture) -> str | None:
-        if seen.first(picture) is not None:
-            return "nearly a repeated picture"
-        seen.remember(picture)
-        return None
-
-    return check
+    number = _numbering()
+    return lambda picture: None if number(picture)[1] else "nearly a repeated picture"
 
 
 def placeholders(rows: Iterable[dict], most: int = 5) -> PictureCheck:
@@ -246,40 +229,38 @@ def placeholders(rows: Iterable[dict], most: int = 5) -> PictureCheck:
 
     Reads all rows first, and opens their pictures once more than the filter does.
     """
-    seen, first = SeenPictures(), []
+    number, first = _numbering(), []
     others: dict[int, set[int]] = {}  # only for pictures with a second caption: a set for each would be large
     for row in rows:
         try:
             picture = row_picture(row)
         except (PictureError, OSError):  # filter_pictures reports it
             continue
-        caption, group = caption_hash(row["captions"][0]), seen.first(picture)
-        if group is None:
-            seen.remember(picture)
+        caption, (group, is_new) = caption_hash(row["captions"][0]), number(picture)
+        if is_new:
             first.append(caption)
         elif caption != first[group] and len(found := others.setdefault(group, set())) < most:
             found.add(caption)
     common = {group for group, found in others.items() if len(found) >= most}
-    return lambda picture: f"a picture of more than {most} captions" if seen.first(picture) in common else None
+    return lambda picture: f"a picture of more than {most} captions" if number(picture)[0] in common else None
 
 
-class SeenPictures:
-    """Earlier pictures by number, from 0. Their thumbnails are in a temporary file."""
+def _numbering() -> Callable[[Picture], tuple[int, bool]]:
+    """A function that numbers pictures from 0, and says whether one is new: a near copy has the number of the first.
 
-    def __init__(self):
-        self.index, self.stored = NearIndex(self._thumbnails), tempfile.TemporaryFile(buffering=0)
+    The thumbnails are in a temporary file.
+    """
+    stored = tempfile.TemporaryFile(buffering=0)
+    index = NearIndex(lambda numbers: np.memmap(stored, np.uint8, "r").reshape(-1, *THUMBNAIL)[numbers])
 
-    def first(self, picture: Picture) -> int | None:
-        """The number of the first picture that this one is a near copy of, or None."""
-        return next((int(found[0]) for _, found in self.index.find(picture.signature)), None)
+    def number(picture: Picture) -> tuple[int, bool]:
+        for _, found in index.find(picture.signature):
+            return int(found[0]), False
+        stored.write(picture.signature.thumbnails.tobytes())
+        index.add(picture.signature.hashes)
+        return index.hashes.ntotal - 1, True
 
-    def remember(self, picture: Picture) -> None:
-        """Gives the picture the next number."""
-        self.stored.write(picture.signature.thumbnails.tobytes())
-        self.index.add(picture.signature.hashes)
-
-    def _thumbnails(self, numbers: np.ndarray) -> UInt8[np.ndarray, "N 32 32 3"]:
-        return np.memmap(self.stored, np.uint8, "r").reshape(-1, *THUMBNAIL)[numbers]
+    return number
 
 
 def _repeated(key: Callable, reason: str) -> Callable:

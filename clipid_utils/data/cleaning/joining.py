@@ -20,6 +20,7 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Int
 
+from clipid_utils.data.batches.decoding import source
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.cleaning.near_copies import CHUNK, NearIndex, Signatures, sign_all
 from clipid_utils.data.report import Report
@@ -66,10 +67,8 @@ def join(
              for row in range(1, len(part) + 1))
     shown = _rows(records.select_columns(named if named == "image_path" else "source"))
     for name, row, kind, count in zip(names, shown, side, times, strict=True):
-        if count:
-            report.keep()
-        else:
-            report.drop(REASONS.get(kind, "the weight of its source"), f"{name}: {row.get('image_path', '')!r}")
+        reason = None if count else REASONS.get(kind, "the weight of its source")
+        report.count(reason, f"{name}: {row.get('image_path', '')!r}")
     counts = {}
     for split, path, wanted in (("train", train, TRAIN), ("validation", validation, VALIDATION)):
         counts[split] = Counter()
@@ -79,8 +78,6 @@ def join(
 
 def _read(path: str | os.PathLike, held_out: bool = False) -> Dataset:
     records = read_captions(path)
-    if "image" in records.column_names:
-        records = records.cast_column("image", datasets.Image(decode=False))
     known = set() if held_out else set(records.unique("split")) - {None, "train", "validation"}
     if known:
         raise ValueError(f"{path}: rows of split {', '.join(sorted(known))}: name the file under held_out=, or write "
@@ -92,16 +89,15 @@ def _signed(path, records: Dataset, work: Path) -> tuple[np.ndarray, np.ndarray]
     """The keys and thumbnails of a set's pictures, in files whose name changes with the set's file."""
     def pictures(start: int) -> Iterator[str | bytes]:
         for row in _rows(records.select(range(start, len(records)))):
-            picture = row.get("image") or row["image_path"]
-            yield picture["bytes"] or picture["path"] if isinstance(picture, dict) else picture
+            yield source(row.get("image") or row["image_path"])
 
     place = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
     return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}")
 
 
 def _rows(records: Dataset) -> Iterator[dict]:
-    for chunk in records.iter(100):
-        yield from (dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True))
+    for table in records.with_format("arrow").iter(100):  # pictures stay encoded
+        yield from table.to_pylist()
 
 
 def sides(
@@ -144,10 +140,10 @@ def _times(
 ) -> Int[np.ndarray, " N"]:
     """How often each row comes in training: its source's weight, the fraction drawn by seed and picture."""
     times, known = [], set()
-    for source, content in zip(sources, keys["sha256"], strict=False):  # the rows that are held out come last
-        known.add(source)
+    for name, content in zip(sources, keys["sha256"], strict=False):  # the rows that are held out come last
+        known.add(name)
         digest = hashlib.sha256(b"%d " % seed + content.tobytes()).digest()
-        times.append(int(weights.get(source, 1) + int.from_bytes(digest[:8], "big") / 2**64))  # rounded down
+        times.append(int(weights.get(name, 1) + int.from_bytes(digest[:8], "big") / 2**64))  # rounded down
     if strange := set(weights) - known:
         raise ValueError(f"weights: no rows of source {', '.join(sorted(strange))}: the sources are "
                          f"{', '.join(sorted(map(str, known)))}")

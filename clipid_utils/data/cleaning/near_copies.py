@@ -43,9 +43,7 @@ class Signatures:
         return Signatures(self.hashes[rows], self.thumbnails[rows])
 
 
-def signatures(
-    images: Sequence[Image.Image], mirrored: bool = False, desc: str | None = None
-) -> Signatures:
+def signatures(images: Sequence[Image.Image], mirrored: bool = False, desc: str | None = None) -> Signatures:
     """The perceptual hash (DCT, 64 bits) and the 32 x 32 thumbnail of each picture, or of its mirror image.
 
     With `desc` a progress bar of this name is shown.
@@ -117,15 +115,11 @@ def sign(picture: str | bytes) -> tuple[np.ndarray, np.ndarray] | None:
     except PictureError:
         return None
     seen, mirrored = signatures([image]), signatures([image], mirrored=True)
-    keys = np.zeros((), KEYS)
-    keys["sha256"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-    keys["hash"], keys["mirrored"] = seen.hashes[0], mirrored.hashes[0]
-    return keys, seen.thumbnails[0]
+    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    return np.array((digest, seen.hashes[0], mirrored.hashes[0]), KEYS), seen.thumbnails[0]
 
 
-def sign_all(
-    pictures: Callable[[int], Iterable[str | bytes]], count: int, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
+def sign_all(pictures: Callable[[int], Iterable[str | bytes]], count: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys [N] and thumbnails [N, 32, 32, 3] of `count` pictures, memory-mapped from files beside `path`.
 
     `pictures(start)` gives the pictures from number `start`: an interrupted call continues where it stopped. The keys

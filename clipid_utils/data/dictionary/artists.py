@@ -18,22 +18,16 @@ def concept_id(codes: str) -> str:
     return "-".join(code.zfill(4) for code in codes.lower().split("-") if code != "fe0f")
 
 
-def has_skin_tone(concept: str) -> bool:
-    """Whether an emoji is a skin-tone variant, or a skin tone alone. The dictionary has none."""
-    return not SKIN_TONES.isdisjoint(concept.split("-"))
-
-
 def read_concepts(packages: dict[str, Path | None], groups: dict) -> dict[str, dict]:
     """Concept id -> its row without the picture, for every emoji of OpenMoji's list that CLDR names in both languages.
 
-    Skin-tone variants and OpenMoji's own extras are left out.
+    Skin-tone variants, skin tones alone and OpenMoji's own extras are left out.
     """
     indonesian, english = read_names(packages, "id"), read_names(packages, "en")
-    listed = read_json(packages["openmoji"] / "package/data/openmoji.json")
     concepts = {}
-    for emoji in listed:
+    for emoji in read_json(packages["openmoji"] / "package/data/openmoji.json"):
         concept = concept_id(emoji["hexcode"])
-        left_out = has_skin_tone(concept) or emoji["group"].startswith("extras")
+        left_out = emoji["group"].startswith("extras") or not SKIN_TONES.isdisjoint(concept.split("-"))
         if left_out or concept not in indonesian or concept not in english:
             continue
         place = f"{emoji['group']}/{emoji['subgroups']}"
@@ -115,9 +109,8 @@ def read_sprites(package: Path) -> dict[str, str]:
 def read_icons(package: Path) -> dict[str, str]:
     """Concept id -> SVG text of each icon of an Iconify collection: icons.json, with chars.json for code points."""
     collection = read_json(package / "package/icons.json")
-    characters = read_json(package / "package/chars.json")
     drawings = {}
-    for codes, name in characters.items():
+    for codes, name in read_json(package / "package/chars.json").items():
         while name not in collection["icons"]:
             name = collection["aliases"][name]["parent"]
         icon = collection["icons"][name]

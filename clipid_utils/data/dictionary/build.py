@@ -92,11 +92,8 @@ def list_rows(packages: dict[str, Path | None], groups: dict, artists: dict) -> 
     """One row for each picture: FEATURES without `image`, and `drawing`, a path or the text of an SVG."""
     concepts, rows = read_concepts(packages, groups), []
     for artist, drawings in find_drawings(packages).items():
-        rows += [
-            {**concepts[concept], "artist": artist, "concept": concept, "drawing": drawing}
-            for concept, drawing in sorted(drawings.items())
-            if concept in concepts
-        ]
+        rows += [{**concepts[concept], "artist": artist, "concept": concept, "drawing": drawing}
+                 for concept, drawing in sorted(drawings.items()) if concept in concepts]
     if packages["tuxpaint-stamps-default"]:
         stamps = read_stamps(packages["tuxpaint-stamps-default"], groups, read_json(DATA / "stamp_kinds.json"))
         rows += [{**stamp, "artist": "tuxpaint"} for stamp in stamps]

@@ -71,10 +71,8 @@ def prepare(folder: Path, pin: dict, cache: Path, number: str) -> None:
     report, rows = Report(), []
     drawings = list(read_drawings(package, report))
     for row in draw_rows(drawings, render_stamp, cache / "pictures" / f"openclipart-{number}", "openclipart"):
-        if row["png"] is None or is_blank(row["png"]):
-            report.drop("nothing to be seen on white", row["source"])
-        else:
-            report.keep()
+        is_empty = row["png"] is None or is_blank(row["png"])
+        if report.count("nothing to be seen on white" if is_empty else None, row["source"]):
             rows.append(row)
     to_dataset(rows, FEATURES).save_to_disk(folder / "rows")
     write_json(folder / "report.json", vars(report))
@@ -166,13 +164,11 @@ def split_openclipart(openclipart: Dataset, dictionary: DatasetDict) -> tuple[Da
     for row, title in enumerate(openclipart["title_en"]):
         if tidy_title(title).lower() in unseen:
             reasons.setdefault(row, "the name of an unseen concept")
-    report, kept = Report(), np.setdiff1d(np.arange(len(openclipart)), list(reasons))
-    report.kept = len(kept)
-    for row in sorted(reasons):
-        report.drop(reasons[row], openclipart["source"][row])
+    report, sources = Report(), openclipart["source"][:]
+    kept = np.array([row for row, source in enumerate(sources) if report.count(reasons.get(row), source)], np.int64)
     pairs = np.concatenate([near_copies(side.take(kept), seen.take(kept)) for side in (seen, mirrored)])
     alone = np.setdiff1d(kept, kept[pairs[pairs[:, 0] != pairs[:, 1]]])
-    drawn = [row for row in alone if share(f"openclipart {openclipart['source'][row]}") < VALIDATION]
+    drawn = [row for row in alone if share(f"openclipart {sources[row]}") < VALIDATION]
     train = np.setdiff1d(kept, drawn)
     return DatasetDict(train=openclipart.select(train), validation=openclipart.select(drawn)), report
 

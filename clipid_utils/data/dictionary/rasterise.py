@@ -19,9 +19,7 @@ MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
 PART = 400  # drawings kept at a time: an interrupted run draws at most these again
 
 
-def draw_rows(
-    rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str
-) -> Iterator[dict]:
+def draw_rows(rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str) -> Iterator[dict]:
     """The rows with their `png`: their `drawing`, a path or the text of an SVG, drawn by one of the functions below.
 
     `png` is None for an empty drawing or one that cannot be drawn. The pictures are kept in `folder` in parts, so an
@@ -48,10 +46,12 @@ def to_dataset(rows: list[dict], features: Features) -> Dataset:
 
 def draw(render: Callable[[str | Path], Image.Image], drawing: str | Path) -> bytes | None:
     """The PNG of a drawing, or None if it is empty or cannot be drawn."""
+    file = io.BytesIO()
     try:
-        return png_bytes(render(drawing))
+        render(drawing).save(file, "PNG")
     except ValueError:
         return None
+    return file.getvalue()
 
 
 def render_svg(svg: str | Path) -> Image.Image:
@@ -85,13 +85,6 @@ def fit_on_white(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(flat.size)
     flat = flat.resize([max(1, round(length * scale)) for length in flat.size], Image.Resampling.LANCZOS)
     return _centred(flat)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def is_blank(png: bytes) -> bool:

@@ -20,34 +20,28 @@ def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
     folder = next(package.rglob("tuxpaint/stamps"))
     stamps = []
     for path in sorted([*folder.rglob("*.svg"), *folder.rglob("*.png")]):
-        captions = read_captions(path.with_suffix(".txt"))
-        if path.suffix == ".png" and path.with_suffix(".svg").exists() and not _needs_fonts(path.with_suffix(".svg")):
-            continue
-        if _needs_fonts(path) or not {"id", "en"} <= captions.keys() or captions["id"] == captions["en"]:
+        english, indonesian = read_captions(path.with_suffix(".txt"))
+        svg = _text(path.with_suffix(".svg"))
+        use_svg = svg != "" and ("<path" in svg or "<text" not in svg)  # text alone depends on the machine's fonts
+        if use_svg != (path.suffix == ".svg") or not english or indonesian in ("", english):
             continue
         source = path.relative_to(folder).as_posix()
         group = look_up(groups["tuxpaint"], source)
         stamps.append({
-            "source": source,
-            "drawing": path,
-            "concept": "tuxpaint:" + re.sub(r"\W+", "-", captions["en"].lower()).strip("-"),
-            "name_id": as_name(captions["id"], captions["en"]),
-            "keywords_id": [],
-            "name_en": as_name(captions["en"], captions["en"]),
-            "keywords_en": [],
-            "group": group,
-            "has_text": group in ("letters", "flags") or "nomirror" in _settings(path.with_suffix(".dat")),
-            "kind": stamp_kind(path, source, kinds),
+            "source": source, "drawing": path, "group": group, "kind": stamp_kind(path, source, kinds),
+            "concept": "tuxpaint:" + re.sub(r"\W+", "-", english.lower()).strip("-"),
+            "name_id": as_name(indonesian, english), "keywords_id": [],
+            "name_en": as_name(english, english), "keywords_en": [],
+            "has_text": group in ("letters", "flags") or "nomirror" in _text(path.with_suffix(".dat")).split(),
         })
     return stamps
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """The captions in a stamp's .txt: "en" (its first line) and, if there is one, "id"; without final punctuation."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    captions = {"en": lines[:1], "id": [line.partition("=")[2] for line in lines if line.startswith("id.utf8=")][-1:]}
-    captions = {language: " ".join(" ".join(found).split()).rstrip(".,;: ") for language, found in captions.items()}
-    return {language: caption for language, caption in captions.items() if caption}
+def read_captions(path: Path) -> tuple[str, ...]:
+    """The captions in a stamp's .txt: English (its first line) and Indonesian, "" if missing; no final punctuation."""
+    lines = _text(path).splitlines()
+    indonesian = [line.partition("=")[2] for line in lines if line.startswith("id.utf8=")]
+    return tuple(" ".join(" ".join(found).split()).rstrip(".,;: ") for found in (lines[:1], indonesian[-1:]))
 
 
 def as_name(caption: str, english: str) -> str:
@@ -85,13 +79,6 @@ def flat_share(image: Image.Image) -> float:
     return float(equal[pairs].mean()) if pairs.any() else 1.0
 
 
-def _settings(path: Path) -> set[str]:
-    return set(path.read_text(encoding="utf-8", errors="replace").split()) if path.exists() else set()
-
-
-def _needs_fonts(path: Path) -> bool:
-    """Whether an SVG is only text, which depends on the fonts of the machine."""
-    if path.suffix != ".svg":
-        return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return "<text" in text and "<path" not in text
+def _text(path: Path) -> str:
+    """The text of a file, "" if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -1,7 +1,7 @@
 """COCO captions and VizWiz-Captions, which share a format: annotations as published, and their translations.
 
     report = Report()
-    records = read_coco("annotations/captions_train2017.json", "train2017", report, split="train")
+    records = read_coco("annotations/captions_train2017.json", "train2017", report)
     write_captions(records, "coco_train.jsonl")
     print(report)
 
@@ -12,18 +12,16 @@ split, xFlickrCO). `joining.join` leaves out pictures that are held out.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from clipid_utils.data.report import Report
+from clipid_utils.data.report import Report, example
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
-from clipid_utils.data.sources.tables import PathLike, Paths, example, json_items
+from clipid_utils.data.sources.tables import PathLike, Paths, json_items, picked_captions
 
 # Flags of VizWiz: the worker was a spammer; "Quality issues are too severe to recognize visual content."
 UNWANTED = ("is_rejected", "is_precanned")
 
 
-def read_coco(
-    path: PathLike, pictures: Paths, report: Report, *, split: str | None = None, source: str = "coco"
-) -> Iterator[dict]:
+def read_coco(path: PathLike, pictures: Paths, report: Report) -> Iterator[dict]:
     """Captions records, one for each picture, of COCO's captions_*.json or of a translated TSV.
 
     The TSV has the columns `caption` and `image_name`; its rows may be in any order. `pictures` is the folder of the
@@ -33,10 +31,10 @@ def read_coco(
     path = Path(path)
     remedy = "take the captions_*.json of the annotations' archive (instances_*.json and test sets have no captions)"
     captions = annotations(path, report, (), remedy) if path.suffix == ".json" else named_captions(path, report)
-    return tables.local_records(captions, pictures, report, source, split)
+    return tables.local_records(captions, pictures, report, "coco")
 
 
-def read_vizwiz(path: PathLike, pictures: Paths, report: Report, *, split: str | None = None) -> Iterator[dict]:
+def read_vizwiz(path: PathLike, pictures: Paths, report: Report) -> Iterator[dict]:
     """Captions records, one for each picture, of VizWiz-Captions' train.json or val.json, or of the translated JSON.
 
     The first have COCO's format; captions that their flags reject are dropped. The translation is a list of
@@ -45,10 +43,10 @@ def read_vizwiz(path: PathLike, pictures: Paths, report: Report, *, split: str |
     path, remedy = Path(path), "take VizWiz-Captions' train.json or val.json, or its translation"
     if first_character(path) == "[":
         entries = ((f"entry {number}", row) for number, row in enumerate(json_items(path, "item", remedy), 1))
-        captions = tables.picked_captions(path, entries, _translated, report, remedy)
+        captions = picked_captions(path, entries, lambda row: (row["image_path"], row["captions"]), report, remedy)
     else:
         captions = annotations(path, report, UNWANTED, remedy)
-    return tables.local_records(captions, pictures, report, "vizwiz", split)
+    return tables.local_records(captions, pictures, report, "vizwiz")
 
 
 def first_character(path: Path) -> str:
@@ -72,19 +70,11 @@ def annotations(path: Path, report: Report, unwanted: Sequence[str], remedy: str
     names = OnDisk((repr(image.get("id")), image["file_name"]) for image in json_items(path, "images.item", remedy)
                    if isinstance(image, dict) and isinstance(image.get("file_name"), str))
 
-    def pick(row: object) -> tuple[str, list] | str | None:
-        if not isinstance(row, dict) or not row.keys() >= {"image_id", "caption"}:
-            return None
-        number = row["image_id"]
+    def pick(row: dict) -> tuple[str, list] | str:
+        number, caption = row["image_id"], row["caption"]
         name = names.get(repr(number)) or (f"{number:012d}.jpg" if isinstance(number, int) else None)
         reason = next((flag for flag in unwanted if row.get(flag)), None if name else "picture not listed")
-        return reason or (name, [row["caption"]])
+        return reason or (name, [caption])
 
     rows = enumerate(json_items(path, "annotations.item", remedy), 1)
-    return tables.picked_captions(path, ((f"annotation {number}", row) for number, row in rows), pick, report, remedy)
-
-
-def _translated(row: object) -> tuple[str, list] | None:
-    if not isinstance(row, dict) or not isinstance(row.get("captions"), list) or not row.get("image_path"):
-        return None
-    return row["image_path"], row["captions"]
+    return picked_captions(path, ((f"annotation {number}", row) for number, row in rows), pick, report, remedy)

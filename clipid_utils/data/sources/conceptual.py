@@ -20,7 +20,7 @@ from pathlib import Path
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources import tables
 from clipid_utils.data.sources.disk_table import OnDisk
-from clipid_utils.data.sources.tables import PathLike, Paths, caption_table, clean_caption, example
+from clipid_utils.data.sources.tables import PathLike, Paths, caption_table, clean_caption
 from clipid_utils.data.tars import tar_samples
 from clipid_utils.files import parse_line
 
@@ -28,22 +28,22 @@ PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 SBU_FILES = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt")
 
 
-def read_conceptual(path: PathLike, report: Report, *, source: str, split: str | None = None) -> Iterator[dict]:
+def read_conceptual(path: PathLike, report: Report, *, source: str) -> Iterator[dict]:
     """Rows of pictures to download, of the TSV of CC3M, CC12M or a translation.
 
     The columns are `caption` and `url` in either order, with the translations' header or, as published, without one. A
     row is `{"url", "captions", "source", "split", "row"}`, with `row` from 0 after the header. SVG, repeated addresses
     and anything but an http(s) address are dropped. Raises ValueError for a different file.
     """
-    return _addressed(caption_table(Path(path), "url", report), Path(path), report, source, split)
+    return _addressed(caption_table(Path(path), "url", report), Path(path), report, source)
 
 
-def read_sbu(folder: PathLike, report: Report, *, split: str | None = None) -> Iterator[dict]:
+def read_sbu(folder: PathLike, report: Report) -> Iterator[dict]:
     """Rows as `read_conceptual` gives them, of SBU's two text files, whose lines belong together by number.
 
     SBU's translation is a TSV for `read_conceptual`. Raises ValueError if one file has more lines.
     """
-    return _addressed(_line_by_line(Path(folder), report), Path(folder) / SBU_FILES[1], report, "sbu", split)
+    return _addressed(_line_by_line(Path(folder), report), Path(folder) / SBU_FILES[1], report, "sbu")
 
 
 def _line_by_line(folder: Path, report: Report) -> Iterator[tuple[int, int, str, str]]:
@@ -53,28 +53,22 @@ def _line_by_line(folder: Path, report: Report) -> Iterator[tuple[int, int, str,
             raise ValueError(f"{urls if caption is None else captions}:{row + 1}: the other file of "
                              f"{' and '.join(SBU_FILES)} ends before this line: fetch both again")
         if tables.SURROGATE.search(caption[1] + url[1]):
-            report.drop(tables.NOT_UTF8, example(captions, row + 1, caption[1]))
+            report.drop(tables.NOT_UTF8, captions, row + 1, caption[1])
         elif clean := clean_caption(caption[1]):
             yield row, row + 1, url[1].strip(), clean
         else:
-            report.drop("empty caption", example(captions, row + 1, url[1]))
+            report.drop("empty caption", captions, row + 1, url[1])
 
 
-def _addressed(
-    table: Iterable[tuple[int, int, str, str]], path: Path, report: Report, source: str, split: str | None
-) -> Iterator[dict]:
+def _addressed(table: Iterable[tuple[int, int, str, str]], path: Path, report: Report, source: str) -> Iterator[dict]:
     seen = OnDisk()
     for row, number, url, caption in table:
-        if reason := tables.refused(url) or (None if seen.add(url) else "repeated address"):
-            report.drop(reason, example(path, number, url))
-        else:
-            report.keep()
-            yield {"url": url, "captions": [caption], "source": source, "split": split, "row": row}
+        reason = tables.refused(url) or (None if seen.add(url) else "repeated address")
+        if report.count(reason, path, number, url):
+            yield {"url": url, "captions": [caption], "source": source, "split": None, "row": row}
 
 
-def read_mirror(
-    tars: Paths, report: Report, *, source: str, split: str | None = None, translations: OnDisk | None = None
-) -> Iterator[dict]:
+def read_mirror(tars: Paths, report: Report, *, source: str, translations: OnDisk | None = None) -> Iterator[dict]:
     """Records `{"image": bytes, "captions", "source", "split"}` of WebDataset tars, for Parquet.
 
     A sample is a picture, its caption (.txt, or else "caption" in .json) and its address ("url" in .json; the
@@ -99,10 +93,7 @@ def read_mirror(
                 reason = "no caption in the sample" if translations is None else "no translation for its address"
             elif tables.SURROGATE.search(str(caption)):
                 reason = tables.NOT_UTF8
-            elif clean := clean_caption(caption):
-                report.keep()
-                yield {"image": picture, "captions": [clean], "source": source, "split": split}
-                continue
             else:
-                reason = "empty caption"
-            report.drop(reason, example(path, name))
+                reason = None if (clean := clean_caption(caption)) else "empty caption"
+            if report.count(reason, path, name):
+                yield {"image": picture, "captions": [clean], "source": source, "split": None}

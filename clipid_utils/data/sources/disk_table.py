@@ -1,5 +1,6 @@
 """Tables in a temporary file on disk, for data that may be larger than memory. SQLite makes and removes the file."""
 
+import contextlib
 import hashlib
 import itertools
 import operator
@@ -20,8 +21,7 @@ def gathered(rows: Iterable[tuple[str, int | str, str]]) -> Iterator[tuple[str, 
 
     Keys and texts keep the order in which they came. All rows are read, onto the disk, before the first key is given.
     """
-    database = temporary_database()
-    try:
+    with contextlib.closing(temporary_database()) as database:
         database.execute("create table rows (key text, place, text text)")
         database.executemany("insert into rows values (?, ?, ?)", rows)
         found = database.execute("select key, place, text, min(rowid) over (partition by key) as first, rowid as row "
@@ -29,8 +29,6 @@ def gathered(rows: Iterable[tuple[str, int | str, str]]) -> Iterator[tuple[str, 
         for key, group in itertools.groupby(found, key=operator.itemgetter(0)):
             group = list(group)
             yield key, group[0][1], [row[2] for row in group]
-    finally:
-        database.close()
 
 
 class OnDisk:

@@ -16,9 +16,7 @@ KAGGLE_HEADER = re.compile(r"image_name\s*\|\s*comment_number\s*\|\s*comment\s*$
 MARKS = re.compile("<start>|<end>")
 
 
-def read_flickr(
-    path: PathLike, pictures: Paths, report: Report, *, source: str, split: str | None = None
-) -> Iterator[dict]:
+def read_flickr(path: PathLike, pictures: Paths, report: Report, *, source: str) -> Iterator[dict]:
     """Captions records, one for each picture, of Flickr8k or Flickr30k (`source`).
 
     `path` is Flickr8k.token.txt or results_20130124.token (name#number<TAB>caption), Kaggle's results.csv (name|
@@ -29,7 +27,7 @@ def read_flickr(
     if first_character(path) == "{":
         remedy = 'this reads {"picture.jpg": ["<start> a caption <end>", …], …}'
         pairs = ((f"key {pair[0]}", pair) for pair in tables.json_items(path, "", remedy, pairs=True))
-        return local_records(picked_captions(path, pairs, _marked, report, remedy), pictures, report, source, split)
+        return local_records(picked_captions(path, pairs, _marked, report, remedy), pictures, report, source)
     number, first = next(((number, line) for number, line in tables.text_lines(path) if line.strip()), (1, ""))
     if TOKEN.fullmatch(first):
         captions = _matched(path, TOKEN, 0, report)
@@ -37,14 +35,12 @@ def read_flickr(
         captions = _matched(path, KAGGLE, number, report)
     else:
         captions = named_captions(path, report)
-    return local_records(captions, pictures, report, source, split)
+    return local_records(captions, pictures, report, source)
 
 
-def _marked(pair: tuple[str, object]) -> tuple[str, list] | None:
+def _marked(pair: tuple[str, object]) -> tuple[str, list | None]:
     name, captions = pair
-    if not isinstance(captions, list) or not all(isinstance(caption, str | None) for caption in captions):
-        return None
-    return name, [MARKS.sub(" ", caption or "") for caption in captions]
+    return name, [MARKS.sub(" ", caption or "") for caption in captions] if isinstance(captions, list) else None
 
 
 def _matched(path: Path, form: re.Pattern, header: int, report: Report) -> Iterator[tuple[str, str, str]]:
@@ -59,34 +55,26 @@ def _matched(path: Path, form: re.Pattern, header: int, report: Report) -> Itera
     return picked_captions(path, lines, pick, report, "take the file as it was published")
 
 
-def read_xflickrco(path: PathLike, pictures: Paths, report: Report, *, split: str | None = "test") -> Iterator[dict]:
+def read_xflickrco(path: PathLike, pictures: Paths, report: Report) -> Iterator[dict]:
     """Captions records of xFlickrCO (Bugliarello et al. 2022, IGLUE), such as annotations/id/test.jsonl.
 
     A line is `{"sentences": [str, …], "id": …, "img_path": name}`. `pictures` are two folders: Flickr30k's and COCO's,
     of 2014 or of 2017. Meant for evaluation. Raises ValueError for a different file.
     """
-    def pick(row: dict) -> tuple[str, list] | None:
-        fits = isinstance(row.get("sentences"), list) and isinstance(row.get("img_path"), str)
-        return (row["img_path"], row["sentences"]) if fits else None
-
     path, remedy = Path(path), "take xFlickrCO's annotations/id/test.jsonl"
-    captions = picked_captions(path, json_records(path, report), pick, report, remedy, "no 'sentences' or 'img_path'")
-    return local_records(captions, pictures, report, "xflickrco", split)
+    captions = picked_captions(path, json_records(path, report), lambda row: (row["img_path"], row["sentences"]),
+                               report, remedy, "no 'sentences' or 'img_path'")
+    return local_records(captions, pictures, report, "xflickrco", "test")
 
 
-def read_xm3600(
-    path: PathLike, pictures: Paths, report: Report, *, language: str = "id", split: str | None = "test"
-) -> Iterator[dict]:
+def read_xm3600(path: PathLike, pictures: Paths, report: Report, *, language: str = "id") -> Iterator[dict]:
     """Captions records of Crossmodal-3600 (Thapliyal et al. 2022) in one of its 36 languages, of captions.jsonl.
 
     A line is `{"image/key": key, "id": {"caption": [str, …], …}, "en": {…}, …}`; the picture is `key.jpg`. Meant for
     evaluation, not for training. Raises ValueError for a different file, or if its first line lacks the language.
     """
-    def pick(row: dict) -> tuple[str, list] | None:
-        key, texts = row.get("image/key"), row.get(language)
-        fits = isinstance(key, str) and isinstance(texts, dict) and isinstance(texts.get("caption"), list)
-        return (f"{key}.jpg", texts["caption"]) if fits else None
-
     path, remedy = Path(path), "take XM3600's captions.jsonl, and one of its languages"
-    captions = picked_captions(path, json_records(path, report), pick, report, remedy, f"no captions in {language!r}")
-    return local_records(captions, pictures, report, "xm3600", split)
+    captions = picked_captions(
+        path, json_records(path, report), lambda row: (row["image/key"] + ".jpg", row[language]["caption"]), report,
+        remedy, f"no captions in {language!r}")
+    return local_records(captions, pictures, report, "xm3600", "test")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ijson
 
-from clipid_utils.data.report import Report
+from clipid_utils.data.report import Report, example
 from clipid_utils.data.sources.disk_table import gathered
 from clipid_utils.files import MAX_LINE, numbered_lines, parse_line, read_json
 
@@ -49,12 +49,6 @@ def as_paths(paths: Paths) -> list[Path]:
     return [Path(path) for path in ([paths] if isinstance(paths, PathLike) else paths)]
 
 
-def example(path: Path, place: int | str, text: object = "") -> str:
-    """The name of a line, or of a different place in a file, for a report."""
-    name = f"{path.name}:{place}" if isinstance(place, int) else f"{path.name}, {place}"
-    return f"{name}: {str(text)[:80]!r}" if text else name
-
-
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of each line. Bytes that are not UTF-8 become SURROGATE characters.
 
@@ -67,12 +61,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def json_records(path: Path, report: Report) -> Iterator[tuple[int, dict]]:
     """Number and JSON object of each line. Other lines are dropped. Raises ValueError for a .gz that is cut off."""
     for number, line in numbered_lines(path):
-        if not (line := line.strip()):
-            continue
-        record, problem = parse_line(line)
+        record, problem = parse_line(line) if line.strip() else (None, None)
         if problem:
-            report.drop(NOT_UTF8 if "UTF-8" in problem else "not a JSON object", example(path, number, problem))
-        else:
+            report.drop(NOT_UTF8 if "UTF-8" in problem else "not a JSON object", path, number, problem)
+        elif record is not None:
             yield number, record
 
 
@@ -96,30 +88,35 @@ def json_items(path: Path, prefix: str, remedy: str, *, pairs: bool = False) -> 
 
 
 def picked_captions(
-    path: Path, entries: Iterable[tuple[int | str, object]], pick: Callable[[object], tuple[str, list] | str | None],
+    path: Path, entries: Iterable[tuple[int | str, object]], pick: Callable[[object], tuple[str, list] | str],
     report: Report, remedy: str, misfit: str = "different format",
 ) -> Iterator[tuple[str, str, str]]:
     """(picture's name, place, caption) of each caption in the (place, entry) pairs of a file.
 
-    `pick(entry)` returns the picture's name and its captions, or the reason to drop the entry, or None for a misfit.
-    Empty captions are dropped. Raises ValueError with `remedy` if the first entry is a misfit, or if there is no entry.
+    `pick(entry)` returns the picture's name and the list of its captions, or the reason to drop the entry. A misfit is
+    an entry where these have different types, or where `pick` finds no such key. Empty captions are dropped. Raises
+    ValueError with `remedy` if the first entry is a misfit, or if there is no entry.
     """
     place = None
     for count, (place, entry) in enumerate(entries):
-        picked = pick(entry)
-        if picked is None and count == 0:
+        try:
+            picked = pick(entry)
+            fits = isinstance(picked, str) or isinstance(picked[0], str) and isinstance(picked[1], list)
+        except (KeyError, TypeError):
+            fits = False
+        if not fits and count == 0:
             raise ValueError(f"{path}: {example(path, place, entry)}: {misfit}: {remedy}")
-        if not isinstance(picked, tuple):
-            report.drop(picked or misfit, example(path, place, entry))
+        if not fits or isinstance(picked, str):
+            report.drop(picked if fits else misfit, path, place, entry)
             continue
         name, captions = picked
         if not captions:
-            report.drop("picture without captions", example(path, place, name))
+            report.drop("picture without captions", path, place, name)
         for caption in captions:
             if clean := clean_caption(caption):
                 yield name, example(path, place), clean
             else:
-                report.drop("empty caption", example(path, place, name))
+                report.drop("empty caption", path, place, name)
     if place is None:
         raise ValueError(f"{path}: no captions here: {remedy}")
 
@@ -154,7 +151,7 @@ def caption_table(path: Path, key: str, report: Report) -> Iterator[tuple[int, i
             continue
         else:
             reason = f"empty {key}"
-        report.drop(reason, example(path, number, line))
+        report.drop(reason, path, number, line)
 
 
 def _columns(path: Path, number: int, fields: list[str], key: str) -> tuple[list[str], bool]:
@@ -210,11 +207,11 @@ def quoted_table(
         places = [header.index(name) for name in columns]
         for (number, fields), row in zip(table, rows, strict=False):  # zip asks `rows` last, so none is skipped
             if len(fields) != len(header):
-                report.drop(f"{len(fields)} columns where the header has {len(header)}", example(path, number))
+                report.drop(f"{len(fields)} columns where the header has {len(header)}", path, number)
                 continue
             values = [fields[place] for place in places]
             if any(not value.isascii() and SURROGATE.search(value) for value in values):
-                report.drop(NOT_UTF8, example(path, number))
+                report.drop(NOT_UTF8, path, number)
             else:
                 yield row, path, number, values
 
@@ -245,7 +242,7 @@ def refused(url: str, mime_type: str = "") -> str | None:
 
 
 def local_records(
-    captions: Iterable[tuple[str, str, str]], folders: Paths, report: Report, source: str, split: str | None
+    captions: Iterable[tuple[str, str, str]], folders: Paths, report: Report, source: str, split: str | None = None
 ) -> Iterator[dict]:
     """Captions records, one for each picture, of (file name, place in the file that lists it, caption) rows.
 
@@ -257,13 +254,19 @@ def local_records(
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder: unpack the pictures there, or name the folder that has them")
     for name, place, texts in gathered(captions):
-        path, unique = find_picture(name, folders), list(dict.fromkeys(texts))
-        for _ in range(len(texts) - len(unique)):
-            report.drop("the picture has this caption already", f"{place}: {name!r}")
-        for _ in unique:
-            report.keep() if path else report.drop("picture not found", f"{place}: {name!r}")
+        path = find_picture(name, folders)
+        captions = unique_captions(texts, report, f"{place}: {name!r}", None if path else "picture not found")
         if path:
-            yield {"image_path": path, "captions": unique, "source": source, "split": split}
+            yield {"image_path": path, "captions": captions, "source": source, "split": split}
+
+
+def unique_captions(texts: Sequence[str], report: Report, place: str, problem: str | None = None) -> list[str]:
+    """The captions of a picture, each once. The report counts them; all are dropped if the picture has a problem."""
+    unique = list(dict.fromkeys(texts))
+    again = ["the picture has this caption already"] * (len(texts) - len(unique))
+    for reason in (*again, *[problem] * len(unique)):
+        report.count(reason, place)
+    return unique
 
 
 def find_picture(name: str, folders: Sequence[Path]) -> str | None:

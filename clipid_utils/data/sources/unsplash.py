@@ -6,14 +6,13 @@ from pathlib import Path
 
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.disk_table import OnDisk, gathered
-from clipid_utils.data.sources.tables import PathLike, clean_caption, example, quoted_table
+from clipid_utils.data.sources.tables import PathLike, clean_caption, quoted_table
 
 PREFIX = "https://images.unsplash.com/"
 CONFIDENCE = 60  # of 100, that a machine gives a keyword
-PART = re.compile(r"(photos|keywords)\.[ct]sv\d*$")  # photos.tsv000; since 2025 photos.csv000, also with tabs
 
 
-def read_unsplash(folder: PathLike, report: Report, *, split: str | None = None) -> Iterator[dict]:
+def read_unsplash(folder: PathLike, report: Report) -> Iterator[dict]:
     """Rows of pictures to download, of the folder with photos.tsv000 and keywords.tsv000.
 
     A row is `{"url", "captions", "source", "split", "row"}`. The English captions are the photographer's, a machine's,
@@ -23,27 +22,26 @@ def read_unsplash(folder: PathLike, report: Report, *, split: str | None = None)
     ValueError if the files or their columns are missing.
     """
     folder = Path(folder)
-    parts = {table: sorted(path for path in folder.iterdir() if (found := PART.match(path.name)) and found[1] == table)
-             for table in ("photos", "keywords")}
-    for table, paths in parts.items():
-        if not paths:
-            raise ValueError(f"{folder}: no {table}.tsv000 here: unpack the archive of Unsplash Lite, and name its "
-                             "folder")
+    photos, keywords = (_parts(folder, table) for table in ("photos", "keywords"))
     keywords = OnDisk((photo, ", ".join(dict.fromkeys(words)))
-                      for photo, _, words in gathered(_keywords(parts["keywords"], report)))
+                      for photo, _, words in gathered(_keywords(keywords, report)))
     columns, seen = ("photo_id", "photo_image_url", "photo_description", "ai_description"), OnDisk()
-    for row, path, number, (photo, url, *texts) in quoted_table(parts["photos"], columns, report):
+    for row, path, number, (photo, url, *texts) in quoted_table(photos, columns, report):
         captions = [text for text in map(clean_caption, [*texts, keywords.get(photo)]) if text]
         if not url.startswith(PREFIX):
-            report.drop("address of a different host", example(path, number, url))
+            report.drop("address of a different host", path, number, url)
         elif not captions:
-            report.drop("photo without captions", example(path, number, photo))
-        elif not seen.add(photo):
-            report.drop("repeated photo", example(path, number, photo))
-        else:
-            report.keep()
+            report.drop("photo without captions", path, number, photo)
+        elif report.count(None if seen.add(photo) else "repeated photo", path, number, photo):
             yield {"url": f"{url}?w=640&fm=jpg&fit=max", "captions": list(dict.fromkeys(captions)),
-                   "source": "unsplash", "split": split, "row": row}
+                   "source": "unsplash", "split": None, "row": row}
+
+
+def _parts(folder: Path, table: str) -> list[Path]:
+    """The files of a table: photos.tsv000; since 2025 photos.csv000, also with tabs."""
+    if paths := sorted(path for path in folder.iterdir() if re.fullmatch(rf"{table}\.[ct]sv\d*", path.name)):
+        return paths
+    raise ValueError(f"{folder}: no {table}.tsv000 here: unpack the archive of Unsplash Lite, and name its folder")
 
 
 def _keywords(paths: list[Path], report: Report) -> Iterator[tuple[str, int, str]]:

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipid_utils.data.report import EXAMPLES, Report
+from clipid_utils.data.report import Report
 from clipid_utils.data.sources.disk_table import gathered
-from clipid_utils.data.sources.tables import Paths, as_paths, clean_caption, example, quoted_table, refused
+from clipid_utils.data.sources.tables import Paths, as_paths, clean_caption, quoted_table, refused, unique_captions
 
 CAPTION = "caption_reference_description"  # under the picture on the page
 
 
-def read_wit(paths: Paths, report: Report, *, language: str = "id", split: str | None = None) -> Iterator[dict]:
+def read_wit(paths: Paths, report: Report, *, language: str = "id") -> Iterator[dict]:
     """Rows of pictures to download, of wit_v1.train.all-*.tsv.gz, packed or not.
 
     A row is `{"url", "captions", "source", "split", "row"}`: an address with all captions that pages in the language
@@ -18,12 +18,8 @@ def read_wit(paths: Paths, report: Report, *, language: str = "id", split: str |
     file, are dropped, and so are SVG and rows without a caption. Raises ValueError for a file that lacks the columns.
     """
     for url, row, captions in gathered(_rows(as_paths(paths), report, language)):
-        unique = list(dict.fromkeys(captions))
-        for _ in range(len(captions) - len(unique)):
-            report.drop("the picture has this caption already", f"row {row + 1}: {url!r}")
-        for _ in unique:
-            report.keep()
-        yield {"url": url, "captions": unique, "source": "wit", "split": split, "row": row}
+        captions = unique_captions(captions, report, f"row {row + 1}: {url!r}")
+        yield {"url": url, "captions": captions, "source": "wit", "split": None, "row": row}
 
 
 def _rows(paths: list[Path], report: Report, language: str) -> Iterator[tuple[str, int, str]]:
@@ -31,12 +27,10 @@ def _rows(paths: list[Path], report: Report, language: str) -> Iterator[tuple[st
     misfit = f"language is not {language}"
     for row, path, number, (url, text, mime_type, spoken) in quoted_table(paths, columns, report):
         if spoken != language:
-            # Few of millions of rows are shown, and to name a row takes longer than to count it
-            few = report.dropped[misfit] < EXAMPLES
-            report.drop(misfit, example(path, number, f"{spoken}: {url}") if few else "")
+            report.drop(misfit, path, number, f"{spoken}: {url}")
         elif not (text := clean_caption(text)):
-            report.drop(f"empty {CAPTION}", example(path, number, url))
+            report.drop(f"empty {CAPTION}", path, number, url)
         elif reason := refused(url, mime_type):
-            report.drop(reason, example(path, number, url))
+            report.drop(reason, path, number, url)
         else:
             yield url, row, text
