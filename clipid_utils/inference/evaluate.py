@@ -14,7 +14,7 @@ from PIL import Image
 
 import clipid_utils
 from clipid_utils.files import write_json
-from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
+from clipid_utils.inference.zeroshot import classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
 from clipid_utils.pictures import to_rgb
@@ -45,11 +45,7 @@ def evaluate_checkpoint(
     model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
     report: dict = {
         "checkpoint": {"name": None if given else Path(checkpoint).name, "fingerprint": fingerprint(model, processor)},
-        "seed": seed,
-        "versions": versions(PACKAGES),
-        "data": {},
-        "retrieval": {},
-        "zero_shot": {},
+        "seed": seed, "versions": versions(PACKAGES), "data": {}, "retrieval": {}, "zero_shot": {},
     }
     for split in splits:
         rows, checksum = dictionary[split], hashlib.sha256()
@@ -107,7 +103,7 @@ def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"
         weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key], groups)
         report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, **drawn)
         weights = classifier_weights(model, processor, names, wording[key], concept_groups)
-        report["concept_within_group"][key] = accuracy_within(image_embeds, weights, labels, concept_groups, **drawn)
+        report["concept_within_group"][key] = zero_shot_accuracy(image_embeds, weights, labels, concept_groups, **drawn)
     return report
 
 
@@ -128,7 +124,6 @@ def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
     clusters = [concept for concept, kept in zip(concepts, answerable, strict=True) if kept]
     summary = retrieval_summary(nearness, positives[answerable], seed=seed, clusters=clusters)
     return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
-
 
 
 def _pixels(images) -> Float[np.ndarray, "N pixels"]:

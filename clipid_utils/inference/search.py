@@ -4,7 +4,7 @@
     scores, rows = search(index, query_embeds(model, processor, text="kucing tidur"), k=10)
 
 The vectors are one matrix, and a query is one product with it. NumPy's exact `top_k` is faster than faiss' flat index
-at the sizes of this course (`benchmarks/bench_search.py`); `faiss_hnsw` is there for millions of pictures.
+at the sizes of this course (`benchmarks/bench_search.py`); notebook 07 has faiss' approximate search beside it.
 """
 
 import io
@@ -18,15 +18,12 @@ from flax import nnx
 from jaxtyping import Float, Int
 from PIL import Image
 
-from clipid_utils.files import need
 from clipid_utils.inference.index import SHOWN_SIDE, PictureIndex
 from clipid_utils.model.embed import embed_pixels, embed_texts
 from clipid_utils.pictures import open_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
 
 
 def query_embeds(
@@ -65,19 +62,13 @@ def _is_unknown(processor: object, text: str) -> bool:
 
 
 def search(
-    index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10, find: Find | None = None
+    index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
 
-    `find` replaces the exact search, for example by `faiss_hnsw(index.embeds)`. k is at most the size of the index.
-    Raises ValueError if `find` finds fewer than k.
+    k is at most the size of the index.
     """
-    if find is None:
-        return top_k(index.embeds, queries, k)
-    scores, rows = find(queries, min(k, len(index)))
-    if (rows < 0).any():  # faiss says so that it found no more
-        raise ValueError(f"the finder found fewer than {k} pictures for a query: give it more effort, or a smaller k")
-    return scores, rows
+    return top_k(index.embeds, queries, k)
 
 
 def top_k(
@@ -86,11 +77,8 @@ def top_k(
     """Exact search by inner product: the k largest of `queries @ embeds.T`, best first; equal scores by row number.
 
     It takes `block` pictures at a time, so that a million need no more memory than 65,536. If more pictures have the
-    k-th score than there is room for, any of them may be returned. Raises ValueError for a NaN, for widths that differ,
-    for k below 1.
+    k-th score than there is room for, any of them may be returned. Raises ValueError for a NaN, and for k below 1.
     """
-    if embeds.ndim != 2 or queries.ndim != 2 or embeds.shape[1] != queries.shape[1] or not len(embeds):
-        raise ValueError(f"embeds [N, E] and queries [Q, E] must agree in E, not {embeds.shape} and {queries.shape}")
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
     k = min(k, len(embeds))
@@ -125,28 +113,6 @@ def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray,
         return scores, columns
     keep = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :]
     return np.take_along_axis(scores, keep, axis=1), np.take_along_axis(columns, keep, axis=1)
-
-
-def faiss_flat(embeds: Float[np.ndarray, "N E"]) -> Find:
-    """FAISS' exact search (Johnson et al. 2019, IndexFlatIP), for `search(…, find=…)`; ImportError without faiss."""
-    return _faiss_finder(need("faiss", "data").IndexFlatIP(embeds.shape[1]), embeds)
-
-
-def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 64) -> Find:
-    """Approximate search over a graph (HNSW, Malkov & Yashunin 2018), for millions of pictures.
-
-    Each picture has `links` neighbours (more need more memory); a query looks at `effort` candidates (more find more,
-    and take longer).
-    """
-    faiss = need("faiss", "data")
-    graph = faiss.IndexHNSWFlat(embeds.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction, graph.hnsw.efSearch = 200, effort
-    return _faiss_finder(graph, embeds)
-
-
-def _faiss_finder(finder: object, embeds: np.ndarray) -> Find:
-    finder.add(np.ascontiguousarray(embeds, np.float32))
-    return lambda queries, k: finder.search(np.ascontiguousarray(queries, np.float32), k)
 
 
 def search_figure(
