@@ -68,8 +68,8 @@ def test_accuracy_over_all_classes_and_within_groups():
     assert within["top1"]["value"] == 1.0 and within["classes"] == 2.0 and within["items"] == 3
     for groups in (None, [1, 1, 1, 2]):
         found = zeroshot.zero_shot_accuracy(images, weights, labels, groups, clusters=["a", "a", "a"])
-        together = found["top1"]
-        assert list(found) == ["top1", "top5", "items", "classes"] and together["low"] == together["high"] == together["value"]
+        assert list(found) == ["top1", "top5", "items", "classes"]
+        assert found["top1"]["low"] == found["top1"]["high"] == found["top1"]["value"]
 
 
 def test_intervals_of_accuracy_depend_on_the_seed():
