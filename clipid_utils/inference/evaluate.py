@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -76,8 +77,7 @@ def _opened(rows, checksum) -> Iterator[Image.Image]:
 def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
     """`{"text_to_image": …, "image_to_text": …}`, each a `metrics.retrieval_summary`, for one split's rows."""
     concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
-    texts = list(dict.fromkeys(zip(concepts, names, strict=True)))  # in the order of the rows
-    text_concepts, text_names = [concept for concept, _ in texts], [name for _, name in texts]
+    text_concepts, text_names = zip(*dict.fromkeys(zip(concepts, names, strict=True)), strict=True)  # in their order
     similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
     positives = same_key(text_concepts, concepts, (text_names, names))
     return {
@@ -90,17 +90,16 @@ def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"
     """Zero-shot accuracy of one split, class = group and class = concept within its group, naive and with templates."""
     wording = load_wording()
     group_names = {group: group_phrase(name) for group, name in zip(rows["group"], rows["group_id"], strict=True)}
-    groups = sorted(group_names)
-    group_labels = np.array([groups.index(group) for group in rows["group"]])
-    named = list(zip((name.casefold() for name in rows["name_id"]), rows["group"], strict=True))
-    classes = sorted(set(named))  # two concepts of one name and group cannot be told apart by their name
-    names, concept_groups = zip(*classes, strict=True)
-    numbers = {pair: number for number, pair in enumerate(classes)}
-    labels = np.array([numbers[pair] for pair in named])
+    groups, group_labels = np.unique(list(rows["group"]), return_inverse=True)
+    named = [(name.casefold(), group) for name, group in zip(rows["name_id"], rows["group"], strict=True)]
+    # Two concepts of one name and group are one class: they cannot be told apart by their name
+    classes, labels = np.unique(named, axis=0, return_inverse=True)
+    names, concept_groups = classes.T.tolist()
     report: dict = {"group": {}, "concept_within_group": {}}
     drawn = {"seed": seed, "clusters": list(rows["concept"])}
     for key in ("naive", "templates"):
-        weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key], groups)
+        weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key],
+                                     groups.tolist())
         report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, **drawn)
         weights = classifier_weights(model, processor, names, wording[key], concept_groups)
         report["concept_within_group"][key] = zero_shot_accuracy(image_embeds, weights, labels, concept_groups, **drawn)
@@ -134,8 +133,4 @@ def _pixels(images) -> Float[np.ndarray, "N pixels"]:
 
 def rounded(value, digits: int = 6):
     """A report with every float in it rounded, for readers of the file."""
-    if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return round(value, digits) if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), digits))

@@ -34,13 +34,8 @@ def occlusion(
 
 def occlusion_masks(size: tuple[int, int], grid: int, window: float | int = 2) -> np.ndarray:
     """Boolean masks [grid * grid, H, W], row by row: a square `window` cells wide around the middle of each cell."""
-    edges = []
-    for side in size:
-        middles = (np.arange(grid) + 0.5) * side / grid
-        half = window * side / grid / 2
-        pixels = np.arange(side) + 0.5
-        edges.append(np.abs(pixels - middles[:, None]) < half)  # [grid, side]
-    rows, columns = edges
+    middles = np.arange(grid)[:, None] + 0.5  # in cells
+    rows, columns = (np.abs((np.arange(side) + 0.5) * grid / side - middles) < window / 2 for side in size)
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid * grid, *size)
 
 

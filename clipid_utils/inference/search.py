@@ -135,19 +135,16 @@ def search_widget(
     """A search box over a grid of results; with a file, it searches by picture, or by picture and words together.
 
     In a notebook it displays itself and returns None. A page that cannot show widgets (GitHub, a printed notebook)
-    shows the first query's figure instead; without ipywidgets or a notebook the answer is that Figure.
+    shows the first query's figure instead; outside a notebook the answer is that Figure.
     """
+    import ipywidgets
+    from IPython import display, get_ipython
 
     def draw(text: str, image: Image.Image | None = None, text_weight: float | int = 0.5) -> "Figure":
         text = text.strip() or (query if image is None else None)
         return search_figure(index, model, processor, text, image, text_weight, k, columns)
 
     figure = draw(query)
-    try:
-        import ipywidgets
-        from IPython import display, get_ipython
-    except ImportError:
-        return figure
     if getattr(get_ipython(), "kernel", None) is None:  # a plain terminal: no front end that could show a widget
         return figure
     first = _png(figure)

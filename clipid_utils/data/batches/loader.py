@@ -90,8 +90,7 @@ def load_records(records: Dataset, size: int, most: int, decode: Callable | None
 
 def _numbers(names: list[str]) -> Int[np.ndarray, " N"]:
     """The same number for names that differ at most in case."""
-    number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
-    return np.array([number[name.lower()] for name in names], np.int32)
+    return np.unique([name.lower() for name in names], return_inverse=True)[1].astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -231,10 +231,9 @@ def retry_after(header: str) -> float | None:
     if header.strip().isdecimal():
         return float(header)
     try:
-        when = parsedate_to_datetime(header)
+        when = parsedate_to_datetime(header).replace(tzinfo=UTC)  # HTTP writes all dates in GMT
     except ValueError:
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
