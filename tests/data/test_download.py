@@ -149,7 +149,7 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(server, tmp_path):
         with Image.open(path) as image:
             image.load()  # not a half-written picture
     assert 100 <= len(done) < 300 and all((tmp_path / line["path"]).exists() for line in done if line["path"])
-    for name in (".parts/000000299.jpg", "manifest.jsonl.1.partial"):
+    for name in ("000000299.jpg.partial", "manifest.jsonl.1.partial"):
         (tmp_path / name).write_bytes(b"half")  # a kill in the middle of a write
     final = {line["url"]: server.asked[asked(line["url"])] for line in done if line["status"] != "failed"}
     report = fetch(urls, tmp_path, tries=1)
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_resumes(server, tmp_path):
     process = start([*urls, server.url("mute", 3030)], tmp_path)  # "mute" answers long after the signal
     seen = stop_at(process, 20, tmp_path, signal.SIGINT)
     assert process.returncode == 1 and process.stderr.read().strip().splitlines()[-1] == "interrupted"
-    assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not (tmp_path / ".parts").exists()
+    assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not list(tmp_path.glob("*.partial"))
     before = server.asked.copy()
     assert fetch(urls, tmp_path).kept == 30
     assert all(server.asked[asked(line["url"])] == before[asked(line["url"])] for line in seen)

@@ -139,7 +139,7 @@ def dictionary_feed(
     return Feed(Steps(make), batch_size, steps)
 
 
-def _share(batch_size: int, process_index: int, process_count: int, pictures: float = np.inf) -> slice:
+def _share(batch_size: int, process_index: int, process_count: int, pictures: float | int = np.inf) -> slice:
     """The places in a batch that belong to a process."""
     if batch_size > pictures:
         raise ValueError(f"batch_size {batch_size} is more than the {pictures} pictures: choose a smaller one")
