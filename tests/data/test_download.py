@@ -35,7 +35,7 @@ from clipid_utils.data.download.addresses import NotPublic, PublicNetwork, is_pu
 from clipid_utils.data.download.download import count_urls, download, read_urls
 from clipid_utils.data.download.fetcher import (
     MAX_SILENCES,
-    Hosts,
+    Fetcher,
     Limits,
     PermanentFailure,
     parse_url,
@@ -380,8 +380,8 @@ def test_a_host_is_asked_by_few_at_once_and_at_intervals():
     limits = Limits(per_host=2, interval=0.03, connections=3)
     at_once, most, starts, full = Counter(), Counter(), {"a": [], "b": []}, None
 
-    async def visit(hosts: Hosts, name: str) -> None:
-        async with hosts.turn(name) as host:
+    async def visit(fetcher: Fetcher, name: str) -> None:
+        async with fetcher.turn(name) as host:
             starts[name].append(host.free_at)
             at_once[name] += 1
             most[name], most["all"] = max(most[name], at_once[name]), max(most["all"], at_once.total())
@@ -393,11 +393,11 @@ def test_a_host_is_asked_by_few_at_once_and_at_intervals():
 
     async def run() -> None:
         nonlocal full
-        hosts, full = Hosts(limits), anyio.Event()
+        fetcher, full = Fetcher(limits, "test", PublicNetwork()), anyio.Event()
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 for number in range(12):
-                    group.start_soon(visit, hosts, "ab"[number % 2])
+                    group.start_soon(visit, fetcher, "ab"[number % 2])
 
     anyio.run(run)
     assert most.pop("all") == 3 and max(most.values()) == 2

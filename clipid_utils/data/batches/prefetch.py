@@ -49,17 +49,14 @@ class _StepsIterator(grain.DatasetIterator):
         self.steps, self.step, self.made = steps, 0, None
 
     def __next__(self) -> dict:
-        self.start_prefetch()
+        if self.made is None:
+            self.made = self.steps.start(self.step)
+            self.made.start_prefetch()
         batch = self.steps.finish(next(self.made))
         if self.steps.workers:  # out of shared memory, which Grain frees while JAX on a CPU may still read it
             batch["images"] = np.array(batch["images"])
         self.step += 1
         return batch
-
-    def start_prefetch(self) -> None:
-        if self.made is None:
-            self.made = self.steps.start(self.step)
-            self.made.start_prefetch()
 
     def get_state(self) -> dict[str, int]:
         return {"step": self.step}
