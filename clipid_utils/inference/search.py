@@ -25,6 +25,9 @@ from clipid_utils.pictures import open_picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BLOCK = 65536  # pictures that are compared at once: a million then need no more memory
+Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]  # similarities, best first, and rows of the index
+
 
 def query_embeds(
     model: nnx.Module, processor: object, text: str | None = None, image: Image.Image | str | Path | None = None,
@@ -61,9 +64,7 @@ def _is_unknown(processor: object, text: str) -> bool:
     return {token for token in tokens if token.strip("▁Ġ")} <= {processor.special_tokens.get("unk_token")}
 
 
-def search(
-    index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10
-) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+def search(index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:
     """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
 
     k is at most the size of the index.
@@ -71,20 +72,18 @@ def search(
     return top_k(index.embeds, queries, k)
 
 
-def top_k(
-    embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10, block: int = 65536
-) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+def top_k(embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:
     """Exact search by inner product: the k largest of `queries @ embeds.T`, best first; equal scores by row number.
 
-    It takes `block` pictures at a time, so that a million need no more memory than 65,536. If more pictures have the
-    k-th score than there is room for, any of them may be returned. Raises ValueError for a NaN, and for k below 1.
+    If more pictures have the k-th score than there is room for, any of them may be returned. Raises ValueError for a
+    NaN, and for k below 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
     k = min(k, len(embeds))
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(embeds), block):
-        part_scores, part_rows = _largest(queries @ embeds[start : start + block].T, k)
+    for start in range(0, len(embeds), BLOCK):
+        part_scores, part_rows = _largest(queries @ embeds[start : start + BLOCK].T, k)
         scores, rows = np.hstack([scores, part_scores]), np.hstack([rows, part_rows + start])
     if np.isnan(scores).any():  # for np.max and np.argpartition a NaN is the largest, so that none is hidden
         raise ValueError("a similarity is NaN; look for a NaN in the query or in the embeddings of the index")

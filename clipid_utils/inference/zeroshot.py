@@ -31,9 +31,8 @@ def classifier_weights(
     groups = [None] * len(names) if groups is None else groups
     if not len(names) or not templates or any(not name.strip() for name in names):
         raise ValueError("classifier_weights needs names, none of them empty, and at least one template")
-    sentences = [
-        fill(template, name, group) for name, group in zip(names, groups, strict=True) for template in templates
-    ]
+    sentences = [fill(template, name, group) for name, group in zip(names, groups, strict=True)
+                 for template in templates]
     embeds = embed_texts(model, processor, sentences).reshape(len(names), len(templates), -1)  # [C, templates, E]
     means = embeds.mean(axis=1)
     return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)

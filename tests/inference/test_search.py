@@ -1,5 +1,7 @@
 """Picture search: queries, exact and approximate search, and the search box."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from colour_model import colour_clip, picture_folder, spot
@@ -80,7 +82,8 @@ def test_a_query_that_the_tokenizer_does_not_know_warns(clip, recwarn):
 def test_top_k_equals_a_full_sort(size, count, k, seed, block):
     rng = np.random.default_rng(seed)
     embeds, queries = rng.normal(size=(size, 8)).astype(np.float32), rng.normal(size=(count, 8)).astype(np.float32)
-    scores, rows = searching.top_k(embeds, queries, k, block)
+    with mock.patch.object(searching, "BLOCK", block):
+        scores, rows = searching.top_k(embeds, queries, k)
     everything = queries @ embeds.T
     expected = -np.sort(-everything, axis=1)[:, :k]
     np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -63,9 +63,8 @@ class Translator:
         self.batch_tokens = batch_tokens or (16_384 if gpus else 200)  # few on a CPU, so that they fit into its caches
         self.folder, kind = model_folder(model), "float16" if gpus else "int8"
         folder = converted_folder(self.folder, kind)
-        self._source, self._target = (
-            sentencepiece.SentencePieceProcessor(model_file=str(folder / name)) for name in SENTENCE_PIECES
-        )
+        self._source, self._target = (sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
+                                      for name in SENTENCE_PIECES)
         config = read_json(folder / "config.json")
         self._end = [] if config.get("add_source_eos") else [config.get("eos_token", "</s>")]
         try:
