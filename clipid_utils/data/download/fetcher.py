@@ -1,7 +1,6 @@
 """One picture from its URL: requested politely, within limits, and made a JPEG of training size."""
 
 import functools
-import importlib.util
 import io
 import random
 import time
@@ -106,8 +105,7 @@ class Fetcher:
         self.options = {"headers": headers, "extensions": {"timeout": timeout}}
         self.pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(), network_backend=network, keepalive_expiry=10.0,
-            max_connections=limits.connections, http2=importlib.util.find_spec("h2") is not None,
-        )
+            max_connections=limits.connections)
 
     @asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[Host]:
