@@ -170,13 +170,7 @@ def records_feed(
     decode = decode or functools.partial(decode_square, size=image_size)
     make = functools.partial(  # not a closure: worker processes get it by its name
         _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
-    skipped = Skipped()
-
-    def finish(batch: dict) -> dict:
-        skipped.report(batch.pop("troubles"))
-        return batch
-
-    return Feed(Steps(make, workers=workers, threads=usable_threads(), finish=finish), batch_size, steps)
+    return Feed(Steps(make, workers=workers, threads=usable_threads()), batch_size, steps)
 
 
 def _undecoded(records: Dataset) -> Dataset:
