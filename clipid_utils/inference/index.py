@@ -50,7 +50,7 @@ class PictureIndex:
 
 def build_index(
     model: nnx.Module, processor: object, source: object, *, cache: str | os.PathLike | None = None,
-    batch_size: int = 64, progress: bool = True,
+    progress: bool = True,
 ) -> PictureIndex:
     """Embeds all pictures of a folder (with its subfolders) or of a `datasets.Dataset` with an `image` column.
 
@@ -75,9 +75,7 @@ def build_index(
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
-        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=batch_size,
-        progress=progress,
-    )
+        identities=np.array([picture_identity(content) for content in contents], "S20"), progress=progress)
     if len(skipped) == len(keys):
         raise ValueError(f"none of {len(keys)} pictures in {source} can be read; the first is {keys[0]}: {skipped[0]}")
     rows = [row for row in range(len(keys)) if row not in skipped]

@@ -142,17 +142,18 @@ def test_only_pieces_of_the_target_language_are_said(folder, alone):
     assert not said & english
 
 
-def test_a_model_is_converted_once_until_it_changes(tmp_path):
+def test_a_model_is_converted_once_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(marian, "CACHE", tmp_path / "cache")
     folder = tiny_marian(tmp_path / "hf")
-    first = converted_folder(folder, "int8", tmp_path / "cache")
+    first = converted_folder(folder, "int8")
     made = os.stat(first / "model.bin").st_mtime_ns
-    assert converted_folder(folder, "int8", tmp_path / "cache") == first
+    assert converted_folder(folder, "int8") == first
     assert os.stat(first / "model.bin").st_mtime_ns == made
-    assert converted_folder(folder, "float32", tmp_path / "cache") != first
+    assert converted_folder(folder, "float32") != first
     tiny_marian(tmp_path / "hf", seed=1)
-    assert converted_folder(folder, "int8", tmp_path / "cache") != first
-    assert converted_folder(first, "int8", tmp_path / "cache") == first  # converted already
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert converted_folder(folder, "int8") != first
+    assert converted_folder(first, "int8") == first  # converted already
+    assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 def test_a_folder_that_is_not_a_marian_model_is_refused_by_name(tmp_path, monkeypatch):

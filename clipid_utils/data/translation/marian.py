@@ -47,21 +47,19 @@ def model_folder(path_or_id: str | os.PathLike) -> Path:
     return folder
 
 
-def converted_folder(path_or_id: str | os.PathLike, quantization: str, cache: Path | None = None) -> Path:
+def converted_folder(path_or_id: str | os.PathLike, quantization: str) -> Path:
     """A folder that CTranslate2 opens, with source.spm and target.spm; the model is converted at its first use.
 
     `path_or_id` is a folder of CTranslate2's (returned as it is, with the quantization that it has), a folder that
-    `save_pretrained` wrote, or a repository on the Hugging Face hub. Conversions are kept in `cache`, by default
-    data/cache/translators. Raises FileNotFoundError, ConnectionError or ValueError if something is missing or does not
-    fit.
+    `save_pretrained` wrote, or a repository on the Hugging Face hub. Conversions are kept in data/cache/translators.
+    Raises FileNotFoundError, ConnectionError or ValueError if something is missing or does not fit.
     """
     folder = model_folder(path_or_id)
     if (folder / "model.bin").is_file():
         return folder
     files = [file_identity(folder / name) for name in (*FILES, *WEIGHTS) if (folder / name).is_file()]
-    cache = Path(cache or CACHE / "translators")
     fingerprint = hashlib.sha256(repr((CONVERTER, files)).encode()).hexdigest()[:12]
-    out = cache / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
+    out = CACHE / "translators" / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
     return prepare_once(out, lambda partial: convert(folder, partial, quantization))
 
 
