@@ -30,10 +30,11 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 def model_folder(path_or_id: str | os.PathLike) -> Path:
-    """The folder of a model; one on the Hugging Face hub is fetched, or found in the hub's cache.
+    """The folder of a model: of CTranslate2's form, or of Hugging Face's, which `save_pretrained` writes.
 
-    Only one form of weights is fetched. Raises FileNotFoundError if there is no such folder or repository, or a file of
-    it is missing, and ConnectionError if the hub cannot be reached.
+    A repository on the Hugging Face hub is fetched, with one form of weights, or found in the hub's cache. Raises
+    FileNotFoundError if there is no such folder or repository, or a file of it is missing, and ConnectionError if the
+    hub cannot be reached.
     """
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
@@ -47,14 +48,12 @@ def model_folder(path_or_id: str | os.PathLike) -> Path:
     return folder
 
 
-def converted_folder(path_or_id: str | os.PathLike, quantization: str) -> Path:
+def converted_folder(folder: Path, quantization: str) -> Path:
     """A folder that CTranslate2 opens, with source.spm and target.spm; the model is converted at its first use.
 
-    `path_or_id` is a folder of CTranslate2's (returned as it is, with the quantization that it has), a folder that
-    `save_pretrained` wrote, or a repository on the Hugging Face hub. Conversions are kept in data/cache/translators.
-    Raises FileNotFoundError, ConnectionError or ValueError if something is missing or does not fit.
+    `folder` is one of `model_folder`. One of CTranslate2's is returned as it is, with the quantization that it has.
+    Conversions are kept in data/cache/translators. Raises ValueError if something does not fit.
     """
-    folder = model_folder(path_or_id)
     if (folder / "model.bin").is_file():
         return folder
     files = [file_identity(folder / name) for name in (*FILES, *WEIGHTS) if (folder / name).is_file()]

@@ -44,10 +44,10 @@ class Translation(NamedTuple):
 class Translator:
     """A Marian model on CTranslate2: it takes a list of texts and returns a Translation for each, in their order.
 
-    `model` is a folder or an id on the hub, as in `converted_folder`. On a CPU the model computes in int8, in `threads`
+    `model` is a folder or an id on the hub, as in `model_folder`. On a CPU the model computes in int8, in `threads`
     batches at once with a core each, because cores that share a batch wait for each other several times a layer. On a
     GPU it computes in float16; a GPU is used if there is one, unless `device` is "cpu". `batch_tokens` limits a batch:
-    its number of sentences times the pieces of the longest. Raises the errors of `converted_folder`, and ValueError if
+    its number of sentences times the pieces of the longest. Raises the errors of `model_folder`, and ValueError if
     the device is not there.
     """
 
