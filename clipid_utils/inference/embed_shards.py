@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from clipid_utils.model.embed import embed_pictures
 from clipid_utils.model.pretrained.load import load_clip
+from clipid_utils.pictures import picture_source
 
 
 class EmbedPictures:
@@ -39,6 +40,5 @@ class EmbedPictures:
 
     def _placed(self, picture: object) -> object:
         """The bytes of a picture, or its path from `root`."""
-        if isinstance(picture, dict):
-            picture = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+        picture = picture_source(picture)
         return self.root / picture if isinstance(picture, str) else picture

@@ -18,12 +18,12 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Int, UInt8
 
-from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture_name, source, trouble, try_decode
+from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture_name, trouble, try_decode
 from clipid_utils.data.batches.prefetch import Ahead, Steps
 from clipid_utils.data.batches.streams import EndlessRows, clean_captions, picture_and_captions
 from clipid_utils.data.captions import caption_ids, flip_allowed, sample_caption
 from clipid_utils.files import usable_threads
-from clipid_utils.pictures import decode_square
+from clipid_utils.pictures import decode_square, picture_source
 from clipid_utils.wording import group_phrase
 
 
@@ -58,7 +58,7 @@ def load_pairs(dataset: Dataset, size: int, decode: Callable | None = None) -> P
     names = dataset["name_id"][:]
     images = np.empty((len(names), size, size, 3), np.uint8)
     for row, picture in enumerate(dataset.cast_column("image", datasets.Image(decode=False))["image"]):
-        images[row] = decode(source(picture))
+        images[row] = decode(picture_source(picture))
     keywords = [list(dict.fromkeys([*words, group_phrase(group)]))
                 for words, group in zip(dataset["keywords_id"], dataset["group_id"], strict=True)]
     may_flip = [flip_allowed(*row) for row in zip(names, keywords, dataset["has_text"], strict=True)]
@@ -240,7 +240,7 @@ def stream_feed(
                              "pictures, or name two columns with --image-column and --caption-column") from pixels[-1]
         if not good:
             return None
-        sums = np.array([zlib.crc32(source(pictures[place])) for place in good], np.uint32)
+        sums = np.array([zlib.crc32(pictures[place]["bytes"]) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
                     for place, number in zip(good, sums, strict=True)]
         return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),

@@ -6,7 +6,6 @@
     translate_rows("captions.jsonl", "translated", translator)
 """
 
-import functools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -75,11 +74,6 @@ class Translator:
         except RuntimeError as error:
             raise ValueError(f"{folder}: CTranslate2 cannot open the model ({error}): convert it again") from error
         self._known: dict[str, Translation] = {}
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """The model's name and a hash of its files' content."""
-        return shards.with_content(self.name, model_identity(self.folder))
 
     def __call__(self, texts: list[str], tick: Callable[[int], object] | None = None) -> list[Translation]:
         """The texts' translations. Each different text is translated once, also over several calls.
@@ -215,7 +209,8 @@ def translate_rows(
     are done have changed; OSError if a different process writes to `out`.
     """
     out, report, schema, start = Path(out).expanduser(), Report(), shards.parquet_schema(source), 0
-    settings = {"model": translator.identity, "beam": translator.beam, "column": column}
+    model = shards.with_content(translator.name, model_identity(translator.folder))
+    settings = {"model": model, "beam": translator.beam, "column": column}
     size = shard_rows or ROWS_A_CORE * translator.workers
     with shards.only_writer(out):
         done, stream = shards.finished_shards(out, settings), shards.read_rows(source, out)
