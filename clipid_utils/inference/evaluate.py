@@ -80,10 +80,8 @@ def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, 
     text_concepts, text_names = zip(*dict.fromkeys(zip(concepts, names, strict=True)), strict=True)  # in their order
     similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
     positives = same_key(text_concepts, concepts, (text_names, names))
-    return {
-        "text_to_image": retrieval_summary(similarity, positives, seed=seed, clusters=text_concepts),
-        "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed, clusters=concepts),
-    }
+    return {"text_to_image": retrieval_summary(similarity, positives, seed=seed, clusters=text_concepts),
+            "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed, clusters=concepts)}
 
 
 def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:

@@ -81,8 +81,7 @@ def build_index(
     rows = [row for row in range(len(keys)) if row not in skipped]
     return PictureIndex(
         embeds=embeds[rows], keys=[keys[row] for row in rows], labels=[str(labels[row]) for row in rows],
-        fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()],
-    )
+        fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()])
 
 
 def _picture_files(folder: Path) -> list[str]:

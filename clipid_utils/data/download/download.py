@@ -160,10 +160,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
 
 def _problem(row: dict) -> str | None:
     captions, number = row.get("captions"), row.get("row", 0)
-    fits = {
-        "url": "url" in row,
-        "row": type(number) is int and number >= 0,
-        "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
-        "source": isinstance(row.get("source"), str | None), "split": isinstance(row.get("split"), str | None),
-    }
+    fits = {"url": "url" in row, "row": type(number) is int and number >= 0,
+            "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
+            "source": isinstance(row.get("source"), str | None), "split": isinstance(row.get("split"), str | None)}
     return next((f"{key} is {row.get(key)!r}"[:80] for key, right in fits.items() if not right), None)

@@ -89,8 +89,7 @@ def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
     weights = {key: np.array(stored[key], np.float32) for key in stored if stored[key].dtype.kind in "fV"}
     spec = ctranslate2.specs.TransformerSpec.from_config(
         (config["encoder_layers"], config["decoder_layers"]), config["encoder_attention_heads"], pre_norm=False,
-        activation=ctranslate2.specs.common_spec.Activation[_ACTIVATIONS[config["activation_function"]]],
-    )
+        activation=ctranslate2.specs.common_spec.Activation[_ACTIVATIONS[config["activation_function"]]])
     embedding, bias = weights["model.shared.weight"], weights.get("final_logits_bias")
     if len(embedding) != len(tokens):
         raise ValueError(f"{folder / 'vocab.json'} has {len(tokens)} tokens and the model {len(embedding)} embeddings: "

@@ -69,8 +69,7 @@ class Translator:
         try:
             self.engine = ctranslate2.Translator(
                 str(folder), device="cuda" if gpus else "cpu", device_index=list(range(gpus)) or 0, compute_type=kind,
-                inter_threads=1 if gpus else self.workers, intra_threads=1, max_queued_batches=-1,
-            )
+                inter_threads=1 if gpus else self.workers, intra_threads=1, max_queued_batches=-1)
         except RuntimeError as error:
             raise ValueError(f"{folder}: CTranslate2 cannot open the model ({error}): convert it again") from error
         self._known: dict[str, Translation] = {}
@@ -112,8 +111,7 @@ class Translator:
     def _submit(self, batch: list[list[str]]) -> list:
         return self.engine.translate_batch(
             [words + self._end for words in batch], asynchronous=True, beam_size=self.beam, disable_unk=True,
-            max_input_length=0, max_decoding_length=max(map(_limit, batch)),
-        )
+            max_input_length=0, max_decoding_length=max(map(_limit, batch)))
 
     def _collect(self, texts, pieces, batch, futures) -> Iterator[tuple[str, Translation]]:
         for i, future in zip(batch, futures, strict=True):
