@@ -48,8 +48,7 @@ def classify(
 
 def zero_shot_accuracy(
     image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
-    class_groups: Sequence[object] | None = None, ks: Sequence[int] = (1, 5), seed: int = 0,
-    clusters: Sequence[object] | None = None,
+    class_groups: Sequence[object] | None = None, seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
     """Top-k accuracy with 95% bootstrap intervals: `{"top1": {"value", "low", "high"}, "top5": …, "items", "classes"}`.
 
@@ -64,5 +63,5 @@ def zero_shot_accuracy(
         allowed = numbers[np.asarray(labels)][:, None] == numbers  # [N, C]
         scores, classes = np.where(allowed, scores, -np.inf), float(allowed.sum(axis=1).mean())
     rank = label_ranks(scores, labels)
-    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in ks}
+    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in (1, 5)}
     return summary | {"items": len(rank), "classes": classes}

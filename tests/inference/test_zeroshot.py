@@ -61,10 +61,10 @@ def test_accuracy_over_all_classes_and_within_groups():
     weights = np.eye(4, dtype=np.float32)
     images = np.array([[0.9, 0.1, 0.0, 0.0], [0.0, 0.5, 0.9, 0.0], [0.1, 0.0, 0.0, 0.9]], np.float32)
     labels = np.array([0, 1, 3])
-    whole = zeroshot.zero_shot_accuracy(images, weights, labels, ks=(1, 2))
-    assert whole["top1"]["value"] == pytest.approx(2 / 3) and whole["top2"]["value"] == 1.0
+    whole = zeroshot.zero_shot_accuracy(images, weights, labels)
+    assert whole["top1"]["value"] == pytest.approx(2 / 3) and whole["top5"]["value"] == 1.0
     assert (whole["items"], whole["classes"]) == (3, 4)
-    within = zeroshot.zero_shot_accuracy(images, weights, labels, ["hewan", "hewan", "buah", "buah"], ks=(1,))
+    within = zeroshot.zero_shot_accuracy(images, weights, labels, ["hewan", "hewan", "buah", "buah"])
     assert within["top1"]["value"] == 1.0 and within["classes"] == 2.0 and within["items"] == 3
     for groups in (None, [1, 1, 1, 2]):
         found = zeroshot.zero_shot_accuracy(images, weights, labels, groups, clusters=["a", "a", "a"])
