@@ -92,8 +92,6 @@ def with_good_captions(rows: Dataset, checks: dict[str, PairCheck], report: Repo
     for place, _, indonesian in filter_pairs((pair for _, pair in captions), checks, report):
         names.setdefault(captions[place][0], indonesian)
     rows, words = rows.select(sorted(names)), []
-    if not names:  # `datasets` cannot add a column to no rows
-        return rows
     for english, indonesian in zip(rows["keywords_en"], rows["keywords_id"], strict=True):
         pairs = [pair for pair in zip(english, indonesian, strict=True) if pair[0].lower() != pair[1].lower()]
         words.append(list(dict.fromkeys(text for _, _, text in filter_pairs(pairs, CHECKS, Report()))))
