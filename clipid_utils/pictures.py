@@ -32,8 +32,7 @@ def open_picture(
     decoded at 1/2, 1/4 or 1/8 of its size, at least `draft` pixels, which is several times faster. Raises PictureError
     for anything that cannot be decoded to its end, FileNotFoundError for a missing file.
     """
-    if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    source = picture_source(source)
     if source is None:
         raise PictureError("there is no picture, only a null: give its path or its bytes")
     if not isinstance(source, bytes | Image.Image):
@@ -56,6 +55,13 @@ def open_picture(
         else:
             reason = f"not a picture that can be read ({type(error).__name__}: {error})"
         raise PictureError(f"{name}{reason}") from error
+
+
+def picture_source(picture: object) -> object:
+    """The bytes or the path of a picture that `datasets` stores as {"bytes", "path"}; a different one as it is."""
+    if isinstance(picture, dict):
+        return picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+    return picture
 
 
 def _opened(source: Path | bytes) -> Image.Image:

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
-from datasets import load_dataset
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,6 +34,7 @@ from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
 from clipid_utils.data.batches import loader
 from clipid_utils.data.batches.loader import records_feed, stream_feed
 from clipid_utils.data.batches.prefetch import Steps
+from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.training import checkpoint
 from clipid_utils.training.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def make_feed(kind: str, data: Path | None, processor):
     if kind == "records":
         records = read_captions(data / "captions.jsonl")
         return records_feed(records, processor.tokenize, LARGER, BATCH, **options), CONFIG
-    stream = load_dataset("webdataset", data_files=str(data / "*.tar"), split="train", streaming=True)
+    stream = tar_stream(sorted(data.glob("*.tar")))
     feed = stream_feed(stream, processor.tokenize, LARGER, BATCH, shuffle_window=10, **options)
     return feed, dataclasses.replace(CONFIG, evaluate_every=6)
 

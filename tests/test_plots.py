@@ -13,6 +13,7 @@ rng = np.random.default_rng(0)
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
 NAMES = ["kucing tidur", "anak laki-laki yang sedang tersenyum lebar sekali", "rumah"]
 CELL = {"value": 0.5, "low": 0.45, "high": 0.56}
+LOSSES = [{"step": step, "loss": 5 - step / 20, "log_batch": 5.5} for step in range(90)]
 FIGURES = {
     "gallery": lambda: plots.gallery(PICTURES, NAMES, title="Kamus"),
     "gallery_one": lambda: plots.gallery(PICTURES[:1]),
@@ -22,12 +23,11 @@ FIGURES = {
     "counts": lambda: plots.counts_by_group({"hewan": {"noto": 4, "twemoji": 2}, "orang": {"noto": 1}}),
     "lengths_odd": lambda: plots.caption_lengths({"nama": [1, 151]}),
     "lengths": lambda: plots.caption_lengths({"nama": [1, 2, 3, 2], "keduanya": [5, 9, 30]}, limit=16),
-    "curves": lambda: plots.training_curves(range(90), np.linspace(5, 1, 90), 256, [30, 60], {"R@1": [0.1, 0.2]}),
     "history": lambda: plots.training_history(
-        [{"step": 9, "loss": 3.0, "log_batch": 5.5}, {"step": 9, **{f"text_to_picture_R@{k}": 0.3 for k in (1, 5, 10)}}]
+        [*LOSSES, {"step": 9, **{f"text_to_picture_R@{k}": 0.3 for k in (1, 5, 10)}}]
     ),
     "history_empty": lambda: plots.training_history([]),
-    "curve_short": lambda: plots.training_curves([0, 1], [2.0, 1.9]),
+    "history_short": lambda: plots.training_history(LOSSES[:2]),
     "similarity": lambda: plots.similarity_matrix(rng.random((3, 3)), NAMES, NAMES, PICTURES, "Kemiripan"),
     "heatmap": lambda: plots.heatmap_overlay(PICTURES[0], {"penutupan": rng.normal(size=(4, 4))}, "kucing"),
     "heatmap_flat": lambda: plots.heatmap_overlay(PICTURES[0], {"nol": np.zeros((4, 4))}),
@@ -41,7 +41,7 @@ FIGURES = {
     "projection": lambda: plots.projection(rng.normal(size=(9, 5)), NAMES * 3, np.arange(9) < 3, title="Peta"),
     "placements": lambda: plots.placements(
         {"rows": ((4, 4), {d: (slice(2 * d, 2 * d + 2), slice(None)) for d in (0, 1)}),
-         "everywhere": ((4, 4), {d: (slice(None), slice(None)) for d in range(8)})}, "Letak"),
+         "everywhere": ((4, 4), {d: (slice(None), slice(None)) for d in range(8)})}),
     "collectives": lambda: plots.collectives(
         {"all_gather": (np.array([[1], [2]]), np.array([[1, 2], [1, 2]])), "psum": (np.array([[1], [2]]),) * 2}),
     "collective_one": lambda: plots.collectives({"psum": (np.array([[1], [2]]), np.array([[3], [3]]))}),

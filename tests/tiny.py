@@ -1,11 +1,12 @@
 """The smallest whole CLIP, with a tokenizer and pictures of its own, for the tests of model and training."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from flax import nnx
 
-from clipid_utils.data.batches.loader import PicturePairs
+from clipid_utils.data.batches.loader import PicturePairs, dictionary_feed
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
 from clipid_utils.model.processor import CLIPProcessor, train_wordpiece
@@ -52,8 +53,15 @@ def tiny_pairs(count: int = 12, size: int = SIZE, seed: int = 0) -> PicturePairs
     )
 
 
+def batches(pairs: PicturePairs, tokenize, batch_size: int, *, epoch: int, **options) -> Iterator[dict]:
+    """One epoch of `dictionary_feed`."""
+    feed = dictionary_feed(pairs, tokenize, batch_size, **options)
+    steps = feed.steps_per_epoch
+    yield from map(feed.dataset.make, range(epoch * steps, (epoch + 1) * steps))
+
+
 def tiny_batch(processor: CLIPProcessor, count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch as `loader.batches` yields it, with the names for captions."""
+    """A batch as `dictionary_feed` yields it, with the names for captions."""
     pairs = tiny_pairs(count, seed=seed)
     return {"images": pairs.images, "concepts": pairs.concepts, "may_flip": pairs.may_flip,
             **processor.tokenize(pairs.names, 12)}

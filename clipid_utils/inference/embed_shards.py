@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from clipid_utils.model.embed import embed_pictures
 from clipid_utils.model.pretrained.load import load_clip
+from clipid_utils.pictures import picture_source
 
 
 class EmbedPictures:
@@ -20,9 +21,9 @@ class EmbedPictures:
     read gets a null, so that no row is lost. Raises ValueError if no path of a table leads to a file.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike, root: str | os.PathLike = ".", batch_size: int = 64):
+    def __init__(self, checkpoint: str | os.PathLike, root: str | os.PathLike = "."):
         self.model, self.processor = load_clip(checkpoint)
-        self.root, self.batch_size = Path(root), batch_size
+        self.root = Path(root)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         name = next((name for name in ("image", "image_path") if name in table.column_names), None)
@@ -33,13 +34,11 @@ class EmbedPictures:
         if paths and not any(path.is_file() for path in paths):
             raise ValueError(f"none of {len(paths)} pictures is there, the first of them {str(paths[0])!r}: "
                              "say with root=… where their paths start")
-        vectors, skipped = embed_pictures(
-            self.model, self.processor, pictures, batch_size=self.batch_size, progress=False)
+        vectors, skipped = embed_pictures(self.model, self.processor, pictures, progress=False)
         rows = [None if row in skipped else vector for row, vector in enumerate(vectors)]
         return table.append_column("image_embeds", pa.array(rows, pa.list_(pa.float32())))
 
     def _placed(self, picture: object) -> object:
         """The bytes of a picture, or its path from `root`."""
-        if isinstance(picture, dict):
-            picture = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+        picture = picture_source(picture)
         return self.root / picture if isinstance(picture, str) else picture

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 import clipid_utils
 from clipid_utils.files import write_json
-from clipid_utils.inference.zeroshot import accuracy_within, classifier_weights, zero_shot_accuracy
+from clipid_utils.inference.zeroshot import classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
 from clipid_utils.pictures import to_rgb
@@ -45,11 +46,7 @@ def evaluate_checkpoint(
     model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
     report: dict = {
         "checkpoint": {"name": None if given else Path(checkpoint).name, "fingerprint": fingerprint(model, processor)},
-        "seed": seed,
-        "versions": versions(PACKAGES),
-        "data": {},
-        "retrieval": {},
-        "zero_shot": {},
+        "seed": seed, "versions": versions(PACKAGES), "data": {}, "retrieval": {}, "zero_shot": {},
     }
     for split in splits:
         rows, checksum = dictionary[split], hashlib.sha256()
@@ -80,34 +77,30 @@ def _opened(rows, checksum) -> Iterator[Image.Image]:
 def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
     """`{"text_to_image": …, "image_to_text": …}`, each a `metrics.retrieval_summary`, for one split's rows."""
     concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
-    texts = list(dict.fromkeys(zip(concepts, names, strict=True)))  # in the order of the rows
-    text_concepts, text_names = [concept for concept, _ in texts], [name for _, name in texts]
+    text_concepts, text_names = zip(*dict.fromkeys(zip(concepts, names, strict=True)), strict=True)  # in their order
     similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
     positives = same_key(text_concepts, concepts, (text_names, names))
-    return {
-        "text_to_image": retrieval_summary(similarity, positives, seed=seed, clusters=text_concepts),
-        "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed, clusters=concepts),
-    }
+    return {"text_to_image": retrieval_summary(similarity, positives, seed=seed, clusters=text_concepts),
+            "image_to_text": retrieval_summary(similarity.T, positives.T, seed=seed, clusters=concepts)}
 
 
 def zero_shot_both(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
     """Zero-shot accuracy of one split, class = group and class = concept within its group, naive and with templates."""
     wording = load_wording()
     group_names = {group: group_phrase(name) for group, name in zip(rows["group"], rows["group_id"], strict=True)}
-    groups = sorted(group_names)
-    group_labels = np.array([groups.index(group) for group in rows["group"]])
-    named = list(zip((name.casefold() for name in rows["name_id"]), rows["group"], strict=True))
-    classes = sorted(set(named))  # two concepts of one name and group cannot be told apart by their name
-    names, concept_groups = zip(*classes, strict=True)
-    numbers = {pair: number for number, pair in enumerate(classes)}
-    labels = np.array([numbers[pair] for pair in named])
+    groups, group_labels = np.unique(list(rows["group"]), return_inverse=True)
+    named = [(name.casefold(), group) for name, group in zip(rows["name_id"], rows["group"], strict=True)]
+    # Two concepts of one name and group are one class: they cannot be told apart by their name
+    classes, labels = np.unique(named, axis=0, return_inverse=True)
+    names, concept_groups = classes.T.tolist()
     report: dict = {"group": {}, "concept_within_group": {}}
     drawn = {"seed": seed, "clusters": list(rows["concept"])}
     for key in ("naive", "templates"):
-        weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key], groups)
+        weights = classifier_weights(model, processor, [group_names[group] for group in groups], wording[key],
+                                     groups.tolist())
         report["group"][key] = zero_shot_accuracy(image_embeds, weights, group_labels, **drawn)
         weights = classifier_weights(model, processor, names, wording[key], concept_groups)
-        report["concept_within_group"][key] = accuracy_within(image_embeds, weights, labels, concept_groups, **drawn)
+        report["concept_within_group"][key] = zero_shot_accuracy(image_embeds, weights, labels, concept_groups, **drawn)
     return report
 
 
@@ -130,7 +123,6 @@ def pixel_baseline(queries, candidates, seed: int = 0) -> dict:
     return summary | {"without_candidate": int((~answerable).sum()), "side": PIXEL_SIDE}
 
 
-
 def _pixels(images) -> Float[np.ndarray, "N pixels"]:
     size = (PIXEL_SIDE, PIXEL_SIDE)
     small = [np.asarray(to_rgb(image).resize(size, Image.Resampling.BOX), np.float32) for image in images]
@@ -139,8 +131,4 @@ def _pixels(images) -> Float[np.ndarray, "N pixels"]:
 
 def rounded(value, digits: int = 6):
     """A report with every float in it rounded, for readers of the file."""
-    if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return round(value, digits) if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), digits))

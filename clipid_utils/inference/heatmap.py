@@ -11,71 +11,45 @@ from flax import nnx
 from jaxtyping import Float
 from PIL import Image
 
-from clipid_utils.model.embed import embed_texts, encoder
-
-
-def _inputs(model, processor, image: Image.Image, text: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pixel_values = np.asarray(processor(images=[image])["pixel_values"], np.float32)[0]  # [H, W, 3]
-    embeds = embed_texts(model, processor, [text])[0] if isinstance(text, str) else np.asarray(text, np.float32)
-    return pixel_values, embeds  # [E]
+from clipid_utils.model.embed import embed_pixels, embed_texts, encoder
 
 
 def occlusion(
-    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
-    window: float | int = 2, batch_size: int = 64,
+    model: nnx.Module, processor: object, image: Image.Image, text: str, window: float | int = 2
 ) -> Float[np.ndarray, "grid grid"]:
     """How much the similarity of picture and text falls when a square around each cell is covered.
 
-    It is positive where the picture fits the text, negative where it contradicts the text (Zeiler & Fergus 2014).
-    `text` is a string or a unit vector. There are as many cells along a side as patches. The square is `window` cells
-    wide, more than one because half a cat is still a cat, and has the median colour of the picture's edge: a square of
-    a different colour is itself visible.
+    It is positive where the picture fits the text, negative where it contradicts the text (Zeiler & Fergus 2014). There
+    are as many cells along a side as patches. The square is `window` cells wide, more than one because half a cat is
+    still a cat, and has the median colour of the picture's edge: a square of a different colour is itself visible.
     """
     grid = model.config.vision.grid
-    pixel_values, embeds = _inputs(model, processor, image, text)
-    covers = occlusion_masks(pixel_values.shape[:2], grid, window)  # [grid * grid, H, W]
-    colour = _edge_colour(pixel_values)
-    batch_size = min(batch_size, len(covers) + 1)
-    drops, encode = [], encoder(model, "encode_image")
-    for start in range(0, len(covers), batch_size - 1):  # the first of each batch is the picture itself
-        part = covers[start : start + batch_size - 1]
-        covered = np.where(part[..., None], colour, pixel_values)  # [b, H, W, 3]
-        missing = batch_size - 1 - len(part)  # filled, so that one shape is compiled
-        batch = np.concatenate([pixel_values[None], covered, np.repeat(pixel_values[None], missing, axis=0)])
-        similarity = encode(batch.astype(np.float32)) @ embeds
-        drops.append(similarity[0] - similarity[1 : 1 + len(part)])
-    return np.concatenate(drops).astype(np.float32).reshape(grid, grid)
-
-
-def _edge_colour(pixel_values: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, " 3"]:
-    edges = pixel_values[0], pixel_values[-1], pixel_values[1:-1, 0], pixel_values[1:-1, -1]
-    return np.median(np.concatenate(edges), axis=0)
+    pixels = np.asarray(processor(images=[image])["pixel_values"], np.float32)  # [1, H, W, 3]
+    covers = occlusion_masks(pixels.shape[1:3], grid, window)  # [grid * grid, H, W]
+    edges = pixels[0, 0], pixels[0, -1], pixels[0, 1:-1, 0], pixels[0, 1:-1, -1]
+    covered = np.where(covers[..., None], np.median(np.concatenate(edges), axis=0), pixels)
+    similarity = embed_pixels(model, np.concatenate([pixels, covered])) @ embed_texts(model, processor, [text])[0]
+    return (similarity[0] - similarity[1:]).astype(np.float32).reshape(grid, grid)
 
 
 def occlusion_masks(size: tuple[int, int], grid: int, window: float | int = 2) -> np.ndarray:
     """Boolean masks [grid * grid, H, W], row by row: a square `window` cells wide around the middle of each cell."""
-    edges = []
-    for side in size:
-        middles = (np.arange(grid) + 0.5) * side / grid
-        half = window * side / grid / 2
-        pixels = np.arange(side) + 0.5
-        edges.append(np.abs(pixels - middles[:, None]) < half)  # [grid, side]
-    rows, columns = edges
+    middles = np.arange(grid)[:, None] + 0.5  # in cells
+    rows, columns = (np.abs((np.arange(side) + 0.5) * grid / side - middles) < window / 2 for side in size)
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(grid * grid, *size)
 
 
 def patch_similarity(
-    model: nnx.Module, processor: object, image: Image.Image, text: str | Float[np.ndarray, " E"],
-    against: list[str] | None = None,
+    model: nnx.Module, processor: object, image: Image.Image, text: str, against: list[str] | None = None
 ) -> Float[np.ndarray, "grid grid"]:
     """Cosine similarity of the text with every patch of the picture, in one forward pass (Zhou et al. 2022, MaskCLIP).
 
     With `against`, a list of other texts, their mean similarity is subtracted from each patch: a similarity that all
     texts share says nothing about this one (Li et al. 2023, CLIP Surgery). Without it the empty ground often wins.
     """
-    pixel_values, embeds = _inputs(model, processor, image, text)
+    embeds = embed_texts(model, processor, [text])[0]  # [E]
     if against:
         embeds = embeds - embed_texts(model, processor, list(against)).mean(axis=0)
-    patches = encoder(model, "encode_patches")(pixel_values[None])[0]  # [P, E]
+    patches = encoder(model, "encode_patches")(processor(images=[image])["pixel_values"])[0]  # [P, E]
     grid = model.config.vision.grid
     return (patches @ embeds).astype(np.float32).reshape(grid, grid)

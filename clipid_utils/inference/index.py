@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 
 from clipid_utils.files import whole_file
@@ -24,14 +24,14 @@ SHOWN_SIDE = 512  # the short side of a picture that is shown: 64 photographs of
 class PictureIndex:
     """Pictures that can be searched: row i of `embeds` [N, E] (unit length) belongs to `keys[i]` and `labels[i]`.
 
-    `rows[i]` is the picture's place in the source. Pictures that cannot be read are not in the index; `skipped` has
-    them as (key, reason). `fingerprint` is the model's, because vectors of two models cannot be compared.
+    A key is the picture's path inside the folder, or its row in the dataset. Pictures that cannot be read are not in
+    the index; `skipped` has them as (key, reason). `fingerprint` is the model's, because vectors of two models cannot
+    be compared.
     """
 
     embeds: Float[np.ndarray, "N E"]
     keys: list[str]
     labels: list[str]
-    rows: Int[np.ndarray, " N"]
     fingerprint: str
     source: object = None  # the folder or the dataset
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -44,13 +44,13 @@ class PictureIndex:
         if self.source is None:
             raise ValueError("this index was loaded without its pictures: load_index(path, source=folder_or_dataset)")
         is_folder = isinstance(self.source, Path)
-        picture = self.source / self.keys[i] if is_folder else self.source[int(self.rows[i])]["image"]
+        picture = self.source / self.keys[i] if is_folder else self.source[int(self.keys[i])]["image"]
         return open_picture(picture, short_side=SHOWN_SIDE)
 
 
 def build_index(
     model: nnx.Module, processor: object, source: object, *, cache: str | os.PathLike | None = None,
-    batch_size: int = 64, progress: bool = True,
+    progress: bool = True,
 ) -> PictureIndex:
     """Embeds all pictures of a folder (with its subfolders) or of a `datasets.Dataset` with an `image` column.
 
@@ -75,16 +75,13 @@ def build_index(
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
-        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=batch_size,
-        progress=progress,
-    )
+        identities=np.array([picture_identity(content) for content in contents], "S20"), progress=progress)
     if len(skipped) == len(keys):
         raise ValueError(f"none of {len(keys)} pictures in {source} can be read; the first is {keys[0]}: {skipped[0]}")
-    rows = np.array([row for row in range(len(keys)) if row not in skipped])
+    rows = [row for row in range(len(keys)) if row not in skipped]
     return PictureIndex(
-        embeds=embeds[rows], keys=[keys[row] for row in rows], labels=[str(labels[row]) for row in rows], rows=rows,
-        fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()],
-    )
+        embeds=embeds[rows], keys=[keys[row] for row in rows], labels=[str(labels[row]) for row in rows],
+        fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()])
 
 
 def _picture_files(folder: Path) -> list[str]:
@@ -100,7 +97,7 @@ def save_index(index: PictureIndex, path: str | os.PathLike) -> None:
     """Writes vectors, keys, labels and the list of skipped pictures to one `.npz` file; the pictures stay in place."""
     notes = {"keys": index.keys, "labels": index.labels, "fingerprint": index.fingerprint, "skipped": index.skipped}
     with whole_file(path) as file:
-        np.savez(file, embeds=index.embeds, rows=index.rows, notes=np.array(json.dumps(notes, ensure_ascii=False)))
+        np.savez(file, embeds=index.embeds, notes=np.array(json.dumps(notes, ensure_ascii=False)))
 
 
 def load_index(path: str | os.PathLike, source: object = None, expect: str | None = None) -> PictureIndex:
@@ -109,10 +106,10 @@ def load_index(path: str | os.PathLike, source: object = None, expect: str | Non
     With `expect=fingerprint(model, processor)`, raises ValueError if the index was made by a different model.
     """
     with np.load(path, allow_pickle=False) as file:
-        embeds, rows, notes = file["embeds"], file["rows"], json.loads(file["notes"].item())
+        embeds, notes = file["embeds"], json.loads(file["notes"].item())
     if expect is not None and expect != notes["fingerprint"]:
         raise ValueError(f"{path} was made by checkpoint {notes['fingerprint']}, not {expect}: build it again with "
                          "build_index")
     source = Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
     notes["skipped"] = [tuple(entry) for entry in notes["skipped"]]
-    return PictureIndex(embeds=embeds, rows=rows, source=source, **notes)
+    return PictureIndex(embeds=embeds, source=source, **notes)

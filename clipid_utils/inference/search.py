@@ -4,7 +4,7 @@
     scores, rows = search(index, query_embeds(model, processor, text="kucing tidur"), k=10)
 
 The vectors are one matrix, and a query is one product with it. NumPy's exact `top_k` is faster than faiss' flat index
-at the sizes of this course (`benchmarks/bench_search.py`); `faiss_hnsw` is there for millions of pictures.
+at the sizes of this course (`benchmarks/bench_search.py`); notebook 07 has faiss' approximate search beside it.
 """
 
 import io
@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Float, Int
 from PIL import Image
 
-from clipid_utils.files import need
 from clipid_utils.inference.index import SHOWN_SIDE, PictureIndex
 from clipid_utils.model.embed import embed_pixels, embed_texts
 from clipid_utils.pictures import open_picture
@@ -26,7 +25,8 @@ from clipid_utils.pictures import open_picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
+BLOCK = 65536  # pictures that are compared at once: a million then need no more memory
+Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]  # similarities, best first, and rows of the index
 
 
 def query_embeds(
@@ -64,39 +64,26 @@ def _is_unknown(processor: object, text: str) -> bool:
     return {token for token in tokens if token.strip("▁Ġ")} <= {processor.special_tokens.get("unk_token")}
 
 
-def search(
-    index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10, find: Find | None = None
-) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+def search(index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:
     """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
 
-    `find` replaces the exact search, for example by `faiss_hnsw(index.embeds)`. k is at most the size of the index.
-    Raises ValueError if `find` finds fewer than k.
+    k is at most the size of the index.
     """
-    if find is None:
-        return top_k(index.embeds, queries, k)
-    scores, rows = find(queries, min(k, len(index)))
-    if (rows < 0).any():  # faiss says so that it found no more
-        raise ValueError(f"the finder found fewer than {k} pictures for a query: give it more effort, or a smaller k")
-    return scores, rows
+    return top_k(index.embeds, queries, k)
 
 
-def top_k(
-    embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10, block: int = 65536
-) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+def top_k(embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:
     """Exact search by inner product: the k largest of `queries @ embeds.T`, best first; equal scores by row number.
 
-    It takes `block` pictures at a time, so that a million need no more memory than 65,536. If more pictures have the
-    k-th score than there is room for, any of them may be returned. Raises ValueError for a NaN, for widths that differ,
-    for k below 1.
+    If more pictures have the k-th score than there is room for, any of them may be returned. Raises ValueError for a
+    NaN, and for k below 1.
     """
-    if embeds.ndim != 2 or queries.ndim != 2 or embeds.shape[1] != queries.shape[1] or not len(embeds):
-        raise ValueError(f"embeds [N, E] and queries [Q, E] must agree in E, not {embeds.shape} and {queries.shape}")
     if k < 1:
         raise ValueError(f"k must be 1 or more, not {k}")
     k = min(k, len(embeds))
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(embeds), block):
-        part_scores, part_rows = _largest(queries @ embeds[start : start + block].T, k)
+    for start in range(0, len(embeds), BLOCK):
+        part_scores, part_rows = _largest(queries @ embeds[start : start + BLOCK].T, k)
         scores, rows = np.hstack([scores, part_scores]), np.hstack([rows, part_rows + start])
     if np.isnan(scores).any():  # for np.max and np.argpartition a NaN is the largest, so that none is hidden
         raise ValueError("a similarity is NaN; look for a NaN in the query or in the embeddings of the index")
@@ -127,28 +114,6 @@ def _largest(scores: np.ndarray, k: int, groups: int = 512) -> tuple[np.ndarray,
     return np.take_along_axis(scores, keep, axis=1), np.take_along_axis(columns, keep, axis=1)
 
 
-def faiss_flat(embeds: Float[np.ndarray, "N E"]) -> Find:
-    """FAISS' exact search (Johnson et al. 2019, IndexFlatIP), for `search(…, find=…)`; ImportError without faiss."""
-    return _faiss_finder(need("faiss", "data").IndexFlatIP(embeds.shape[1]), embeds)
-
-
-def faiss_hnsw(embeds: Float[np.ndarray, "N E"], links: int = 32, effort: int = 64) -> Find:
-    """Approximate search over a graph (HNSW, Malkov & Yashunin 2018), for millions of pictures.
-
-    Each picture has `links` neighbours (more need more memory); a query looks at `effort` candidates (more find more,
-    and take longer).
-    """
-    faiss = need("faiss", "data")
-    graph = faiss.IndexHNSWFlat(embeds.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction, graph.hnsw.efSearch = 200, effort
-    return _faiss_finder(graph, embeds)
-
-
-def _faiss_finder(finder: object, embeds: np.ndarray) -> Find:
-    finder.add(np.ascontiguousarray(embeds, np.float32))
-    return lambda queries, k: finder.search(np.ascontiguousarray(queries, np.float32), k)
-
-
 def search_figure(
     index: PictureIndex, model: nnx.Module, processor: object, text: str | None = None,
     image: Image.Image | str | Path | None = None, text_weight: float | int = 0.5, k: int = 10, columns: int = 5,
@@ -169,19 +134,16 @@ def search_widget(
     """A search box over a grid of results; with a file, it searches by picture, or by picture and words together.
 
     In a notebook it displays itself and returns None. A page that cannot show widgets (GitHub, a printed notebook)
-    shows the first query's figure instead; without ipywidgets or a notebook the answer is that Figure.
+    shows the first query's figure instead; outside a notebook the answer is that Figure.
     """
+    import ipywidgets
+    from IPython import display, get_ipython
 
     def draw(text: str, image: Image.Image | None = None, text_weight: float | int = 0.5) -> "Figure":
         text = text.strip() or (query if image is None else None)
         return search_figure(index, model, processor, text, image, text_weight, k, columns)
 
     figure = draw(query)
-    try:
-        import ipywidgets
-        from IPython import display, get_ipython
-    except ImportError:
-        return figure
     if getattr(get_ipython(), "kernel", None) is None:  # a plain terminal: no front end that could show a widget
         return figure
     first = _png(figure)

@@ -31,9 +31,8 @@ def classifier_weights(
     groups = [None] * len(names) if groups is None else groups
     if not len(names) or not templates or any(not name.strip() for name in names):
         raise ValueError("classifier_weights needs names, none of them empty, and at least one template")
-    sentences = [
-        fill(template, name, group) for name, group in zip(names, groups, strict=True) for template in templates
-    ]
+    sentences = [fill(template, name, group) for name, group in zip(names, groups, strict=True)
+                 for template in templates]
     embeds = embed_texts(model, processor, sentences).reshape(len(names), len(templates), -1)  # [C, templates, E]
     means = embeds.mean(axis=1)
     return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
@@ -49,31 +48,20 @@ def classify(
 
 def zero_shot_accuracy(
     image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
-    ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
+    class_groups: Sequence[object] | None = None, seed: int = 0, clusters: Sequence[object] | None = None,
 ) -> dict:
     """Top-k accuracy with 95% bootstrap intervals: `{"top1": {"value", "low", "high"}, "top5": …, "items", "classes"}`.
 
-    A class is a row of `weights`, for example a group of the dictionary or a concept. `clusters`, one for each picture,
-    are those of `metrics.bootstrap_interval`.
+    A class is a row of `weights`, for example a group of the dictionary or a concept. With `class_groups`, the group of
+    each class, a picture chooses among the classes of its own class' group only: the question is, for example, which
+    animal it is if it is known to be an animal. `classes` in the answer is the mean number of classes from which a
+    picture chooses. `clusters`, one for each picture, are those of `metrics.bootstrap_interval`.
     """
-    return _summary(label_ranks(image_embeds @ weights.T, labels), len(weights), ks, seed, clusters)
-
-
-def accuracy_within(
-    image_embeds: Float[np.ndarray, "N E"], weights: Float[np.ndarray, "C E"], labels: Int[np.ndarray, " N"],
-    class_groups: Sequence[object], ks: Sequence[int] = (1, 5), seed: int = 0, clusters: Sequence[object] | None = None,
-) -> dict:
-    """Accuracy as `zero_shot_accuracy` has it, but each picture chooses among the classes of its own class' group only.
-
-    The question is, for example, which animal it is if it is known to be an animal. `class_groups` is the group of each
-    class; `classes` in the answer is the mean number of classes from which a picture chooses.
-    """
-    _, numbers = np.unique(np.asarray([str(group) for group in class_groups]), return_inverse=True)  # [C]
-    allowed = numbers[np.asarray(labels)][:, None] == numbers  # [N, C]
-    scores = np.where(allowed, image_embeds @ weights.T, -np.inf)
-    return _summary(label_ranks(scores, labels), float(allowed.sum(axis=1).mean()), ks, seed, clusters)
-
-
-def _summary(rank: np.ndarray, classes: int | float, ks: Sequence[int], seed: int, clusters) -> dict:
-    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in ks}
+    scores, classes = image_embeds @ weights.T, len(weights)
+    if class_groups is not None:
+        _, numbers = np.unique(np.asarray([str(group) for group in class_groups]), return_inverse=True)  # [C]
+        allowed = numbers[np.asarray(labels)][:, None] == numbers  # [N, C]
+        scores, classes = np.where(allowed, scores, -np.inf), float(allowed.sum(axis=1).mean())
+    rank = label_ranks(scores, labels)
+    summary: dict = {f"top{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in (1, 5)}
     return summary | {"items": len(rank), "classes": classes}

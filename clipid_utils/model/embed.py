@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from clipid_utils.files import file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.processor import CLIPProcessor
-from clipid_utils.pictures import PictureError
+from clipid_utils.pictures import PictureError, picture_source
 
 RULES = 2  # part of each fingerprint: raise it when the same weights and pictures start to give different vectors
 CHUNK = 256  # pictures between two writes to a cache: the most that an interruption costs
@@ -121,8 +121,7 @@ def picture_identity(picture: object) -> str:
 
     `picture` is a path, the bytes of a file, {"bytes", "path"} or an array.
     """
-    if isinstance(picture, dict):
-        picture = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+    picture = picture_source(picture)
     if isinstance(picture, str | os.PathLike):
         path = os.path.realpath(picture)
         picture = f"{path}|{file_identity(path, HEAD) if os.path.isfile(path) else ''}".encode()

@@ -15,7 +15,6 @@ from clipid_utils.plots.charts import (
     projection,
     recall_bars,
     schedule,
-    training_curves,
     training_history,
 )
 from clipid_utils.plots.devices import collectives, growth, placements, resumed_run, rounding

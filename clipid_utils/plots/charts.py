@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from clipid_utils.plots.parts import cut, legend_beside, named_cells, written_matrix
 from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, SKY, styled
 
+Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+
 
 @styled
 def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", unit: str = "pictures") -> Figure:
@@ -55,51 +57,38 @@ def caption_lengths(
 
 
 @styled
-def training_curves(
-    steps: Sequence[int] | np.ndarray, loss: Sequence[float] | np.ndarray, batch_size: int | None = None,
-    recall_steps: Sequence[int] = (), recall: Mapping[str, Sequence[float]] | None = None, title: str = "",
-) -> Figure:
-    """The loss (thin: each step, thick: mean) with log(batch), the loss of a guess, and validation recall beside it.
+def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
+    """The lines that `fit` logs (`metrics.jsonl`), of which some have a loss and some the validation recall.
 
-    `recall` maps a name ("R@1") to a value for each of `recall_steps`.
+    The loss (thin: each step, thick: mean) with log(batch), the loss of a guess; beside it the recall, if there is any.
     """
-    recall = recall or {}
-    figure, axes = plt.subplots(1, 2 if recall else 1, figsize=(9 if recall else 5.5, 3.2), squeeze=False)
-    axis = axes[0, 0]
+    losses = [line for line in history if "loss" in line]
+    checks = [line for line in history if "text_to_picture_R@1" in line]
+    figure, axes = plt.subplots(1, 2 if checks else 1, figsize=(9 if checks else 5.5, 3.2), squeeze=False)
+    axis, span = axes[0, 0], max(1, len(losses) // 30)
+    steps, loss = [line["step"] for line in losses], [line["loss"] for line in losses]
     axis.plot(steps, loss, color=SKY, linewidth=0.7)
-    span = max(1, len(loss) // 30)
     if span > 1:
         smooth = np.convolve(loss, np.ones(span) / span, mode="valid")
         axis.plot(steps[span - 1 :], smooth, color=BLUE, label=f"mean of {span} steps")
-    if batch_size:
+    if losses:
+        batch_size = round(math.exp(losses[0]["log_batch"]))
         chance = math.log(batch_size)
         axis.axhline(chance, color=GREY, linestyle="--", label=f"chance: log({batch_size}) = {chance:.2f}")
-    axis.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
-    if span > 1 or batch_size:
         axis.legend()
-    for (name, values), colour, marker in zip(recall.items(), (BLUE, ORANGE, GREEN, RED), "os^D", strict=False):
-        axes[0, 1].plot(recall_steps, values, color=colour, marker=marker, markersize=4, label=name)
-    if recall:
+    axis.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
+    if checks:
+        for k, colour, marker in zip((1, 5, 10), (BLUE, ORANGE, GREEN), "os^", strict=True):
+            values = [line[f"text_to_picture_R@{k}"] for line in checks]
+            axes[0, 1].plot([line["step"] for line in checks], values, color=colour, marker=marker, markersize=4,
+                            label=f"R@{k}")
         axes[0, 1].set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="Validation recall")
         axes[0, 1].legend(loc="best")
     return figure
 
 
-def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
-    """`training_curves` of the lines that `fit` logs (`metrics.jsonl`): some have a loss, some validation recall."""
-    losses = [line for line in history if "loss" in line]
-    checks = [line for line in history if "text_to_picture_R@1" in line]
-    batch_size = round(math.exp(losses[0]["log_batch"])) if losses else None
-    recall = {f"R@{k}": [line[f"text_to_picture_R@{k}"] for line in checks] for k in (1, 5, 10)} if checks else None
-    steps, values = [line["step"] for line in losses], [line["loss"] for line in losses]
-    return training_curves(steps, values, batch_size, [line["step"] for line in checks], recall, title)
-
-
 @styled
-def recall_bars(
-    results: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] = ("R@1", "R@5", "R@10"),
-    title: str = "",
-) -> Figure:
+def recall_bars(results: Results, metrics: Sequence[str] = ("R@1", "R@5", "R@10"), title: str = "") -> Figure:
     """Bars with 95% intervals: `results[label][metric] = {"value", "low", "high"}`, as in `metrics.json`."""
     figure, axis = plt.subplots(figsize=(max(5.5, 1.1 + 0.62 * len(results) * len(metrics)), 3.4))
     wide = 0.8 / len(metrics)
@@ -121,9 +110,7 @@ def recall_bars(
 
 
 @styled
-def differences(
-    results: Mapping[str, Mapping[str, Mapping[str, float]]], unit: str = "R@1", title: str = ""
-) -> Figure:
+def differences(results: Results, unit: str = "R@1", title: str = "") -> Figure:
     """Differences with their 95% intervals: `results[question][split] = {"value", "low", "high"}`.
 
     Each question has a panel. A point is filled if its interval does not include 0.

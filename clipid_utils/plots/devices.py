@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from clipid_utils.plots.parts import cut, legend_beside, titled
+from clipid_utils.plots.parts import cut, legend_beside
 from clipid_utils.plots.style import BLUE, COLOURS, GREEN, GREY, RED, styled
 
 
@@ -21,9 +21,7 @@ def _numbers(devices: Sequence[int]) -> str:
 
 
 @styled
-def placements(
-    arrays: Mapping[str, tuple[tuple[int, int], Mapping[int, tuple[slice, slice]]]], title: str = ""
-) -> Figure:
+def placements(arrays: Mapping[str, tuple[tuple[int, int], Mapping[int, tuple[slice, slice]]]]) -> Figure:
     """The piece of a matrix that each device has: for each name the matrix's shape, and each device's rows and columns.
 
     A piece on several devices shows all their numbers.
@@ -42,7 +40,7 @@ def placements(
         axis.set_title(cut(name, 26), fontsize=9)
         axis.grid(False)
         axis.spines[:].set_visible(False)
-    return titled(figure, title)
+    return figure
 
 
 @styled

@@ -35,7 +35,7 @@ from clipid_utils.data.download.addresses import NotPublic, PublicNetwork, is_pu
 from clipid_utils.data.download.download import count_urls, download, read_urls
 from clipid_utils.data.download.fetcher import (
     MAX_SILENCES,
-    Hosts,
+    Fetcher,
     Limits,
     PermanentFailure,
     parse_url,
@@ -149,7 +149,7 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(server, tmp_path):
         with Image.open(path) as image:
             image.load()  # not a half-written picture
     assert 100 <= len(done) < 300 and all((tmp_path / line["path"]).exists() for line in done if line["path"])
-    for name in (".parts/000000299.jpg", "manifest.jsonl.1.partial"):
+    for name in ("000000299.jpg.partial", "manifest.jsonl.1.partial"):
         (tmp_path / name).write_bytes(b"half")  # a kill in the middle of a write
     final = {line["url"]: server.asked[asked(line["url"])] for line in done if line["status"] != "failed"}
     report = fetch(urls, tmp_path, tries=1)
@@ -166,7 +166,7 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_resumes(server, tmp_path):
     process = start([*urls, server.url("mute", 3030)], tmp_path)  # "mute" answers long after the signal
     seen = stop_at(process, 20, tmp_path, signal.SIGINT)
     assert process.returncode == 1 and process.stderr.read().strip().splitlines()[-1] == "interrupted"
-    assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not (tmp_path / ".parts").exists()
+    assert (tmp_path / "manifest.jsonl").read_bytes().endswith(b"\n") and not list(tmp_path.glob("*.partial"))
     before = server.asked.copy()
     assert fetch(urls, tmp_path).kept == 30
     assert all(server.asked[asked(line["url"])] == before[asked(line["url"])] for line in seen)
@@ -380,8 +380,8 @@ def test_a_host_is_asked_by_few_at_once_and_at_intervals():
     limits = Limits(per_host=2, interval=0.03, connections=3)
     at_once, most, starts, full = Counter(), Counter(), {"a": [], "b": []}, None
 
-    async def visit(hosts: Hosts, name: str) -> None:
-        async with hosts.turn(name) as host:
+    async def visit(fetcher: Fetcher, name: str) -> None:
+        async with fetcher.turn(name) as host:
             starts[name].append(host.free_at)
             at_once[name] += 1
             most[name], most["all"] = max(most[name], at_once[name]), max(most["all"], at_once.total())
@@ -393,11 +393,11 @@ def test_a_host_is_asked_by_few_at_once_and_at_intervals():
 
     async def run() -> None:
         nonlocal full
-        hosts, full = Hosts(limits), anyio.Event()
+        fetcher, full = Fetcher(limits, "test", PublicNetwork()), anyio.Event()
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 for number in range(12):
-                    group.start_soon(visit, hosts, "ab"[number % 2])
+                    group.start_soon(visit, fetcher, "ab"[number % 2])
 
     anyio.run(run)
     assert most.pop("all") == 3 and max(most.values()) == 2

@@ -12,19 +12,11 @@ import threading
 import datasets
 import numpy as np
 import pytest
-from datasets import load_dataset
 from PIL import Image
-from tiny import tiny_pairs, tiny_processor
+from tiny import batches, tiny_pairs, tiny_processor
 
 from clipid_utils.data.batches import loader
-from clipid_utils.data.batches.loader import (
-    batches,
-    dictionary_feed,
-    load_pairs,
-    load_records,
-    records_feed,
-    stream_feed,
-)
+from clipid_utils.data.batches.loader import dictionary_feed, load_pairs, load_records, records_feed, stream_feed
 from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import caption_ids, read_captions, write_captions
 from clipid_utils.model.processor import CLIPProcessor
@@ -236,7 +228,7 @@ def test_cut_captions_are_marked(tokenize, records):
 
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide among 2 processes"),
-    ({"batch_size": 24}, "batch_size 24 is more than the 23 records"),
+    ({"batch_size": 24}, "batch_size 24 is more than the 23 pictures"),
 ])
 def test_what_does_not_fit_is_refused(tokenize, records, options, message):
     with pytest.raises(ValueError, match=message):
@@ -276,14 +268,6 @@ def test_the_windows_of_neighbouring_seeds_differ(tokenize, tars):
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
-def test_a_stream_of_load_dataset_gives_the_same_batches(tokenize, folder, tars):
-    files = sorted(map(str, folder.glob("*.tar")))
-    stream = load_dataset("webdataset", data_files=files, split="train", streaming=True)
-    batches = [taken(stream_feed(each, tokenize, SIZE, 4, seed=3, length=12), 3) for each in (tars, stream)]
-    assert_equal_batches(*batches)
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
 def test_a_closed_stream_leaves_no_thread(tokenize, tars):
     before = threading.active_count()
     feed = stream_feed(tars, tokenize, SIZE, 4, seed=3, length=12)
@@ -308,18 +292,6 @@ print("got one")
     assert (done.returncode, done.stdout, done.stderr) == (0, "got one\n", "")
 
 
-def test_parquet_and_json_lines_can_be_streamed(tokenize, folder, tmp_path):
-    rows = [{"image": Image.open(folder / f"{number}.jpg"), "captions": ["kucing", "hewan"]} for number in range(9)]
-    write_captions(rows, tmp_path / "captions.parquet")
-    lines = [json.dumps({"picture": str(folder / f"{n}.jpg"), "words": "kucing"}) for n in range(9)]
-    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    for kind, name, columns in (("parquet", "captions.parquet", None), ("json", "lines.jsonl", ("picture", "words"))):
-        stream = load_dataset(kind, data_files=str(tmp_path / name), split="train", streaming=True)
-        feed = stream_feed(stream, tokenize, SIZE, 3, seed=0, length=12, columns=columns, shuffle_window=4)
-        assert len({number for batch in taken(feed, 3) for number in batch["concepts"].tolist()}) == 9
-        assert_resumes(feed, 8, (0, 2, 3, 4))
-
-
 def through_every_feed(folder, tokenize, decode) -> list[np.ndarray]:
     """The images of each feed, and of the pictures in memory, for two records of a.jpg."""
     paths = [{"image_path": str(folder / "a.jpg"), "captions": ["kucing"]}] * 2
@@ -330,9 +302,8 @@ def through_every_feed(folder, tokenize, decode) -> list[np.ndarray]:
         tar.add(folder / "a.jsonl", "a.txt")
     options = {"seed": 0, "length": 12, "decode": decode}
     listed, embedded = (read_captions(folder / f"a.{kind}") for kind in ("jsonl", "parquet"))
-    parquet = load_dataset("parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True)
     feeds = [records_feed(records, tokenize, SIZE, 2, **options) for records in (listed, embedded)]
-    feeds += [stream_feed(stream, tokenize, SIZE, 2, **options) for stream in (tar_stream([folder / "a.tar"]), parquet)]
+    feeds.append(stream_feed(tar_stream([folder / "a.tar"]), tokenize, SIZE, 2, **options))
     texts = {"name_id": "kucing", "keywords_id": [], "group": "animals", "group_id": "hewan", "has_text": False}
     rows = datasets.Dataset.from_list([texts] * 2).add_column("image", [str(folder / "a.jpg")] * 2)
     rows = rows.cast_column("image", datasets.Image())

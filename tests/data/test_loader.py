@@ -7,9 +7,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from PIL import Image
-from tiny import NAMES, tiny_pairs, tiny_processor
+from tiny import NAMES, batches, tiny_pairs, tiny_processor
 
-from clipid_utils.data.batches.loader import batches, load_pairs, load_records
+from clipid_utils.data.batches.loader import load_pairs, load_records
 from clipid_utils.data.captions import caption_ids
 
 

@@ -80,8 +80,9 @@ class Uneven:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return marian.converted_folder(tiny_marian(tmp_path_factory.mktemp("marian") / "hf"), "int8",
-                                   tmp_path_factory.mktemp("converted"))
+    folder = tmp_path_factory.mktemp("marian")
+    marian.convert(tiny_marian(folder / "hf"), folder / "int8", "int8")
+    return folder / "int8"
 
 
 def write_shards(folder: Path, count: int = 8, rows: int = 10) -> list[Path]:

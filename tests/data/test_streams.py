@@ -2,10 +2,8 @@
 
 import io
 import itertools
-import json
 import tarfile
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,26 +108,15 @@ def test_samples_that_lack_a_part_are_skipped_and_counted(tokenize, tmp_path):
 
 
 @pytest.mark.parametrize("members", [{"a.jpg": png(1), "a.cls": b"7"}, {"a.txt": b"kucing", "a.cls": b"7"},
-                                     {"a.jpg": png(1), "a.cls": b"7", "b.txt": b"kucing"}])
-def test_a_stream_without_pairs_says_so_before_the_first_batch(tokenize, tmp_path, members):
-    stream = tar_stream([write_tar(tmp_path / "a.tar", members)])
-    with pytest.raises(ValueError, match="no row has both a picture and a caption; the columns are .*cls.*: name the "
-                       "two with --image-column and --caption-column"):
-        stream_feed(stream, tokenize, 8, 1, seed=0, length=12)
-    with pytest.raises(ValueError, match="the columns are none"):
-        stream_feed(tar_stream([write_tar(tmp_path / "b.tar", {"x/": b""})]), tokenize, 8, 1, seed=0, length=12)
-
-
-def test_pictures_that_are_all_bad_end_the_run(tokenize, tmp_path, monkeypatch):
-    lines = [json.dumps({"picture": "a.jpg", "words": "kucing"})] * 2
-    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    stream = datasets.load_dataset("json", data_files=str(tmp_path / "lines.jsonl"), split="train", streaming=True)
-    with pytest.raises(ValueError, match="the columns are picture, words: name"):
-        stream_feed(stream, tokenize, 8, 2, seed=0, length=12)
+                                     {"a.jpg": png(1), "a.cls": b"7", "b.txt": b"kucing"},
+                                     {"a.jpg": b"broken", "a.txt": b"kucing"}])
+def test_a_stream_without_usable_rows_ends_the_run(tokenize, tmp_path, monkeypatch, members):
     monkeypatch.setattr(loader, "MOST_UNREADABLE", 6)
-    iterator = iter(stream_feed(stream, tokenize, 8, 2, seed=0, length=12, columns=("picture", "words")).dataset)
-    with pytest.warns(UserWarning, match="a.jpg: .*skipped"), pytest.raises(
-            ValueError, match="none of 6 rows one after the other .* the last is a.jpg"):
+    stream = tar_stream([write_tar(tmp_path / "a.tar", members)])
+    iterator = iter(stream_feed(stream, tokenize, 8, 1, seed=0, length=12).dataset)
+    with pytest.warns(UserWarning, match=r"a\.tar/.*skipped"), pytest.raises(
+            ValueError, match="none of 6 rows one after the other .* the last is .*a.tar.* with the columns __key__.*: "
+                              "check the pictures, or name two columns with --image-column and --caption-column"):
         next(iterator)
     iterator.close()
 
@@ -174,14 +161,3 @@ def test_captions_are_drawn_again_each_epoch(four, tokenize):
             drawn.setdefault(concept, set()).add(tuple(ids))
     iterator.close()
     assert len(drawn) == 28 and np.mean([len(ids) for ids in drawn.values()]) > 1.8
-
-
-def test_columns_of_other_streams():
-    captions = ["a cat", None, " "]
-    assert picture_and_captions({"image": b"1", "captions": captions}) == (b"1", ["a cat"])
-    assert picture_and_captions({"image_path": "a.jpg", "captions": None, "text": "a\nb"}) == ("a.jpg", ["a\nb"])
-    row = {"jpg": {"bytes": b"1", "path": "a.jpg"}, "json": {"caption": "kucing"}, "__key__": "a"}
-    assert picture_and_captions(row) == ({"bytes": b"1", "path": "a.jpg"}, ["kucing"])
-    assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", "teks")) == ("a.jpg", ["x"])
-    assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", None)) == ("a.jpg", ["y"])
-    assert picture_and_captions({"other": 1}) == (None, [])

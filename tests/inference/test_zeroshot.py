@@ -61,16 +61,15 @@ def test_accuracy_over_all_classes_and_within_groups():
     weights = np.eye(4, dtype=np.float32)
     images = np.array([[0.9, 0.1, 0.0, 0.0], [0.0, 0.5, 0.9, 0.0], [0.1, 0.0, 0.0, 0.9]], np.float32)
     labels = np.array([0, 1, 3])
-    whole = zeroshot.zero_shot_accuracy(images, weights, labels, ks=(1, 2))
-    assert whole["top1"]["value"] == pytest.approx(2 / 3) and whole["top2"]["value"] == 1.0
+    whole = zeroshot.zero_shot_accuracy(images, weights, labels)
+    assert whole["top1"]["value"] == pytest.approx(2 / 3) and whole["top5"]["value"] == 1.0
     assert (whole["items"], whole["classes"]) == (3, 4)
-    within = zeroshot.accuracy_within(images, weights, labels, ["hewan", "hewan", "buah", "buah"], ks=(1,))
+    within = zeroshot.zero_shot_accuracy(images, weights, labels, ["hewan", "hewan", "buah", "buah"])
     assert within["top1"]["value"] == 1.0 and within["classes"] == 2.0 and within["items"] == 3
-    for accuracy in (lambda **options: zeroshot.zero_shot_accuracy(images, weights, labels, **options),
-                     lambda **options: zeroshot.accuracy_within(images, weights, labels, [1, 1, 1, 2], **options)):
-        assert list(accuracy()) == ["top1", "top5", "items", "classes"]
-        together = accuracy(clusters=["a", "a", "a"])["top1"]
-        assert together["low"] == together["high"] == together["value"]
+    for groups in (None, [1, 1, 1, 2]):
+        found = zeroshot.zero_shot_accuracy(images, weights, labels, groups, clusters=["a", "a", "a"])
+        assert list(found) == ["top1", "top5", "items", "classes"]
+        assert found["top1"]["low"] == found["top1"]["high"] == found["top1"]["value"]
 
 
 def test_intervals_of_accuracy_depend_on_the_seed():
@@ -78,6 +77,6 @@ def test_intervals_of_accuracy_depend_on_the_seed():
     images, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(0, 4, 80)
     weights = np.eye(4, dtype=np.float32)
     hits = hits_at_k(label_ranks(images, labels), 1)
-    for found in (zeroshot.zero_shot_accuracy(images, weights, labels, seed=1),
-                  zeroshot.accuracy_within(images, weights, labels, ["a"] * 4, seed=1)):
+    for groups in (None, ["a"] * 4):
+        found = zeroshot.zero_shot_accuracy(images, weights, labels, groups, seed=1)
         assert found["top1"] == with_interval(hits, 1) != with_interval(hits, 0)

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import short_clip, tiny_batch, tiny_clip, tiny_pairs, tiny_processor
+from tiny import batches, short_clip, tiny_batch, tiny_clip, tiny_pairs, tiny_processor
 
-from clipid_utils.data.batches.loader import batches
 from clipid_utils.model.config import MAX_LOGIT_SCALE
 from clipid_utils.paths import CHECKPOINTS
 from clipid_utils.training import loop

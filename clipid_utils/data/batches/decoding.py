@@ -5,26 +5,21 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clipid_utils.pictures import picture_source
+
 MOST_UNREADABLE = 1000  # bad rows one after the other: then a folder or a column is missing, not a few pictures bad
 
 Picture = str | bytes | dict | None  # a path, the bytes of a file, or {"bytes", "path"} as `datasets` stores pictures
 
 
-def source(picture: Picture) -> str | bytes | None:
-    """The path or the bytes of a picture."""
-    if isinstance(picture, dict):
-        return picture["path"] if picture["bytes"] is None else picture["bytes"]
-    return picture
-
-
 def try_decode(decode: Callable, picture: Picture, captions: list[str]) -> np.ndarray | Exception:
     """The pixels of a picture, or the reason why its row cannot be used."""
     try:
-        if not source(picture):
+        if not picture_source(picture):
             raise ValueError("it has no picture")
         if not captions:
             raise ValueError("it has no caption")
-        return decode(source(picture))
+        return decode(picture_source(picture))
     except Exception as error:  # a broken file can raise anything
         return error
 

@@ -6,13 +6,11 @@ numbers: the same concept or picture), `caption_ids` int32 [b, 2] (equal: the sa
 """
 
 import functools
-import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import datasets
 import grain
@@ -20,12 +18,12 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Int, UInt8
 
-from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture_name, source, trouble, try_decode
+from clipid_utils.data.batches.decoding import MOST_UNREADABLE, Skipped, picture_name, trouble, try_decode
 from clipid_utils.data.batches.prefetch import Ahead, Steps
 from clipid_utils.data.batches.streams import EndlessRows, clean_captions, picture_and_captions
 from clipid_utils.data.captions import caption_ids, flip_allowed, sample_caption
 from clipid_utils.files import usable_threads
-from clipid_utils.pictures import decode_square
+from clipid_utils.pictures import decode_square, picture_source
 from clipid_utils.wording import group_phrase
 
 
@@ -60,11 +58,10 @@ def load_pairs(dataset: Dataset, size: int, decode: Callable | None = None) -> P
     names = dataset["name_id"][:]
     images = np.empty((len(names), size, size, 3), np.uint8)
     for row, picture in enumerate(dataset.cast_column("image", datasets.Image(decode=False))["image"]):
-        images[row] = decode(source(picture))
+        images[row] = decode(picture_source(picture))
     keywords = [list(dict.fromkeys([*words, group_phrase(group)]))
                 for words, group in zip(dataset["keywords_id"], dataset["group_id"], strict=True)]
-    letters = dataset["has_text"][:]
-    may_flip = [flip_allowed(*row) for row in zip(names, keywords, letters, strict=True)]
+    may_flip = [flip_allowed(*row) for row in zip(names, keywords, dataset["has_text"], strict=True)]
     return PicturePairs(images, _numbers(names), list(names), keywords, list(dataset["group"]), np.array(may_flip))
 
 
@@ -93,8 +90,7 @@ def load_records(records: Dataset, size: int, most: int, decode: Callable | None
 
 def _numbers(names: list[str]) -> Int[np.ndarray, " N"]:
     """The same number for names that differ at most in case."""
-    number = {name: i for i, name in enumerate(sorted({name.lower() for name in names}))}
-    return np.array([number[name.lower()] for name in names], np.int32)
+    return np.unique([name.lower() for name in names], return_inverse=True)[1].astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -121,10 +117,7 @@ def dictionary_feed(
     does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or does not divide
     among the processes.
     """
-    share = _share(batch_size, process_index, process_count)
-    if batch_size > len(pairs):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(pairs)} pictures: choose a smaller one")
-    steps = len(pairs) // batch_size
+    share, steps = _share(batch_size, process_index, process_count, len(pairs)), len(pairs) // batch_size
 
     @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
     def order_of(epoch: int) -> np.ndarray:
@@ -146,17 +139,10 @@ def dictionary_feed(
     return Feed(Steps(make), batch_size, steps)
 
 
-def batches(
-    pairs: PicturePairs, tokenize: Callable, batch_size: int, *, seed: int, epoch: int, length: int,
-    group_concepts: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
-    """One epoch of `dictionary_feed`, for a single process."""
-    feed = dictionary_feed(pairs, tokenize, batch_size, seed=seed, length=length, group_concepts=group_concepts)
-    steps = feed.steps_per_epoch
-    yield from map(feed.dataset.make, range(epoch * steps, (epoch + 1) * steps))
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def _share(batch_size: int, process_index: int, process_count: int, pictures: float | int = np.inf) -> slice:
+    """The places in a batch that belong to a process."""
+    if batch_size > pictures:
+        raise ValueError(f"batch_size {batch_size} is more than the {pictures} pictures: choose a smaller one")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
     part = batch_size // process_count
@@ -180,20 +166,11 @@ def records_feed(
     that cannot be read is skipped and counted, and the next record takes its place; a thousand of them one after the
     other raise ValueError. For the rest see `dictionary_feed`.
     """
-    share = _share(batch_size, process_index, process_count)
-    if batch_size > len(records):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(records)} records: choose a smaller one")
+    share, steps = _share(batch_size, process_index, process_count, len(records)), len(records) // batch_size
     decode = decode or functools.partial(decode_square, size=image_size)
     make = functools.partial(  # not a closure: worker processes get it by its name
         _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
-    skipped = Skipped()
-
-    def finish(batch: dict) -> dict:
-        skipped.report(batch.pop("troubles"))
-        return batch
-
-    steps = len(records) // batch_size
-    return Feed(Steps(make, workers=workers, threads=usable_threads(), finish=finish), batch_size, steps)
+    return Feed(Steps(make, workers=workers, threads=usable_threads()), batch_size, steps)
 
 
 def _undecoded(records: Dataset) -> Dataset:
@@ -235,20 +212,18 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def stream_feed(
     stream: datasets.IterableDataset, tokenize: Callable, image_size: int, batch_size: int, *, seed: int, length: int,
-    columns: Sequence[str | None] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
+    columns: Sequence[str] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
     process_index: int = 0, process_count: int = 1,
 ) -> Feed:
-    """Batches of a stream: `tar_stream(files)`, or `load_dataset("parquet", …, streaming=True)` and its like.
+    """Batches of WebDataset tars: `stream` is `tar_stream(files)`.
 
-    `columns` names the picture's column and the captions' column; one that is None is found by its usual names. Each
+    `columns` has the endings of the picture and of the captions; by default they are found by the usual endings. Each
     process reads its own files if they divide evenly, else its own rows. The files are shuffled each epoch, and their
     rows in windows of `shuffle_window`, which are kept undecoded and read again when a run resumes. `concepts` are
-    checksums of the pictures. Rows without a caption or a readable picture are skipped and counted. Raises ValueError
-    if the first thousand rows have no picture with a caption. For `decode` see `records_feed`.
+    checksums of the pictures. Rows without a caption or a readable picture are skipped and counted; a thousand of them
+    one after the other raise ValueError. For `decode` see `records_feed`.
     """
     share = _share(batch_size, process_index, process_count)
-    stream = stream.decode(False) if stream.features else stream
-    _check_stream(stream, columns)
     decode, skipped, bad = decode or functools.partial(decode_square, size=image_size), Skipped(), 0
 
     def make(rows: list[tuple[int, dict]]) -> dict[str, np.ndarray] | None:
@@ -261,10 +236,11 @@ def stream_feed(
         bad = 0 if good else bad + len(rows)
         if bad >= MOST_UNREADABLE:
             raise ValueError(f"none of {bad} rows one after the other has a caption and a readable picture, the last "
-                             f"is {picture_name(pictures[-1])}: check the pictures") from pixels[-1]
+                             f"is {picture_name(pictures[-1])} with the columns {', '.join(rows[-1][1])}: check the "
+                             "pictures, or name two columns with --image-column and --caption-column") from pixels[-1]
         if not good:
             return None
-        sums = np.array([zlib.crc32(os.fsencode(source(pictures[place]))) for place in good], np.uint32)
+        sums = np.array([zlib.crc32(pictures[place]["bytes"]) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
                     for place, number in zip(good, sums, strict=True)]
         return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),
@@ -275,18 +251,6 @@ def stream_feed(
         EndlessRows(stream, seed, process_index, process_count), window_size=shuffle_window, seed=_shuffle_seed(seed))
     made = rows.batch(count, batch_fn=list).map(make).filter(lambda batch: batch is not None)
     return Feed(Ahead(grain.experimental.RebatchIterDataset(made, count)), batch_size, None)
-
-
-def _check_stream(stream: datasets.IterableDataset, columns: Sequence[str | None] | None) -> None:
-    """Raises ValueError if none of the first rows of a stream has both a picture and a caption."""
-    names = {}
-    for row in islice(stream, MOST_UNREADABLE):
-        picture, captions = picture_and_captions(row, columns)
-        if captions and source(picture):
-            return
-        names.update(dict.fromkeys(row))
-    raise ValueError(f"no row has both a picture and a caption; the columns are {', '.join(names) or 'none'}: name the "
-                     "two with --image-column and --caption-column (columns=(…, …)), or check the files")
 
 
 def _texts(captions: list[str], tokenize: Callable, length: int, may_flip: np.ndarray | None = None) -> dict:

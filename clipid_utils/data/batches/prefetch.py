@@ -14,19 +14,19 @@ import grain
 import numpy as np
 from absl import flags
 
+from clipid_utils.data.batches.decoding import Skipped
+
 
 class Steps(grain.IterDataset):
     """The batches `make(0)`, `make(1)`, … without end, made ahead by `workers` processes, or else by `threads` threads.
 
-    The state is the number of the next batch. Each batch passes through `finish` in this process.
+    The state is the number of the next batch. `troubles`, lines about skipped rows that a batch may have, become
+    warnings in this process.
     """
 
-    def __init__(
-        self, make: Callable[[int], dict], *, workers: int = 0, threads: int = 1, finish: Callable | None = None
-    ):
+    def __init__(self, make: Callable[[int], dict], *, workers: int = 0, threads: int = 1):
         super().__init__()
-        self.make, self.workers, self.threads = make, workers, threads
-        self.finish = finish or (lambda batch: batch)
+        self.make, self.workers, self.threads, self.skipped = make, workers, threads, Skipped()
 
     def __iter__(self) -> grain.DatasetIterator:
         return _StepsIterator(self)
@@ -49,17 +49,15 @@ class _StepsIterator(grain.DatasetIterator):
         self.steps, self.step, self.made = steps, 0, None
 
     def __next__(self) -> dict:
-        self.start_prefetch()
-        batch = self.steps.finish(next(self.made))
+        if self.made is None:
+            self.made = self.steps.start(self.step)
+            self.made.start_prefetch()
+        batch = next(self.made)
+        self.steps.skipped.report(batch.pop("troubles", []))
         if self.steps.workers:  # out of shared memory, which Grain frees while JAX on a CPU may still read it
             batch["images"] = np.array(batch["images"])
         self.step += 1
         return batch
-
-    def start_prefetch(self) -> None:
-        if self.made is None:
-            self.made = self.steps.start(self.step)
-            self.made.start_prefetch()
 
     def get_state(self) -> dict[str, int]:
         return {"step": self.step}

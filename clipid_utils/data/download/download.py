@@ -9,7 +9,6 @@ for a kept picture `path`, `sha256` and `bytes` of the file as it came, `width` 
 import hashlib
 import itertools
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -55,17 +54,12 @@ def download(
     agent = AGENT.format(version=clipid_utils.__version__, contact=f"; {contact}" if contact else "")
     with only_writer(folder), warnings.catch_warnings(), Manifest(folder / "manifest.jsonl") as manifest:
         warnings.filterwarnings("ignore", module="PIL")  # about odd pictures, which the manifest lists
-        for leftover in folder.glob(f"*{PARTIAL}"):  # a kill left it, and the half-written pictures
+        for leftover in folder.glob(f"*{PARTIAL}"):  # a kill left it: a half-written picture or manifest
             leftover.unlink()
-        shutil.rmtree(folder / ".parts", ignore_errors=True)
-        (folder / ".parts").mkdir()
         bar = tqdm(total=total, initial=manifest.counts.total(), desc="pictures", unit=" rows", disable=not progress)
         fetcher = Fetcher(limits or Limits(), agent, network or PublicNetwork(), tls)
-        try:
-            with bar, start_blocking_portal() as portal:  # a loop in a thread: a notebook's own loop runs already
-                portal.call(_run, rows, folder, manifest, fetcher, bar)
-        finally:
-            shutil.rmtree(folder / ".parts")
+        with bar, start_blocking_portal() as portal:  # a loop in a thread: a notebook's own loop runs already
+            portal.call(_run, rows, folder, manifest, fetcher, bar)
         return _write_records(manifest, folder)
 
 
@@ -101,7 +95,7 @@ def _store(file: bytes, folder: Path, number: int, most_pixels: int) -> dict:
     """Writes a picture. Under its final name it is whole or absent; to sync each to the disk would take too long."""
     jpeg, width, height = to_jpeg(file, most_pixels)
     path = Path("pictures", f"{number // FOLDER_SIZE:05d}", f"{number:09d}.jpg")
-    part = folder / ".parts" / path.name
+    part = folder / f"{path.name}{PARTIAL}"
     part.write_bytes(jpeg)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, folder / path)
@@ -166,10 +160,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, dict | None, str | None]]:
 
 def _problem(row: dict) -> str | None:
     captions, number = row.get("captions"), row.get("row", 0)
-    fits = {
-        "url": "url" in row,
-        "row": type(number) is int and number >= 0,
-        "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
-        "source": isinstance(row.get("source"), str | None), "split": isinstance(row.get("split"), str | None),
-    }
+    fits = {"url": "url" in row, "row": type(number) is int and number >= 0,
+            "captions": isinstance(captions, list) and all(isinstance(text, str) for text in captions),
+            "source": isinstance(row.get("source"), str | None), "split": isinstance(row.get("split"), str | None)}
     return next((f"{key} is {row.get(key)!r}"[:80] for key, right in fits.items() if not right), None)

@@ -1,7 +1,6 @@
 """One picture from its URL: requested politely, within limits, and made a JPEG of training size."""
 
 import functools
-import importlib.util
 import io
 import random
 import time
@@ -79,32 +78,6 @@ class Host:
     silences: int = 0
 
 
-class Hosts:
-    """Gives turns: at most `per_host` requests to a host at once, `interval` apart, and `connections` in all."""
-
-    def __init__(self, limits: Limits):
-        self.limits, self.slots = limits, anyio.Semaphore(limits.connections)
-        self.host = functools.lru_cache(MAX_HOSTS)(lambda name: Host(anyio.Semaphore(limits.per_host)))
-
-    @asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[Host]:
-        """Waits for a turn at a host. Raises TransientFailure if the host is silent or asks to wait too long."""
-        host = self.host(name)
-        async with host.lanes:
-            while True:
-                if host.silences >= MAX_SILENCES:
-                    raise TransientFailure("host is silent", f"{name} took none of {MAX_SILENCES} connections")
-                wait = host.free_at - time.monotonic()
-                if wait > self.limits.patience:
-                    raise TransientFailure("host asks to wait", f"{name} for {wait:.0f} s")
-                await anyio.sleep(max(0.0, wait))  # without a slot, which other hosts can use meanwhile
-                async with self.slots:
-                    if host.free_at <= time.monotonic():
-                        host.free_at = time.monotonic() + self.limits.interval
-                        yield host
-                        return
-
-
 def parse_url(text: object, base: httpx2.URL | None = None) -> httpx2.URL:
     """A URL, which may be relative to `base`. Raises PermanentFailure unless it is an http or https URL."""
     try:
@@ -124,14 +97,36 @@ class Fetcher:
     """
 
     def __init__(self, limits: Limits, agent: str, network: PublicNetwork, tls: SSLContext | None = None):
-        self.limits, self.hosts, self.threads = limits, Hosts(limits), anyio.CapacityLimiter(usable_threads())
+        self.limits, self.slots = limits, anyio.Semaphore(limits.connections)
+        self.host = functools.lru_cache(MAX_HOSTS)(lambda name: Host(anyio.Semaphore(limits.per_host)))
+        self.threads = anyio.CapacityLimiter(usable_threads())
         headers = {"User-Agent": agent, "Accept": "image/*", "Accept-Encoding": "identity"}
         timeout = {"connect": limits.silence, "read": limits.silence, "write": limits.silence, "pool": None}
         self.options = {"headers": headers, "extensions": {"timeout": timeout}}
         self.pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(), network_backend=network, keepalive_expiry=10.0,
-            max_connections=limits.connections, http2=importlib.util.find_spec("h2") is not None,
-        )
+            max_connections=limits.connections)
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[Host]:
+        """Waits for a turn: at most `per_host` requests to a host at once, `interval` apart, and `connections` in all.
+
+        Raises TransientFailure if the host is silent or asks to wait too long.
+        """
+        host = self.host(name)
+        async with host.lanes:
+            while True:
+                if host.silences >= MAX_SILENCES:
+                    raise TransientFailure("host is silent", f"{name} took none of {MAX_SILENCES} connections")
+                wait = host.free_at - time.monotonic()
+                if wait > self.limits.patience:
+                    raise TransientFailure("host asks to wait", f"{name} for {wait:.0f} s")
+                await anyio.sleep(max(0.0, wait))  # without a slot, which other hosts can use meanwhile
+                async with self.slots:
+                    if host.free_at <= time.monotonic():
+                        host.free_at = time.monotonic() + self.limits.interval
+                        yield host
+                        return
 
     async def fetch(self, text: object, finish: Callable[[bytes], dict]) -> dict:
         """The outcome of a URL: `status`, `error`, `tries`, and the result of `finish(file)`, which a thread calls.
@@ -154,7 +149,7 @@ class Fetcher:
 
     async def _follow(self, url: httpx2.URL, finish: Callable[[bytes], dict]) -> dict:
         for _ in range(MAX_REDIRECTS + 1):
-            async with self.hosts.turn(url.host) as host:
+            async with self.turn(url.host) as host:
                 found = await self._ask(url, host)
                 if isinstance(found, bytes):
                     return await anyio.to_thread.run_sync(finish, found, limiter=self.threads)
@@ -231,10 +226,9 @@ def retry_after(header: str) -> float | None:
     if header.strip().isdecimal():
         return float(header)
     try:
-        when = parsedate_to_datetime(header)
+        when = parsedate_to_datetime(header).replace(tzinfo=UTC)  # HTTP writes all dates in GMT
     except ValueError:
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 

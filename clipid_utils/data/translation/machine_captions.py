@@ -9,7 +9,7 @@ Notebook 02 does this step by step; scripts/added_pictures.py trains on the resu
 
 from collections.abc import Callable, Iterator
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from clipid_utils.data.cleaning import filters
 from clipid_utils.data.cleaning.proper_nouns import load_tagger
@@ -53,9 +53,7 @@ def in_indonesian(rows: Dataset, translate: Callable[[list[str]], list[Translati
 
 def _with_columns(rows: Dataset, columns: dict[str, list]) -> Dataset:
     rows = rows.remove_columns([name for name in columns if name in rows.column_names])
-    for name, column in columns.items():
-        rows = rows.add_column(name, column)
-    return rows
+    return concatenate_datasets([rows, Dataset.from_dict(columns)], axis=1)
 
 
 def caption_checks(rows: Dataset) -> dict[str, PairCheck]:
@@ -94,8 +92,6 @@ def with_good_captions(rows: Dataset, checks: dict[str, PairCheck], report: Repo
     for place, _, indonesian in filter_pairs((pair for _, pair in captions), checks, report):
         names.setdefault(captions[place][0], indonesian)
     rows, words = rows.select(sorted(names)), []
-    if not names:  # `datasets` cannot add a column to no rows
-        return rows
     for english, indonesian in zip(rows["keywords_en"], rows["keywords_id"], strict=True):
         pairs = [pair for pair in zip(english, indonesian, strict=True) if pair[0].lower() != pair[1].lower()]
         words.append(list(dict.fromkeys(text for _, _, text in filter_pairs(pairs, CHECKS, Report()))))

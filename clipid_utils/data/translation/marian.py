@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 
 from clipid_utils.data.prepared import prepare_once
 from clipid_utils.files import file_identity, need, read_json, whole_folder
+from clipid_utils.model.pretrained.hub import snapshot
 from clipid_utils.paths import CACHE
 
 ctranslate2, sentencepiece = (need(name, "translate") for name in ("ctranslate2", "sentencepiece"))
@@ -30,13 +30,17 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 def model_folder(path_or_id: str | os.PathLike) -> Path:
-    """The folder of a model; one on the Hugging Face hub is fetched, or found in the hub's cache.
+    """The folder of a model: of CTranslate2's form, or of Hugging Face's, which `save_pretrained` writes.
 
-    Raises FileNotFoundError if there is no such folder or repository, or a file of it is missing.
+    A repository on the Hugging Face hub is fetched, with one form of weights, or found in the hub's cache. Raises
+    FileNotFoundError if there is no such folder or repository, or a file of it is missing, and ConnectionError if the
+    hub cannot be reached.
     """
     folder = Path(path_or_id).expanduser()
     if not folder.is_dir():
-        folder = _fetched(os.fspath(path_or_id))
+        folder = snapshot(os.fspath(path_or_id), None, [*FILES, "model.bin", "*_vocabulary.json", WEIGHTS[0]])
+        if not any((folder / file).is_file() for file in ("model.bin", WEIGHTS[0])):
+            folder = snapshot(os.fspath(path_or_id), None, [*FILES, WEIGHTS[1]])
     for name in SENTENCE_PIECES if (folder / "model.bin").is_file() else FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a folder that save_pretrained of MarianMTModel and "
@@ -44,20 +48,17 @@ def model_folder(path_or_id: str | os.PathLike) -> Path:
     return folder
 
 
-def converted_folder(path_or_id: str | os.PathLike, quantization: str, cache: Path | None = None) -> Path:
+def converted_folder(folder: Path, quantization: str) -> Path:
     """A folder that CTranslate2 opens, with source.spm and target.spm; the model is converted at its first use.
 
-    `path_or_id` is a folder of CTranslate2's (returned as it is, with the quantization that it has), a folder that
-    `save_pretrained` wrote, or a repository on the Hugging Face hub. Conversions are kept in `cache`, by default
-    data/cache/translators. Raises FileNotFoundError or ValueError if something is missing or does not fit.
+    `folder` is one of `model_folder`. One of CTranslate2's is returned as it is, with the quantization that it has.
+    Conversions are kept in data/cache/translators. Raises ValueError if something does not fit.
     """
-    folder = model_folder(path_or_id)
     if (folder / "model.bin").is_file():
         return folder
     files = [file_identity(folder / name) for name in (*FILES, *WEIGHTS) if (folder / name).is_file()]
-    cache = Path(cache or CACHE / "translators")
     fingerprint = hashlib.sha256(repr((CONVERTER, files)).encode()).hexdigest()[:12]
-    out = cache / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
+    out = CACHE / "translators" / f"{folder.resolve().name[:40]}-{fingerprint}-{quantization}"
     return prepare_once(out, lambda partial: convert(folder, partial, quantization))
 
 
@@ -79,20 +80,6 @@ def convert(folder: Path, out: Path, quantization: str) -> None:
             shutil.copyfile(folder / name, partial / name)
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a repository in the hub's cache: the files that a conversion needs, with one form of weights."""
-    ready = [*FILES, "model.bin", "*_vocabulary.json", WEIGHTS[0]]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=ready))
-        if not any((folder / file).is_file() for file in ("model.bin", WEIGHTS[0])):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, WEIGHTS[1]]))
-        return folder
-    except (OSError, ValueError) as error:  # no such repository, no network, not an id
-        said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise FileNotFoundError(f"{name!r} is not a folder, and could not be fetched from the hub as 'owner/name' "
-                                f"({said}): correct the name, try again with a network, or name a folder") from error
-
-
 def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
     """The model as CTranslate2 describes it, with its weights."""
     from clipid_utils.model.pretrained.weights import read_weights  # here, since only a conversion needs it and JAX
@@ -102,8 +89,7 @@ def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
     weights = {key: np.array(stored[key], np.float32) for key in stored if stored[key].dtype.kind in "fV"}
     spec = ctranslate2.specs.TransformerSpec.from_config(
         (config["encoder_layers"], config["decoder_layers"]), config["encoder_attention_heads"], pre_norm=False,
-        activation=ctranslate2.specs.common_spec.Activation[_ACTIVATIONS[config["activation_function"]]],
-    )
+        activation=ctranslate2.specs.common_spec.Activation[_ACTIVATIONS[config["activation_function"]]])
     embedding, bias = weights["model.shared.weight"], weights.get("final_logits_bias")
     if len(embedding) != len(tokens):
         raise ValueError(f"{folder / 'vocab.json'} has {len(tokens)} tokens and the model {len(embedding)} embeddings: "

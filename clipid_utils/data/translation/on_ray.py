@@ -112,8 +112,7 @@ def map_shards(
     # A block for each shard, or the death of one worker would cost several; no limit on how often one may die
     mapped = ray.data.from_items(left, override_num_blocks=len(left)).map(
         _Worker, fn_constructor_args=(make, options, settings), num_cpus=cores, num_gpus=gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=workers), max_restarts=-1, max_task_retries=-1,
-    )
+        compute=ray.data.ActorPoolStrategy(size=workers), max_restarts=-1, max_task_retries=-1)
     done = tqdm(mapped.iter_rows(), unit=" shards", total=len(files), initial=len(files) - len(left),
                 disable=not progress)
     return rows + sum(row["rows"] for row in done)

@@ -6,7 +6,6 @@
     translate_rows("captions.jsonl", "translated", translator)
 """
 
-import functools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -44,10 +43,10 @@ class Translation(NamedTuple):
 class Translator:
     """A Marian model on CTranslate2: it takes a list of texts and returns a Translation for each, in their order.
 
-    `model` is a folder or an id on the hub, as in `converted_folder`. On a CPU the model computes in int8, in `threads`
+    `model` is a folder or an id on the hub, as in `model_folder`. On a CPU the model computes in int8, in `threads`
     batches at once with a core each, because cores that share a batch wait for each other several times a layer. On a
     GPU it computes in float16; a GPU is used if there is one, unless `device` is "cpu". `batch_tokens` limits a batch:
-    its number of sentences times the pieces of the longest. Raises the errors of `converted_folder`, and ValueError if
+    its number of sentences times the pieces of the longest. Raises the errors of `model_folder`, and ValueError if
     the device is not there.
     """
 
@@ -63,24 +62,17 @@ class Translator:
         self.batch_tokens = batch_tokens or (16_384 if gpus else 200)  # few on a CPU, so that they fit into its caches
         self.folder, kind = model_folder(model), "float16" if gpus else "int8"
         folder = converted_folder(self.folder, kind)
-        self._source, self._target = (
-            sentencepiece.SentencePieceProcessor(model_file=str(folder / name)) for name in SENTENCE_PIECES
-        )
+        self._source, self._target = (sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
+                                      for name in SENTENCE_PIECES)
         config = read_json(folder / "config.json")
         self._end = [] if config.get("add_source_eos") else [config.get("eos_token", "</s>")]
         try:
             self.engine = ctranslate2.Translator(
                 str(folder), device="cuda" if gpus else "cpu", device_index=list(range(gpus)) or 0, compute_type=kind,
-                inter_threads=1 if gpus else self.workers, intra_threads=1, max_queued_batches=-1,
-            )
+                inter_threads=1 if gpus else self.workers, intra_threads=1, max_queued_batches=-1)
         except RuntimeError as error:
             raise ValueError(f"{folder}: CTranslate2 cannot open the model ({error}): convert it again") from error
         self._known: dict[str, Translation] = {}
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """The model's name and a hash of its files' content."""
-        return shards.with_content(self.name, model_identity(self.folder))
 
     def __call__(self, texts: list[str], tick: Callable[[int], object] | None = None) -> list[Translation]:
         """The texts' translations. Each different text is translated once, also over several calls.
@@ -119,8 +111,7 @@ class Translator:
     def _submit(self, batch: list[list[str]]) -> list:
         return self.engine.translate_batch(
             [words + self._end for words in batch], asynchronous=True, beam_size=self.beam, disable_unk=True,
-            max_input_length=0, max_decoding_length=max(map(_limit, batch)),
-        )
+            max_input_length=0, max_decoding_length=max(map(_limit, batch)))
 
     def _collect(self, texts, pieces, batch, futures) -> Iterator[tuple[str, Translation]]:
         for i, future in zip(batch, futures, strict=True):
@@ -216,7 +207,8 @@ def translate_rows(
     are done have changed; OSError if a different process writes to `out`.
     """
     out, report, schema, start = Path(out).expanduser(), Report(), shards.parquet_schema(source), 0
-    settings = {"model": translator.identity, "beam": translator.beam, "column": column}
+    model = shards.with_content(translator.name, model_identity(translator.folder))
+    settings = {"model": model, "beam": translator.beam, "column": column}
     size = shard_rows or ROWS_A_CORE * translator.workers
     with shards.only_writer(out):
         done, stream = shards.finished_shards(out, settings), shards.read_rows(source, out)

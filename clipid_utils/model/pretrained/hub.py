@@ -43,7 +43,7 @@ def fetch_checkpoint(path_or_id: str | os.PathLike, *, revision: str | None = No
     if not isinstance(path_or_id, str):
         raise FileNotFoundError(f"{name!r} is not a folder: correct the path")
     for form in WEIGHTS if weights else [("config.json",)]:
-        folder = _snapshot(name, revision, [*SMALL_FILES, *form])
+        folder = snapshot(name, revision, [*SMALL_FILES, *form])
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"the hub's {name!r} has no config.json at revision {revision or 'main'!r}: name "
                                     "a different revision or repository, or a folder that save_pretrained wrote")
@@ -61,7 +61,7 @@ def _local(path: Path, name: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
+def snapshot(name: str, revision: str | None, files: list[str]) -> Path:
     """The cached snapshot of a repository with these files, downloaded if needed; errors in plain words."""
     where = f"{name!r} at revision {revision or 'main'!r}"
     try:
