@@ -56,7 +56,7 @@ def asked(monkeypatch):
         return report
 
     class Translator(translate.Translator):
-        identity = name = "m"
+        name, folder = "m", translate.SHIPPED
         workers = beam = 1
 
         def __init__(self, model, **options):
