@@ -103,10 +103,13 @@ def download(
 
     limits = Limits(connections=connections, per_host=per_host, interval=interval)
     report = download(read_urls(rows), folder, limits=limits, contact=contact, total=count_urls(rows))
-    print(f"{report}\n{folder}: captions.jsonl lists the pictures, manifest.jsonl all rows")
+    captions = folder / "captions.jsonl"
+    listed = "captions.jsonl lists the pictures, " if captions.is_file() else ""
+    print(f"{report}\n{folder}: {listed}manifest.jsonl lists all rows")
     if not report.kept:
         raise SystemExit(1)
-    print(f"next: clipid check {folder / 'captions.jsonl'}")
+    if listed:  # rows without captions give none
+        print(f"next: clipid check {captions}")
 
 
 @command
@@ -163,8 +166,10 @@ def embed(
     from clipid_utils.data.translation.on_ray import map_shards
     from clipid_utils.files import input_files
     from clipid_utils.inference.embed_shards import EmbedPictures
+    from clipid_utils.model.pretrained.hub import fetch_checkpoint
 
-    options = {"checkpoint": model, "root": str(folder.absolute())}
+    checkpoint = fetch_checkpoint(model).absolute()  # shards are known by its content; workers have other folders
+    options = {"checkpoint": str(checkpoint), "root": str(folder.absolute())}
     count = map_shards(input_files(rows, (".parquet",)), folder, EmbedPictures, options, workers=workers, cores=cores,
                        gpus=gpus, address=cluster(ray or ()))
     print(f"{folder}: {count:,} rows with image_embeds")
@@ -194,20 +199,26 @@ def run_recipe(recipe) -> None:
 
 
 @command
-def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini") -> None:
+def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini", *, out: Path | None = None) -> None:
     """Measure a model on the picture dictionary and write its metrics.json.
 
     Args:
-        model: a shipped model by name, a run, or a model's folder
+        model: a shipped model by name, a run, a model's folder, or a hub id
+        out: file for all figures; by default metrics.json in the model's folder
     """
     from clipid_utils.data.dictionary.build import load_picture_dictionary
+    from clipid_utils.files import write_json
     from clipid_utils.inference.evaluate import evaluate_checkpoint
     from clipid_utils.model.pretrained.hub import fetch_checkpoint
 
     folder = fetch_checkpoint(model)
-    out = folder / "metrics.json"
-    report = evaluate_checkpoint(folder, load_picture_dictionary(), out=out)
-    print(f"{json.dumps(report['retrieval'], indent=1)}\nall figures: {out}")
+    out = out or folder / "metrics.json"
+    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
+        raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")
+    report = evaluate_checkpoint(folder, load_picture_dictionary())
+    print(json.dumps(report["retrieval"], indent=1))
+    write_json(out, report, indent=1)
+    print(f"all figures: {out}")
 
 
 @command

@@ -17,6 +17,7 @@ from clipid_utils.data.download import download
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation import on_ray, translate
 from clipid_utils.inference import evaluate
+from clipid_utils.paths import CHECKPOINTS
 from clipid_utils.training import command as training
 
 LINES = [b'{"image_path": "a.png", "captions": ["seekor kucing"], "url": "http://localhost/a.png"}',
@@ -53,6 +54,9 @@ def asked(monkeypatch):
     def fetch(rows, folder, **options):
         report = Report(kept=options["contact"] != "nobody")
         seen.update(rows=list(rows), **options)
+        if any(row["captions"] for row in seen["rows"]):
+            folder.mkdir()
+            (folder / "captions.jsonl").touch()
         return report
 
     class Translator(translate.Translator):
@@ -145,6 +149,12 @@ def test_a_download_that_fetches_nothing_exits_with_1(folder, asked, capsys):
     assert status == 1 and "0 kept" in out and "next:" not in out
 
 
+def test_records_are_named_only_if_there_are_some(folder, asked, capsys):
+    (folder / "urls.txt").write_text("http://localhost/a.png\n")
+    for name, count in (("a.jsonl", 2), ("urls.txt", 0)):
+        assert run(f"download ~/{name} {folder}/{name}-out", capsys)[1].count("captions.jsonl") == count
+
+
 def test_the_rows_of_a_compressed_list_are_counted(folder, asked, capsys):
     import gzip
 
@@ -157,13 +167,13 @@ def test_the_rows_of_a_compressed_list_are_counted(folder, asked, capsys):
 @pytest.mark.parametrize("option, address", [("--ray", None), ("--ray ray://head:10001", "ray://head:10001")])
 def test_ray_runs_here_or_on_a_cluster(name, option, address, folder, asked, capsys):
     (folder / "in" / "a.parquet").touch()
-    assert run(f"{name} ~/in ~/out -m tiny --workers 2 --cores 3 --gpus 0.5 {option}", capsys)[0] == 0
+    assert run(f"{name} ~/in ~/out -m mini --workers 2 --cores 3 --gpus 0.5 {option}", capsys)[0] == 0
     options = {key: asked[key] for key in ("address", "workers", "cores", "gpus")}
     assert options == {"address": address, "workers": 2, "cores": 3, "gpus": 0.5}
     if name == "embed":
         files, out, _, settings = asked["args"]
         assert (files, out) == ([folder / "in" / "a.parquet"], folder / "out")
-        assert settings == {"checkpoint": "tiny", "root": str(folder / "out")}
+        assert settings == {"checkpoint": str(CHECKPOINTS / "mini"), "root": str(folder / "out")}
 
 
 def test_a_run_that_was_stopped_says_how_to_continue(asked, tmp_path, capsys):
@@ -180,9 +190,15 @@ def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypat
     measured = {"retrieval": {"validation": 1}}
     monkeypatch.setattr(clipid_utils.data.dictionary.build, "load_picture_dictionary", dict)
     monkeypatch.setattr(evaluate, "evaluate_checkpoint",
-                        lambda checkpoint, _, out: out.write_text(json.dumps(measured)) and measured)
+                        lambda checkpoint, _: measured)
     assert run(f"evaluate {tmp_path}/run", capsys)[0] == 0
-    assert json.loads((tmp_path / "run" / "model" / "metrics.json").read_text()) == measured
+    assert run(f"evaluate {tmp_path}/run --out {tmp_path}/a.json", capsys)[0] == 0
+    for path in (tmp_path / "run" / "model" / "metrics.json", tmp_path / "a.json"):
+        assert json.loads(path.read_text()) == measured
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)  # nothing is measured in vain
+    status, *_ = run(f"evaluate {tmp_path}/run", capsys)
+    assert "run/model cannot be written to: name a file elsewhere with --out" in status
 
 
 def test_search_prints_scores_and_paths_the_best_first(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from clipid_utils.files import PARTIAL, input_files, json_lines, numbered_lines, whole_file
 
 METADATA = b"clipid_utils"  # the key of the settings in a shard's metadata; "rows" among them is a hash of its rows
+MOST_BYTES = 2**28  # of the pictures in the rows of one shard
 Source = str | os.PathLike | Iterable[dict]
 
 
@@ -46,7 +47,9 @@ def numbered_rows(file: Path) -> Iterator[tuple[int, dict | None, str | None]]:
     """Number from 1, row and problem of each line of JSON that is not blank, or of each row of a .parquet file."""
     if file.suffix != ".parquet":
         return json_lines(file)
-    rows = (row for batch in pq.ParquetFile(file).iter_batches(1000) for row in batch.to_pylist())
+    parquet = pq.ParquetFile(file)
+    size = 64 if "image" in parquet.schema_arrow.names else 1000  # pictures in the rows are large
+    rows = (row for batch in parquet.iter_batches(size) for row in batch.to_pylist())
     return ((number, row, None) for number, row in enumerate(rows, 1))
 
 
@@ -67,6 +70,27 @@ def read_rows(source: Source, out: Path) -> Iterator[tuple[str, dict]]:
             if file and isinstance(row.get("image_path"), str):
                 row = {**row, "image_path": os.path.normpath(os.path.join(way, row["image_path"]))}
             yield f"{name}:{number}", row
+
+
+def next_rows(rows: Iterator[tuple[str, dict]], most: int) -> list[tuple[str, dict]]:
+    """The next rows of a stream: at most so many, and fewer if the pictures in them have 256 MiB."""
+    taken, size = [], 0
+    for place, row in rows:
+        taken.append((place, row))
+        picture = row.get("image")
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        size += len(content) if isinstance(content, bytes) else 0
+        if len(taken) == most or size >= MOST_BYTES:
+            break
+    return taken
+
+
+def check_apart(files: Iterable[Path], out: Path) -> None:
+    """Raises ValueError if a Parquet file is to be read in the folder that shards are written to."""
+    for file in files:
+        if file.suffix == ".parquet" and file.parent.resolve() == out.resolve():
+            raise ValueError(f"{file} is in the folder of the result, where shards with such names are written: name a "
+                             "different folder for the result")
 
 
 def parquet_schema(source: Source) -> pa.Schema | None:

@@ -1,6 +1,6 @@
-"""The whole evaluation of a checkpoint on the picture dictionary, written to `metrics.json`; same input, same file.
+"""The whole evaluation of a checkpoint on the picture dictionary; the same input gives the same figures.
 
-    evaluate_checkpoint(CHECKPOINTS / "mini", load_picture_dictionary(), out=CHECKPOINTS / "mini" / "metrics.json")
+    evaluate_checkpoint("mini", load_picture_dictionary())
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from jaxtyping import Float
 from PIL import Image
 
 import clipid_utils
-from clipid_utils.files import write_json
 from clipid_utils.inference.zeroshot import classifier_weights, zero_shot_accuracy
 from clipid_utils.metrics import retrieval_summary, same_key
 from clipid_utils.model.embed import embed_images, embed_texts, fingerprint
@@ -29,15 +28,14 @@ PIXEL_SIDE = 32  # pictures are compared pixel by pixel at this size; at a finer
 
 def evaluate_checkpoint(
     checkpoint: str | Path | tuple[nnx.Module, object], dictionary, *, splits: Sequence[str] = SPLITS,
-    out: str | Path | None = None, batch_size: int = 64, seed: int = 0, progress: bool = True,
+    batch_size: int = 64, seed: int = 0, progress: bool = True,
 ) -> dict:
     """Retrieval both ways, zero-shot accuracy and the pixel baseline, with 95% bootstrap intervals, as one dict.
 
     `checkpoint` is a folder for `load_clip`, or (model, processor); `dictionary` is the DatasetDict of
     `load_picture_dictionary`. Only the bootstrap draws at random, from `seed`; it draws whole concepts, because
-    pictures of one concept are not independent. With `out` the dict is written there as JSON. An empty split is
-    recorded as 0 pictures. Raises KeyError for a split that the dictionary lacks, FileNotFoundError if there is no such
-    checkpoint.
+    pictures of one concept are not independent. An empty split is recorded as 0 pictures. Raises KeyError for a split
+    that the dictionary lacks, FileNotFoundError if there is no such checkpoint.
 
     Retrieval: the queries are the distinct (concept, Indonesian name) pairs of a split and the candidates all of its
     pictures, or the reverse; a picture of the same concept or of the same name (in any case) is right.
@@ -60,10 +58,7 @@ def evaluate_checkpoint(
         report["zero_shot"][split] = zero_shot_both(model, processor, rows, image_embeds, seed)
     if "train" in dictionary and "unseen_artist" in splits:
         report["pixel_nearest_neighbour"] = pixel_baseline(dictionary["unseen_artist"], dictionary["train"], seed)
-    report = rounded(report)
-    if out is not None:
-        write_json(out, report, indent=1)
-    return report
+    return rounded(report)
 
 
 def _opened(rows, checksum) -> Iterator[Image.Image]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCK = 65536  # pictures that are compared at once: a million then need no more memory
+Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
 Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]  # similarities, best first, and rows of the index
 
 
@@ -64,12 +65,18 @@ def _is_unknown(processor: object, text: str) -> bool:
     return {token for token in tokens if token.strip("▁Ġ")} <= {processor.special_tokens.get("unk_token")}
 
 
-def search(index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:
+def search(index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10, find: Find | None = None) -> Found:
     """The k most similar pictures of each query: cosine similarities, best first, and rows of the index.
 
-    k is at most the size of the index.
+    `find` replaces the exact search, for example by the search of a faiss index. k is at most the size of the index.
+    Raises ValueError if `find` finds fewer than k.
     """
-    return top_k(index.embeds, queries, k)
+    if find is None:
+        return top_k(index.embeds, queries, k)
+    scores, rows = find(queries, min(k, len(index)))
+    if (rows < 0).any():  # faiss says so that it found no more
+        raise ValueError(f"the finder found fewer than {k} pictures for a query: give it more effort, or a smaller k")
+    return scores, rows
 
 
 def top_k(embeds: Float[np.ndarray, "N E"], queries: Float[np.ndarray, "Q E"], k: int = 10) -> Found:

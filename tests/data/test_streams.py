@@ -4,6 +4,7 @@ import io
 import itertools
 import tarfile
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -161,3 +162,24 @@ def test_captions_are_drawn_again_each_epoch(four, tokenize):
             drawn.setdefault(concept, set()).add(tuple(ids))
     iterator.close()
     assert len(drawn) == 28 and np.mean([len(ids) for ids in drawn.values()]) > 1.8
+
+
+def test_columns_of_other_streams():
+    captions = ["a cat", None, " "]
+    assert picture_and_captions({"image": b"1", "captions": captions}) == (b"1", ["a cat"])
+    assert picture_and_captions({"image_path": "a.jpg", "captions": None, "text": "a\nb"}) == ("a.jpg", ["a\nb"])
+    row = {"jpg": {"bytes": b"1", "path": "a.jpg"}, "json": {"caption": "kucing"}, "__key__": "a"}
+    assert picture_and_captions(row) == ({"bytes": b"1", "path": "a.jpg"}, ["kucing"])
+    assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", "teks")) == ("a.jpg", ["x"])
+    assert picture_and_captions({"other": 1}) == (None, [])
+
+
+def test_a_stream_of_parquet_files(tokenize, tmp_path):
+    table = datasets.Dataset.from_list([{"image": {"bytes": png(i), "path": None}, "text": f"kucing {i}"}
+                                        for i in range(4)]).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "a.parquet")
+    stream = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+    iterator = iter(stream_feed(stream, tokenize, 8, 4, seed=0, length=12).dataset)
+    batch = next(iterator)
+    iterator.close()
+    assert batch["images"].shape == (4, 8, 8, 3) and len(set(batch["concepts"].tolist())) == 4

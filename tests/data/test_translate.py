@@ -28,6 +28,7 @@ from clipid_utils.data.captions import check_captions
 from clipid_utils.data.translation import marian, translate
 from clipid_utils.data.translation.checks import loops
 from clipid_utils.data.translation.marian import WEIGHTS, convert, converted_folder
+from clipid_utils.data.translation.on_ray import TranslateTable, map_shards
 from clipid_utils.data.translation.translate import Translation, Translator, batches_by_length, translate_rows
 from clipid_utils.files import usable_cores
 
@@ -539,6 +540,30 @@ def test_a_folder_that_does_not_fit_is_refused(folder, translator, tmp_path):
     (tmp_path / "part-00001.parquet").write_bytes((tmp_path / "aside").read_bytes()[:100])
     with pytest.raises(ValueError, match="part-00001.parquet is damaged"):
         translate_rows(rows(30), tmp_path, translator)
+
+
+def test_a_folder_with_the_source_is_refused_before_anything_is_written(translator, tmp_path):
+    pq.write_table(pa.table({"captions": [["a cat"]]}), tmp_path / "part-00000.parquet")
+    before = (tmp_path / "part-00000.parquet").read_bytes()
+    with pytest.raises(ValueError, match="part-00000.parquet is in the folder of the result.*: name a different"):
+        translate_rows(tmp_path, tmp_path, translator)
+    with pytest.raises(ValueError, match="part-00000.parquet is in the folder of the result"):
+        map_shards([tmp_path / "part-00000.parquet"], tmp_path, TranslateTable, {})
+    assert (tmp_path / "part-00000.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [{"en": "a cat"}, 3, [3], {"bytes": b"x", "path": None}])
+def test_a_column_without_texts_is_named(translator, tmp_path, value):
+    with pytest.raises(ValueError, match="'captions' has .*, not texts or lists of texts: name the column"):
+        translate_rows([{"captions": value}], tmp_path, translator)
+
+
+def test_a_shard_ends_where_its_pictures_are_large(monkeypatch):
+    monkeypatch.setattr(shards, "MOST_BYTES", 100)
+    rows = [("", {"image": picture}) for picture in ({"bytes": bytes(60)}, bytes(60), None, 3)]
+    stream = iter(rows)
+    assert [len(shards.next_rows(stream, 3)) for _ in range(3)] == [2, 2, 0]
+    assert len(shards.next_rows(iter(rows[2:] * 5), 3)) == 3
 
 
 def test_two_processes_do_not_write_to_one_folder(translator, tmp_path):

@@ -115,8 +115,21 @@ def test_top_k_errors():
 
 
 def test_k_is_at_most_the_size_of_the_index(index):
-    scores, rows = searching.search(index, index.embeds[:1], 50)
-    assert scores.shape == rows.shape == (1, len(index))
+    asked = []
+
+    def find(queries, k):
+        asked.append(k)
+        return searching.top_k(index.embeds, queries, k)
+
+    for finder in (None, find):
+        scores, rows = searching.search(index, index.embeds[:1], 50, find=finder)
+        assert scores.shape == rows.shape == (1, len(index))
+    assert asked == [len(index)]
+
+
+def test_a_finder_that_finds_too_few_is_an_error(index):
+    with pytest.raises(ValueError, match="fewer than 3 pictures"):
+        searching.search(index, index.embeds[:1], 3, find=lambda *_: (np.ones((1, 3)), np.array([[0, 1, -1]])))
 
 
 def test_results_as_a_figure_where_widgets_do_not_run(clip, index):

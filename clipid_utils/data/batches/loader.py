@@ -6,6 +6,7 @@ numbers: the same concept or picture), `caption_ids` int32 [b, 2] (equal: the sa
 """
 
 import functools
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -215,15 +216,16 @@ def stream_feed(
     columns: Sequence[str] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
     process_index: int = 0, process_count: int = 1,
 ) -> Feed:
-    """Batches of WebDataset tars: `stream` is `tar_stream(files)`.
+    """Batches of a stream: `tar_stream(files)`, or `load_dataset("parquet", …, streaming=True)` and its like.
 
-    `columns` has the endings of the picture and of the captions; by default they are found by the usual endings. Each
+    `columns` names the picture's column and the captions' column; by default they are found by the usual names. Each
     process reads its own files if they divide evenly, else its own rows. The files are shuffled each epoch, and their
     rows in windows of `shuffle_window`, which are kept undecoded and read again when a run resumes. `concepts` are
     checksums of the pictures. Rows without a caption or a readable picture are skipped and counted; a thousand of them
     one after the other raise ValueError. For `decode` see `records_feed`.
     """
     share = _share(batch_size, process_index, process_count)
+    stream = stream.decode(False) if stream.features else stream
     decode, skipped, bad = decode or functools.partial(decode_square, size=image_size), Skipped(), 0
 
     def make(rows: list[tuple[int, dict]]) -> dict[str, np.ndarray] | None:
@@ -240,7 +242,7 @@ def stream_feed(
                              "pictures, or name two columns with --image-column and --caption-column") from pixels[-1]
         if not good:
             return None
-        sums = np.array([zlib.crc32(pictures[place]["bytes"]) for place in good], np.uint32)
+        sums = np.array([zlib.crc32(os.fsencode(picture_source(pictures[place]))) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
                     for place, number in zip(good, sums, strict=True)]
         return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),

@@ -1,4 +1,4 @@
-"""Rows of WebDataset tars without end, from a position that a checkpoint can save."""
+"""Rows of WebDataset tars and other `datasets` streams without end, from a position that a checkpoint can save."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from datasets.distributed import split_dataset_by_node
 from clipid_utils.data.tars import tar_samples
 from clipid_utils.pictures import PICTURE_SUFFIXES
 
-# Endings of the files that have the picture and the captions, the best first
-PICTURE_COLUMNS = ("jpg", "jpeg", "png", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
+# Names or endings of the columns that have the picture and the captions, the best first
+PICTURE_COLUMNS = ("image", "image_path", "jpg", "jpeg", "png", *sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "json")
 
 
@@ -31,16 +31,18 @@ def _tar_rows(files: list[str]) -> Iterator[dict]:
             yield {"__key__": f"{file}/{name}", **sample}
 
 
-def picture_and_captions(row: dict, columns: Sequence[str] | None = None) -> tuple[dict, list[str]]:
+def picture_and_captions(row: dict, columns: Sequence[str] | None = None) -> tuple[object, list[str]]:
     """The picture and the captions of a row, from the two `columns`, by default from those that the lists above name.
 
-    A column fits if its name, or the part after its last dot, is in the list. The picture is {"bytes", "path"}, without
-    bytes if there is none. The captions are a list without blank ones and nulls: each line of a text file, or of JSON
+    A column fits if its name, or the part after its last dot, is in the list. The picture is a path, bytes, {"bytes",
+    "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of JSON
     its "captions", "caption" or "text".
     """
     pictures, captions = ([name] for name in columns) if columns else (PICTURE_COLUMNS, CAPTION_COLUMNS)
     name = next((name for name in _fitting(row, pictures) if row[name]), None)
-    picture = {"bytes": row.get(name, b""), "path": row["__key__"] if name is None else f"{row['__key__']}.{name}"}
+    picture = row.get(name)
+    if not isinstance(picture, dict) and "__key__" in row:  # a file in a tar
+        picture = {"bytes": picture or b"", "path": row["__key__"] if name is None else f"{row['__key__']}.{name}"}
     texts = (clean_captions(_parsed(name, row[name])) for name in _fitting(row, captions))
     return picture, next(filter(None, texts), [])
 
@@ -51,13 +53,14 @@ def _fitting(row: dict, wanted: Sequence[str]) -> list[str]:
     return exact + [name for end in wanted for low, name in names.items() if low.endswith(f".{end.lower()}")]
 
 
-def _parsed(name: str, file: bytes) -> object:
-    """The captions of a file."""
-    try:
-        text = file.decode("utf-8-sig")
-        value = json.loads(text) if name.lower().rpartition(".")[2] == "json" else text.splitlines()
-    except (ValueError, RecursionError):  # neither UTF-8 nor JSON
-        return None
+def _parsed(name: str, value: object) -> object:
+    """The captions of a column; bytes are a file in a tar."""
+    if isinstance(value, bytes):
+        try:
+            text = value.decode("utf-8-sig")
+            value = json.loads(text) if name.lower().rpartition(".")[2] == "json" else text.splitlines()
+        except (ValueError, RecursionError):  # neither UTF-8 nor JSON
+            return None
     if isinstance(value, dict):
         value = next(filter(None, map(value.get, ("captions", "caption", "text"))), None)
     return value

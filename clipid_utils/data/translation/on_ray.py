@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from clipid_utils.data import shards
 from clipid_utils.data.report import Report
+from clipid_utils.data.translation.marian import model_folder
 from clipid_utils.data.translation.translate import SHIPPED, Translator, count_texts, translate_table
 from clipid_utils.files import PARTIAL, file_identity, model_identity, need
 
@@ -61,9 +62,9 @@ def translate_on_ray(
     `source` is a folder or a glob of .jsonl or .parquet files: split a large file into many first. `cores` and
     `cluster` are arguments of `map_shards`, such as `address`. The Report counts texts as `translate_rows` does.
     """
-    files, report, folder = shards.source_files(source), Report(), Path(model).expanduser()
-    model = str(folder.absolute()) if folder.is_dir() else model  # workers may run in a different folder
-    options = {"model": model, "column": column, "beam": beam, "threads": cores}
+    files, report = shards.source_files(source), Report()
+    folder = model_folder(model).absolute()  # workers may run in a different folder
+    options = {"model": str(folder), "column": column, "beam": beam, "threads": cores}
     map_shards(files, out, TranslateTable, options, cores=cores, **cluster)
     for file in files:
         shard = Path(out).expanduser() / _shard_name(file)
@@ -80,9 +81,9 @@ def map_shards(
 
     The files are Parquet or JSON lines. Each worker gets `make` and `options`, and calls `make` once.
     A worker has `cores` cores and `gpus` GPUs; by default there are as many workers as the cluster has room for. `out`,
-    the files and a model's folder must be on a disk that all nodes see. A relative `image_path` starts at `out`, for
-    the function too. `address` is that of a running cluster; without it Ray starts on this machine, unless it runs
-    already. Only one call at a time may write to `out`.
+    the files and a model's folder (for a hub id: the hub's cache) must be on a disk that all nodes see. A relative
+    `image_path` starts at `out`, for the function too. `address` is that of a running cluster; without it Ray starts on
+    this machine, unless it runs already. Only one call at a time may write to `out`.
 
     A shard that is there already is not made again. Raises ValueError if it was made from a file or a model that has
     changed since, by a different `make`, or with different options, and if two files would become one shard. Raises
@@ -91,6 +92,7 @@ def map_shards(
     files, out = [Path(file).absolute() for file in files], Path(out).expanduser().absolute()
     if len({_shard_name(file) for file in files}) != len(files):
         raise ValueError("two files have the same name, and would become one shard: rename them, or use a folder each")
+    shards.check_apart(files, out)
     out.mkdir(parents=True, exist_ok=True)
     for partial in out.glob(f"*{PARTIAL}"):  # of workers that died while they wrote
         partial.unlink()

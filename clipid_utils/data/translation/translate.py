@@ -162,12 +162,9 @@ def translate_table(
     """The table with a column, of texts or of lists of texts, in Indonesian, and two more columns after it.
 
     `<column>_en` has the English and `<column>_mark` the marks of the Translations. A null becomes an empty text or
-    list. Raises ValueError if there is no such column, or if the table is translated already.
+    list. Raises ValueError if there is no such column, if it has no texts, or if the table is translated already.
     """
-    if column not in table.column_names or f"{column}_en" in table.column_names:
-        problem = f"{column}_en already" if column in table.column_names else f"no {column!r}"
-        raise ValueError(f"the rows have the columns {', '.join(table.column_names)} and {problem}: name the column of "
-                         "the English (column=… or --column)")
+    _check_column(table, column)
     english, place = table[column], table.column_names.index(column)
     found = translator(column_texts(english), tick)
     lengths = english.combine_chunks().value_lengths() if pa.types.is_nested(english.type) else None
@@ -178,6 +175,21 @@ def translate_table(
             texts = pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), texts)
         table = table.set_column(place, name, texts) if name == column else table.add_column(place + 1, name, texts)
     return table.add_column(place + 1, f"{column}_en", english)
+
+
+def _check_column(table: pa.Table, column: str) -> None:
+    if column not in table.column_names:
+        problem = f"no {column!r}"
+    elif f"{column}_en" in table.column_names:
+        problem = f"{column}_en already"
+    else:
+        kind = table[column].type
+        texts = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+        if pa.types.is_string(texts) or pa.types.is_large_string(texts) or pa.types.is_null(texts):
+            return
+        problem = f"{column!r} has {kind}, not texts or lists of texts"
+    raise ValueError(f"the rows have the columns {', '.join(table.column_names)} and {problem}: name the column of the "
+                     "English (column=… or --column)")
 
 
 def column_texts(column: pa.ChunkedArray) -> list[str]:
@@ -210,6 +222,7 @@ def translate_rows(
     model = shards.with_content(translator.name, model_identity(translator.folder))
     settings = {"model": model, "beam": translator.beam, "column": column}
     size = shard_rows or ROWS_A_CORE * translator.workers
+    shards.check_apart(shards.source_files(source), out)
     with shards.only_writer(out):
         done, stream = shards.finished_shards(out, settings), shards.read_rows(source, out)
         for shard, noted in done.items():
@@ -223,10 +236,11 @@ def translate_rows(
             count_texts(report, table, column)
         number, total = len(done), shards.count_rows(source)
         with tqdm(initial=report.read, unit=" captions", desc="translating", disable=not progress) as bar:
-            while rows := list(islice(stream, size)):
+            while rows := shards.next_rows(stream, size):
                 table = shards.as_table(rows, schema)
                 schema = schema or table.schema
-                if total and column in table.column_names:  # of captions, if all rows have as many as these
+                _check_column(table, column)
+                if total:  # of captions, if all rows have as many as these
                     bar.total = round(total * len(column_texts(table[column])) / len(rows))
                 table = translate_table(table, column, translator, bar.update)
                 shard = out / f"part-{number:05}.parquet"
