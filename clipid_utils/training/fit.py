@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,7 +23,7 @@ from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
 from clipid_utils.training.processes import from_all, say
 from clipid_utils.training.run_folder import RunFolder
-from clipid_utils.training.step import TrainState, assemble, init_state, leaf_names, make_update
+from clipid_utils.training.step import TrainState, assemble, init_state, make_update
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,7 @@ def fit(
                        keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks)
     if validation is None:
         say("no validation pictures: recall is not measured, and the last weights are kept")
-    alarms = Alarms(steps, round(config.warmup * steps), max_logit_scale=model.config.max_logit_scale,
-                    chance_is_log_batch=loss is clip_loss)
+    alarms = Alarms(steps, round(config.warmup * steps), chance_is_log_batch=loss is clip_loss)
     evaluate = functools.partial(folder.evaluate, validation, samples)
     state = placed.place(state)  # the same name: a second reference would keep the first state's memory to the end
     try:
@@ -170,10 +168,9 @@ def _train(
     config: FitConfig, schedule: Callable, alarms: Alarms, evaluate: Callable, on_log: Callable | None, progress: bool,
 ) -> tuple[HybridCLIP, int, bool]:
     """The model at the end of the loop, the number of its last step, and whether it was stopped before the end."""
-    names, data, start = leaf_names(state.params), iter(feed.dataset), {"step": 0, "evaluation_due": False}
+    data, start, cut = iter(feed.dataset), {"step": 0, "evaluation_due": False, "truncated": 0}, 0
     if folder.start is not None:
         state, start = folder.restore(placed, state, data)
-    captions = _Captions(config.log_every, start)
     for line in folder.lines.history:
         alarms(line)  # an alarm from before the run was stopped does not ring again
 
@@ -182,11 +179,15 @@ def _train(
         return assemble(graph, state._replace(**parts))
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        captions.count(batch)
+        nonlocal cut
+        cut += int(batch.pop("truncated").sum())
         return placed.step(state, placed.feed(batch))
 
+    def truncated() -> dict[str, int]:
+        return {"truncated": start["truncated"] + sum(from_all(cut))}
+
     def log(line: dict) -> None:
-        line |= {"log_batch": math.log(feed.batch_size)} | captions.line(line["step"])
+        line |= {"log_batch": math.log(feed.batch_size)} | truncated()
         folder.lines.log(line)
         for alarm in alarms(line):
             # The file as the repository names it, so that no notebook shows the path of a machine
@@ -197,47 +198,13 @@ def _train(
             on_log(folder.lines.history)
 
     def save(state: TrainState, place: dict) -> None:
-        folder.save_state(placed, state, data, place | captions.counts())
+        folder.save_state(placed, state, data, place | truncated())
 
     loop = Loop(
         steps, feed.batch_size, feed.steps_per_epoch, schedule, config.log_every, log,
         evaluate=lambda state, line: evaluate(model(state), line),
         evaluate_every=config.evaluate_every * (feed.steps_per_epoch or 1),
         save=save if folder.keeps_states else None, save_every=config.checkpoint_every,
-        check=lambda line: check_finite(line, names, folder.kept), progress=progress)
+        check=lambda line: check_finite(line, folder.kept), progress=progress)
     state, done, stopped = loop.run(step, state, data, start=start["step"], evaluation_due=start["evaluation_due"])
     return model(state) if stopped or folder.best is None else folder.best, done, stopped
-
-
-class _Captions:
-    """Counts the captions that were cut, and, in the batches until the first line of the log, those that pairs share.
-
-    `before` has the counts of a run that resumes.
-    """
-
-    def __init__(self, log_every: int, before: dict):
-        self.log_every, self.steps, self.pairs = log_every, before["step"], 0
-        self.before, self.truncated, self.shared = before.get("truncated", 0), 0, before.get("shared_captions", 0)
-
-    def count(self, batch: dict) -> None:
-        """Takes `truncated` out of the batch."""
-        self.truncated += int(batch.pop("truncated").sum())
-        self.steps += 1
-        if self.steps <= self.log_every and "caption_ids" in batch:
-            ids = np.concatenate(from_all(np.asarray(batch["caption_ids"]).tolist()))
-            _, counts = np.unique(ids, axis=0, return_counts=True)
-            self.shared += int(counts[counts > 1].sum())
-            self.pairs = len(ids) * self.steps
-
-    def counts(self) -> dict[str, int]:
-        return {"truncated": self.before + sum(from_all(self.truncated)), "shared_captions": self.shared}
-
-    def line(self, step: int) -> dict[str, int]:
-        """The counts for the line of a step; at the first line, shared captions are also printed."""
-        found = self.counts()
-        if step > self.log_every or not self.pairs:
-            del found["shared_captions"]
-        elif self.shared:
-            say(f"{self.shared} of the {self.pairs} pairs in the first batches share their caption with a different "
-                "pair of the batch: they count as right answers for each other")
-        return found

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from clipid_utils.model.clip import HybridCLIP, normalize
 from clipid_utils.training.features import Features
 from clipid_utils.training.fit import FitResult
 from clipid_utils.training.loop import Loop, fitting_batch, steps_of
-from clipid_utils.training.loss import clip_loss, positive_pairs
+from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine
 from clipid_utils.training.processes import say
-from clipid_utils.training.step import apply_gradients, assemble, init_state, logit_scale
+from clipid_utils.training.step import assemble, contrastive_update, init_state
 
 
 @dataclass(frozen=True)
@@ -39,26 +38,15 @@ class ProjectionConfig:
     trainable: tuple[str, ...] = ("*.projection.*", "logit_*")  # patterns of parameter paths; the others are frozen
 
 
-class _Head(nnx.Module):
-    def __init__(self, projection: nnx.Linear):
-        self.projection = projection
-
-
 class Heads(nnx.Module):
     """The part of a HybridCLIP after its towers; its parameters have the same names."""
 
     def __init__(self, model: HybridCLIP):
         self.config = model.config
-        self.vision, self.text = _Head(model.vision.projection), _Head(model.text.projection)
+        self.vision, self.text = (nnx.Dict(projection=tower.projection) for tower in (model.vision, model.text))
         self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
 
     scale = HybridCLIP.scale
-
-    def encode_image(self, features: Float[Array, "B D"]) -> Float[Array, "B E"]:
-        return normalize(self.vision.projection(features))
-
-    def encode_text(self, features: Float[Array, "B W"]) -> Float[Array, "B E"]:
-        return normalize(self.text.projection(features))
 
 
 def make_head_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: Callable = clip_loss):
@@ -67,20 +55,12 @@ def make_head_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformatio
     `batch` has `images` [B, D], `texts` [B, W], `concepts` [B], and may have `caption_ids` [B, 2].
     """
 
-    def objective(params, frozen, batch):
+    def embed(params, frozen, batch, keys):
         heads = nnx.merge(graph, params, frozen)
-        bias = () if heads.logit_bias is None else (heads.logit_bias[...],)
-        images, texts = (batch[name].astype(jnp.float32) for name in ("images", "texts"))
-        return loss(heads.encode_image(images), heads.encode_text(texts), heads.scale(), *bias,
-                    positives=positive_pairs(batch))
+        return tuple(normalize(tower.projection(batch[name].astype(jnp.float32)))
+                     for name, tower in (("images", heads.vision), ("texts", heads.text)))
 
-    def update(state, batch):
-        value, gradients = jax.value_and_grad(objective)(state.params, state.frozen, batch)
-        most = nnx.merge(graph, state.params, state.frozen).config.max_logit_scale
-        state, metrics = apply_gradients(state, gradients, optimizer, max_logit_scale=most)
-        return state, {"loss": value, "logit_scale": logit_scale(state), **metrics}
-
-    return update
+    return contrastive_update(graph, optimizer, embed, loss=loss)
 
 
 def feature_batches(features: Features, batch_size: int, *, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
@@ -135,8 +115,6 @@ def train_projections(
 
 def _with_heads(model: HybridCLIP, heads: Heads) -> HybridCLIP:
     """A copy of the model with these heads; it shares the towers' arrays."""
-    graph, state = nnx.split(model)
-    new = nnx.merge(graph, state)
-    new.vision.projection, new.text.projection = heads.vision.projection, heads.text.projection
-    new.logit_scale, new.logit_bias = heads.logit_scale, heads.logit_bias
+    new = nnx.merge(*nnx.split(model))
+    nnx.update(new, nnx.state(heads))  # its parameters have the same names
     return new
