@@ -102,18 +102,15 @@ def jit_form(
 ) -> Placed:
     """The update under `jit`; the batch is sharded along "data", the state as `shard_state` says."""
     update = make_update(axis=None)
-    compiled: list[Callable] = []  # for the first state; all states of a run have the same structure
 
     def step(state, batch):
-        if not compiled:
-            shardings = shard_state(state, mesh, params, optimizer)
-            compiled.append(jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))))
-        return compiled[0](state, batch)
+        state, metrics = update(state, batch)
+        return jax.lax.with_sharding_constraint(state, shard_state(state, mesh, params, optimizer)), metrics
 
     def place(state):
         return _put(state, shard_state(state, mesh, params, optimizer))
 
-    return Placed(step, place, _feed(mesh), _collect(mesh))
+    return Placed(jax.jit(step, donate_argnums=0), place, _feed(mesh), _collect(mesh))
 
 
 def shard_map_form(make_update: Callable, mesh: Mesh) -> Placed:
@@ -142,14 +139,11 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
     def feed(batch):
         return {name: np.reshape(value, (len(devices), -1, *np.shape(value)[1:])) for name, value in batch.items()}
 
-    def step(state, batch):
-        state, metrics = mapped(state, batch)
-        return state, jax.tree.map(lambda x: x[0], metrics)
-
     def first(tree):
         return jax.tree.map(lambda x: x[0], tree)  # still on all devices, a copy on each
 
-    def collect(tree):
-        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+    def step(state, batch):
+        state, metrics = mapped(state, batch)
+        return state, first(metrics)
 
-    return Placed(step, place, feed, collect, first, place)
+    return Placed(step, place, feed, lambda tree: jax.device_put(first(tree), devices[0]), first, place)

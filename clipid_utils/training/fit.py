@@ -81,8 +81,6 @@ def _check(
     if config.steps is None and feed.steps_per_epoch is None:
         raise ValueError("a stream has no epochs to count: set FitConfig.steps, and evaluate_every, which counts steps "
                          "of a stream")
-    if (config.epochs if config.steps is None else config.steps) < 1:
-        raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
 
 
 def _pictures_feed(
@@ -124,7 +122,7 @@ def fit(
     mesh = mesh or make_mesh()
     feed, config = (train, config) if isinstance(train, Feed) else _pictures_feed(train, processor, config, seed, mesh)
     _check(model, feed, validation, config, loss, mesh)
-    steps = config.steps or config.epochs * feed.steps_per_epoch
+    steps = config.epochs * feed.steps_per_epoch if config.steps is None else config.steps
     schedule = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     graph, state, placed = _compiled(model, processor, config, seed, schedule, optimizer, loss, form, mesh)
     folder = RunFolder(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype, resume=resume,

@@ -17,7 +17,7 @@ from flax import nnx
 from clipid_utils.model.clip import HybridCLIP, normalize
 from clipid_utils.training.features import Features
 from clipid_utils.training.fit import FitResult
-from clipid_utils.training.loop import Loop, fitting_batch, steps_of
+from clipid_utils.training.loop import Loop, fitting_batch
 from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine
 from clipid_utils.training.processes import say
@@ -95,7 +95,8 @@ def train_projections(
     if usable < len(features):
         say(f"{len(features) - usable} of {len(features)} pictures could not be read and are left out")
     batch_size = fitting_batch(config.batch_size, usable)
-    steps, per_epoch = steps_of(config.epochs, usable, batch_size)
+    per_epoch = usable // batch_size
+    steps = config.epochs * per_epoch
     rate = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     transform = optimizer(rate, config.weight_decay, config.clip_norm)
     graph, state = init_state(Heads(model), transform, seed, config.trainable)

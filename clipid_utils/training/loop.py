@@ -45,6 +45,8 @@ class Loop:
         `step(state, batch)` returns the new state and its metrics, scalars. `start` is the number of steps that are
         done already, and `evaluation_due` says that the evaluation of the last of them is missing.
         """
+        if self.steps < 1:
+            raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
         done, stop, values, clock = start, False, {}, Clock()
         running: deque[jax.Array] = deque(maxlen=2)
         bar = tqdm(total=self.steps, initial=start, desc=self.title, unit=" steps", disable=not self.progress)
@@ -174,10 +176,3 @@ def fitting_batch(batch_size: int, count: int, *, multiple: int = 1, things: str
                          "devices or fewer chunks")
     say(f"batch_size {batch_size} is more than the {count} {things}: it is now {fitting}")
     return fitting
-
-
-def steps_of(epochs: int, count: int, batch_size: int) -> tuple[int, int]:
-    """The steps of a whole training and of an epoch. Raises ValueError if there is nothing to do."""
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, so there is nothing to train: choose at least 1")
-    return epochs * (count // batch_size), count // batch_size

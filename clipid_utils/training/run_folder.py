@@ -52,7 +52,7 @@ class RunFolder:
 
     def _delete_old(self) -> None:
         if jax.process_index() == 0:
-            for name in (*WEIGHTS, "checkpoints"):
+            for name in (*WEIGHTS, "checkpoints", "samples"):
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
         from_first(None)  # the others wait
@@ -122,7 +122,7 @@ class RunFolder:
         if line not in self.lines.history:  # a run that was killed before its next checkpoint has logged it already
             self.lines.log(line)
         if figure is not None:
-            self.lines.picture("retrieval", figure, line["step"])
+            self.lines.picture(figure, line["step"])
         first = line.get("text_to_picture_R@1", self.best_recall)
         if first >= self.best_recall:
             self.best_recall, self.best = first, model
