@@ -37,11 +37,10 @@ def stuck(lines: Sequence[dict], after: int) -> str | None:
     chance = lines[-1].get("log_batch")
     if chance is None or len(losses) < LINES or _mean(losses) <= STUCK * chance:
         return None
-    rate = f" (now {lines[-1]['learning_rate']:.2g})" if "learning_rate" in lines[-1] else ""
     return (
         f"the loss is {_mean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
-        "whether each caption belongs to its picture; if it does, try three times the learning_rate"
-        f"{rate}, or a third of it and a longer warmup if gradient_norm has jumped"
+        "whether each caption belongs to its picture; if it does, try three times the learning_rate (now "
+        f"{lines[-1]['learning_rate']:.2g}), or a third of it and a longer warmup if gradient_norm has jumped"
     )
 
 
@@ -112,17 +111,14 @@ def check_finite(line: dict, kept: str = "nothing was saved before it") -> None:
     `bad_step` in the line is the first step with such a gradient, counted from 0 as in the training state, or -1.
     `kept` says what was saved.
     """
-    values = {name: line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line}
+    values = [line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line]
     bad_step = line.get("bad_step", -1)
-    if bad_step < 0 and all(map(math.isfinite, values.values())):
+    if bad_step < 0 and all(map(math.isfinite, values)):
         return
-    rest = ", ".join(f"{name.replace('gradient_norm', 'gradient norm')} {value:.3g}" for name, value in
-                     values.items() if name != "loss")
     first = f"the first gradient that is not finite was at step {bad_step + 1}; " if bad_step >= 0 else ""
     raise FloatingPointError(
-        f"the loss is {values.get('loss', math.nan)} at step {line['step']} ({rest}): {first}lower learning_rate or "
-        "clip_norm, or use a longer warmup; if it happens at step 1, check the first batch and the initial weights; "
-        f"{kept}"
+        f"the loss is {line.get('loss', math.nan)} at step {line['step']}: {first}lower learning_rate or clip_norm, or "
+        f"use a longer warmup; if it happens at step 1, check the first batch and the initial weights; {kept}"
     )
 
 

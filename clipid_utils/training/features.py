@@ -71,7 +71,7 @@ def cache_features(
     checksum, different, numbers, starts = _survey(data, captions, progress)
     manifest = {
         "vision": fingerprint(model.vision, processor, without="projection"),
-        "text": fingerprint(model.text, processor, without="projection"), "processor": _text_settings(processor),
+        "text": fingerprint(model.text, processor, without="projection") + _text_settings(processor),
         "data": checksum, "dtype": np.dtype(dtype).name,
     }
     with FileLock(folder / "writing.lock"):  # a second process waits and finds the features
@@ -105,9 +105,8 @@ def _is_done(folder: Path, manifest: dict) -> bool:
         write_json(path, manifest)
         return False
     kept = read_json(path)
-    names = {"vision": "a different image tower or processor", "text": "a different text tower",
-             "processor": "a different tokenizer", "data": "other pictures or captions",
-             "dtype": f"dtype {kept['dtype']}"}
+    names = {"vision": "a different image tower or processor", "text": "a different text tower or tokenizer",
+             "data": "other pictures or captions", "dtype": f"dtype {kept['dtype']}"}
     different = [words for key, words in names.items() if kept[key] != manifest[key]]
     if different:
         raise ValueError(f"{folder} has features of {' and '.join(different)}: name a different folder, or delete it")

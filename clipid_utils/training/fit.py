@@ -128,7 +128,7 @@ def fit(
     folder = RunFolder(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype, resume=resume,
                        keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks)
     if validation is None:
-        say("no validation pictures: recall is not measured, and the last weights are kept")
+        say("no validation pictures (--validation): recall is not measured, and the last weights are kept")
     alarms = Alarms(steps, round(config.warmup * steps), chance_is_log_batch=loss is clip_loss)
     evaluate = functools.partial(folder.evaluate, validation, samples)
     state = placed.place(state)  # the same name: a second reference would keep the first state's memory to the end

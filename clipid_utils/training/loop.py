@@ -49,19 +49,16 @@ class Loop:
             raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
         done, stop, values, clock = start, False, {}, Clock()
         running: deque[jax.Array] = deque(maxlen=2)
-        bar = tqdm(total=self.steps, initial=start, desc=self.title, unit=" steps", disable=not self.progress)
+        bar = tqdm(total=self.steps, initial=start, desc="compiling", unit=" steps", disable=not self.progress)
         with bar, interruptible() as asked:
             if evaluation_due and self.evaluate is not None:
                 self.evaluate(state, self._line(done, {}))
             while done < self.steps and not stop:
                 batch = clock.next(batches, running[-1] if running else None, self.batch_size)
-                if done == start:
-                    if jax.process_count() == 1 and asked(done):
-                        return state, done, True
-                    bar.set_description("compiling")
+                if done == start and jax.process_count() == 1 and asked(done):
+                    return state, done, True
                 state, values = step(state, batch)
-                if done == start:
-                    bar.set_description(self.title)
+                bar.set_description(self.title, refresh=False)
                 running.append(values["loss"])
                 jax.block_until_ready(running[0])  # the host is at most two steps ahead of the devices
                 done += 1
