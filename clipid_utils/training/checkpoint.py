@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,15 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _compare(step_folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raises ValueError if the leaves of a checkpoint are not the ones that the caller wants."""
-    names = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
-    if names:
-        shown = "; ".join(f"{name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
-                          for name in names[:3])
-        more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{step_folder} has the state of a different model or optimizer: {shown}{more}. Resume with "
-                         "the model, optimizer and settings that wrote it, or start again in a different folder")
+def differences(before, now, name: str = "") -> Iterator[str]:
+    """The differences of two JSON values in words, as deep inside as they are; names are dotted."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield f"{name} {before!r}, now {now!r}"
 
 
 def _position(step_folder: Path, states: list) -> Any:
@@ -170,10 +170,18 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise FileNotFoundError(f"{self.folder} has no checkpoint")
-        self._check(step)
         step_folder = self.folder / str(step)
+        damage = from_first(_damage(step_folder) if jax.process_index() == 0 else "")
+        if damage:
+            before = self._steps()[:-1]
+            then = f"resumes from step {before[-1]}" if before else "starts from the beginning, since there is no other"
+            raise OSError(f"{damage}: delete the folder {step_folder}; the run then {then}")
         run = json.loads((step_folder / "run.json").read_text(encoding="utf-8"))
-        _compare(step_folder, run["leaves"], _described(like))
+        changed = list(differences(run["leaves"], _described(like)))
+        if changed:
+            raise ValueError(f"{step_folder} has the state of a different model or optimizer: {'; '.join(changed[:3])} "
+                             f"({len(changed)} differences in all). Resume with the model, optimizer and settings that "
+                             "wrote it, or start again in a different folder")
         position = None if data is None else _position(step_folder, run["data"])
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
@@ -206,14 +214,6 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
-
-    def _check(self, step: int) -> None:
-        """Raises OSError if a file of the checkpoint is not as it was written."""
-        damage = from_first(_damage(self.folder / str(step)) if jax.process_index() == 0 else "")
-        if damage:
-            before = [other for other in self._steps() if other < step]
-            then = f"resumes from step {before[-1]}" if before else "starts from the beginning, since there is no other"
-            raise OSError(f"{damage}: delete the folder {self.folder / str(step)}; the run then {then}")
 
     def _try(self, act: Callable[[], Any]) -> None:
         """Runs a part of a save; an error in it becomes an OSError that says what is left and what to do."""

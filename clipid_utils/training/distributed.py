@@ -40,15 +40,13 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     Raises ValueError if the devices do not divide so, or if a "model" group would have devices of two processes.
     """
     count = jax.device_count()
-    if model < 1 or data is None and count % model:
-        raise ValueError(f"{count} devices cannot be cut into groups of {model}: set model to a divisor of "
-                         f"{count}, or set data too")
+    if model < 1 or (count % model if data is None else not 0 < data * model <= count):
+        raise ValueError(f"{count} devices cannot be cut into {data or 'some'} groups of {model}: set model to a "
+                         f"divisor of {count}, or set data too, and data x model to at most {count}")
     if jax.process_count() > 1 and jax.local_device_count() % model:
         raise ValueError(f"the {model} devices of a group share their rows, and would be in several processes with "
                          f"different rows: set model to a divisor of {jax.local_device_count()}")
     data = count // model if data is None else data
-    if data * model > count or data < 1:
-        raise ValueError(f"a mesh of {data} x {model} needs {data * model} devices, and there are {count}")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
                          devices=jax.devices()[: data * model])
 

@@ -27,8 +27,8 @@ from clipid_utils.training.step import TrainState, assemble, init_state, make_up
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Settings of a run; written into its folder as `fit.json`."""
+class TrainingConfig:
+    """Settings that `fit` and stage 1 share; written into a run's folder as `fit.json`."""
 
     epochs: int = 10  # passes over the data
     batch_size: int = 256  # pairs a step, of all devices together; a smaller set of pictures is one batch
@@ -36,6 +36,14 @@ class FitConfig:
     weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
     warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
     clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; the others are frozen
+
+
+@dataclass(frozen=True)
+class FitConfig(TrainingConfig):
+    """Settings of `fit`."""
+
     caption_tokens: int = 24  # longest caption in tokens; longer ones are cut, and counted
     drop_path: float = 0.0  # chance that the image tower's last layer is skipped, less before it; half for the text's
     keep_patches: int | None = None  # patches of each picture that go through the tower, drawn each time; none: all
@@ -43,10 +51,8 @@ class FitConfig:
     group_concepts: bool = False  # pictures of one concept are in one batch
     average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: no average
     evaluate_every: int = 10  # epochs; steps of a stream, which has none
-    log_every: int = 10  # steps between two lines of metrics.jsonl
     augmentation: AugmentConfig | None = field(default_factory=AugmentConfig)
     steps: int | None = None  # in place of epochs; a stream needs it
-    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; the others are frozen
     # Not a dict: of a dict with entries tyro makes one option for each of them, and other patterns could not be given
     rates: MutableMapping[str, float] = field(default_factory=dict)
     """Patterns, each with a factor on the learning rate; the first that fits counts."""

@@ -16,7 +16,7 @@ from flax import nnx
 
 from clipid_utils.model.clip import HybridCLIP, normalize
 from clipid_utils.training.features import Features
-from clipid_utils.training.fit import FitResult
+from clipid_utils.training.fit import FitResult, TrainingConfig
 from clipid_utils.training.loop import Loop, fitting_batch
 from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine
@@ -25,16 +25,11 @@ from clipid_utils.training.step import assemble, contrastive_update, init_state
 
 
 @dataclass(frozen=True)
-class ProjectionConfig:
-    """Settings of stage 1; names as in FitConfig."""
+class ProjectionConfig(TrainingConfig):
+    """Settings of stage 1."""
 
     epochs: int = 30  # passes over the features
     batch_size: int = 1024  # pairs a step; a smaller set of pictures is one batch
-    learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
-    weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
-    warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
-    clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
-    log_every: int = 10  # steps between two lines of metrics.jsonl
     trainable: tuple[str, ...] = ("*.projection.*", "logit_*")  # patterns of parameter paths; the others are frozen
 
 

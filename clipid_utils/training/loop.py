@@ -63,17 +63,22 @@ class Loop:
                 jax.block_until_ready(running[0])  # the host is at most two steps ahead of the devices
                 done += 1
                 bar.update()
-                stop, end = asked(done), done == self.steps
+                end = done == self.steps
                 if done % self.log_every == 0 or end:
-                    stop |= self._log(self._line(done, values), clock, bar)
-                due = self.evaluate is not None and (end or self.evaluate_every and done % self.evaluate_every == 0)
-                if due and not stop:
                     line = self._line(done, values)
-                    with clock.pause():
-                        self.evaluate(state, {name: line[name] for name in ("step", "epoch") if name in line})
-                if self.save is not None and (end or stop or done % self.save_every == 0):
-                    self._line(done, values)
-                    with clock.pause():
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                    self.log(line | {"learning_rate": float(self.learning_rate(done - 1)), **clock.rates(),
+                                     "examples": done * self.batch_size})
+                    clock.restart()
+                stop = asked(done)
+                due = self.evaluate is not None and (end or self.evaluate_every and done % self.evaluate_every == 0)
+                kept = self.save is not None and (end or stop or done % self.save_every == 0)
+                if due or kept:
+                    self._line(done, values)  # raises an error if a value is not finite
+                with clock.pause():
+                    if due and not stop:
+                        self.evaluate(state, self._line(done, {}))
+                    if kept:
                         self.save(state, {"step": done, "evaluation_due": bool(due and stop)})
         return state, done, stop
 
@@ -82,19 +87,6 @@ class Loop:
         line |= {name: value.item() for name, value in values.items()}
         self.check(line)
         return line
-
-    def _log(self, line: dict, clock: "Clock", bar: tqdm) -> bool:
-        """Logs a line; True if a Ctrl-C came out of the log, as from a drawing in a notebook."""
-        more = {"learning_rate": float(self.learning_rate(line["step"] - 1)), **clock.rates(),
-                "examples": line["step"] * self.batch_size}
-        bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-        try:
-            self.log(line | more)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            clock.restart()
-        return False
 
 
 class Clock:
