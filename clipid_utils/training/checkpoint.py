@@ -128,7 +128,6 @@ class Checkpoints:
         # Folders are made at once: otherwise one that cannot be made leaves threads that wait ten minutes for it
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._writer = ocp.AsyncCheckpointer(self._sealed, async_options=options)
-        self._own: int | None = None  # the step that this object saved or restored last
         self._writing: int | None = None
         for name in LOGGERS:
             logging.getLogger(name).addFilter(_no_traceback)
@@ -136,16 +135,10 @@ class Checkpoints:
     def save(self, step: int, state, *, data: DatasetIterator | None = None, extra: dict | None = None) -> None:
         """Copies the state, and writes it behind the training; `extra` is JSON, which `restore` returns.
 
-        The state's memory may be reused at once. The step that this object saved or restored last is not written again.
-        Raises OSError if the save before this one failed, and ValueError if the folder has later steps.
+        The state's memory may be reused at once. Raises OSError if the save before this one failed, or if the folder
+        has this step already.
         """
         self.wait()
-        latest = self.latest()
-        if latest is not None and step <= latest:
-            if step == self._own:
-                return
-            raise ValueError(f"{self.folder} has step {latest} of an earlier or a different run, and step {step} does "
-                             "not come after it: delete the folders of the later steps, or use a different folder")
         if jax.process_index() == 0:
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):  # a killed or failed save left it
                 shutil.rmtree(path, ignore_errors=True)
@@ -183,20 +176,18 @@ class Checkpoints:
                              f"({len(changed)} differences in all). Resume with the model, optimizer and settings that "
                              "wrote it, or start again in a different folder")
         position = None if data is None else _position(step_folder, run["data"])
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
                   for name, leaf in _named(like).items()}
         found = self._writer.restore(step_folder, args=_Restore(target))
         if data is not None:
             data.set_state(position)
-        self._own = step
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target]), run["extra"]
 
     def wait(self) -> None:
         """Returns when the current save is on disk, and deletes those before the last `keep`; OSError if it failed."""
         if self._writing is not None:
             self._try(self._writer.wait_until_finished)
-            self._own, self._writing = self._writing, None
+            self._writing = None
             for step in self._steps()[: -self.keep] if jax.process_index() == 0 else []:
                 shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
