@@ -374,7 +374,13 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, capsys):
 
     clip = short_clip()
     (batch,) = itertools.islice(dictionary_feed(tiny_pairs(12), clip[1].tokenize, 4, seed=0, length=16).dataset, 1)
-    feed = Feed(Steps(lambda step: signal.raise_signal(signal.SIGINT) or batch), 4, 3)
+
+    def make(step):
+        if step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    feed = Feed(Steps(make), 4, 3)
     result = fit(*clip, feed, None, FitConfig(**QUICK), seed=0, out=tmp_path, progress=False, mesh=make_mesh(1),
                  form=stopping)
     assert result.interrupted and result.history == []
