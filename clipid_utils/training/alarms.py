@@ -6,6 +6,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,17 +29,13 @@ TRUNCATED = 0.01
 WAITING = 0.1
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def stuck(lines: Sequence[dict], after: int) -> str | None:
     losses = [line["loss"] for line in lines if line["step"] > after]
     chance = lines[-1].get("log_batch")
-    if chance is None or len(losses) < LINES or _mean(losses) <= STUCK * chance:
+    if chance is None or len(losses) < LINES or fmean(losses) <= STUCK * chance:
         return None
     return (
-        f"the loss is {_mean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
+        f"the loss is {fmean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
         "whether each caption belongs to its picture; if it does, try three times the learning_rate (now "
         f"{lines[-1]['learning_rate']:.2g}), or a third of it and a longer warmup if gradient_norm has jumped"
     )
@@ -69,10 +66,10 @@ def truncated(lines: Sequence[dict]) -> str | None:
 
 def waiting(lines: Sequence[dict]) -> str | None:
     shares = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
-    if len(shares) < LINES or _mean(shares) <= WAITING:
+    if len(shares) < LINES or fmean(shares) <= WAITING:
         return None
     return (
-        f"{_mean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
+        f"{fmean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
         "smaller pictures, little larger than the size that training samples, or move them to a local disk"
     )
 

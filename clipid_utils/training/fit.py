@@ -156,10 +156,9 @@ def _compiled(
     loss: Callable, form: Callable, mesh: Mesh,
 ) -> tuple[nnx.GraphDef, TrainState, Placed]:
     """The model's structure, its first state, and the step."""
-    transform = optimizer(schedule, config.weight_decay, config.clip_norm)
-    if config.rates or config.layer_decay != 1.0:
-        layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
-        transform = with_rates(transform, config.rates, config.layer_decay, layers)
+    layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
+    transform = with_rates(optimizer(schedule, config.weight_decay, config.clip_norm), config.rates, config.layer_decay,
+                           layers)
     graph, state = init_state(model, transform, seed, config.trainable)
     settings = ("augmentation", "drop_path", "keep_patches", "image_image", "average_decay", "chunks", "remat")
     return graph, state, form(functools.partial(

@@ -53,8 +53,7 @@ class RunFolder:
     def _delete_old(self) -> None:
         if jax.process_index() == 0:
             for name in (*WEIGHTS, "checkpoints", "samples"):
-                if (self.path / name).is_dir():
-                    shutil.rmtree(self.path / name)
+                shutil.rmtree(self.path / name, ignore_errors=True)
         from_first(None)  # the others wait
 
     def _check_old(self, settings: dict, resume: bool) -> None:

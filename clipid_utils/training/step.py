@@ -80,11 +80,6 @@ def apply_gradients(
     return state, {"gradient_norm": norm, "bad_step": bad}
 
 
-def logit_scale(state: TrainState) -> jax.Array:
-    """The logarithm of the factor on the cosines, trained or frozen."""
-    return (state.params if "logit_scale" in state.params else state.frozen)["logit_scale"][...]
-
-
 def _embedder(graph: nnx.GraphDef, mean, std, augmentation: AugmentConfig | None, options: dict) -> Callable:
     """The `embed` of `contrastive_update` for a whole model."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
@@ -204,8 +199,9 @@ def contrastive_update(
             value, gradients = jax.lax.pmean((value, gradients), axis)
         most = nnx.merge(graph, state.params, state.frozen).config.max_logit_scale
         state, metrics = apply_gradients(state, gradients, optimizer, average_decay=average_decay, max_logit_scale=most)
+        holder = state.params if "logit_scale" in state.params else state.frozen
         return state, {
-            "loss": value, "logit_scale": logit_scale(state), **metrics,
+            "loss": value, "logit_scale": holder["logit_scale"][...], **metrics,
             "image_spread": spread(gather(images, axis)), "text_spread": spread(gather(texts, axis)),
         }
 
