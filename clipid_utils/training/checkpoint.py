@@ -111,7 +111,7 @@ def _no_traceback(record: logging.LogRecord) -> bool:
     """A filter for Orbax's log: a failed save has five tracebacks there, and raises the error too."""
     if "orbax" in record.pathname:
         record.exc_info = None
-    return "OCDBT database" not in record.getMessage()  # asyncio repeats the error for each array
+    return "OCDBT database" not in record.getMessage()  # asyncio repeats the error for each array, also after `close`
 
 
 class Checkpoints:
@@ -200,8 +200,6 @@ class Checkpoints:
                 with contextlib.suppress(Exception):
                     self._writer.close()
                     break
-            for name in LOGGERS:
-                logging.getLogger(name).removeFilter(_no_traceback)
 
     def _steps(self) -> list[int]:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
