@@ -154,7 +154,7 @@ def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> tuple[s
         captions.extend(number.setdefault(text, len(number)) for text in texts)
         starts.append(len(captions))
     digest.update(data.concepts.tobytes() if isinstance(data, PicturePairs) else b"")
-    return digest.hexdigest(), list(number), np.asarray(captions, np.int32), np.asarray(starts, np.int64)
+    return digest.hexdigest(), list(number), np.asarray(captions), np.asarray(starts).astype(np.int64)
 
 
 def _text_settings(processor: CLIPProcessor) -> str:

@@ -111,6 +111,7 @@ def train_projections(
 
 def _with_heads(model: HybridCLIP, heads: Heads) -> HybridCLIP:
     """A copy of the model with these heads; it shares the towers' arrays."""
-    new = nnx.merge(*nnx.split(model))
+    graph, state = nnx.split(model)
+    new = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # new variables with the same arrays
     nnx.update(new, nnx.state(heads))  # its parameters have the same names
     return new
