@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 
@@ -39,7 +40,8 @@ def measure(folder: Path) -> dict:
     state = jax.block_until_ready(jax.tree.map(filled, state))
     sides: dict = {"loop waits": [], "saved": []}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place, Checkpoints(Path(place) / "states", keep=2) as states:
+    with (tempfile.TemporaryDirectory(dir=folder) as place,
+          closing(Checkpoints(Path(place) / "states", keep=2)) as states):
         for step in (1, 2, 3):
             start = time.perf_counter()
             states.save(step, state)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from clipid_utils.metrics import recall_at_k, same_key
 from clipid_utils.model.clip import HybridCLIP, TextEncoder
 from clipid_utils.model.processor import CLIPProcessor
-from clipid_utils.training.loop import Loop, fitting_batch, steps_of
+from clipid_utils.training.loop import Loop, fitting_batch
 from clipid_utils.training.optimizers import adamw, warmup_cosine
 from clipid_utils.training.step import TrainState, apply_gradients, assemble, init_state
 
@@ -142,7 +142,8 @@ def distill(
         raise ValueError(f"the student's projection gives {width} numbers and the teacher's {train.features.shape[1]}: "
                          f"make it with embed_dim {train.features.shape[1]}")
     batch_size = fitting_batch(config.batch_size, count, things="sentence pairs")
-    steps, per_epoch = steps_of(config.epochs, count, batch_size)
+    per_epoch = count // batch_size
+    steps = config.epochs * per_epoch
     rate = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     transform = optimizer(rate, config.weight_decay, config.clip_norm)
     graph, state = init_state(student, transform, seed)

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tiny import KEYWORDS, NAMES, tiny_clip, tiny_pairs
@@ -234,7 +234,7 @@ def share_a_checkpoint(folder: Path, rank: int, port: int) -> None:
     state = {"w": place(np.arange(32, dtype=np.float32).reshape(8, 4), "data"), "b": place(np.ones(3, np.float32))}
     data = half()
     next(data)
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with closing(Checkpoints(folder, keep=1)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, data=data, extra={"step": step})
         rest, again = rows(data), half()
@@ -387,7 +387,7 @@ def untimed(history: list[dict]) -> list[dict]:
 
 def last_state(folder: Path) -> dict[str, np.ndarray]:
     """All arrays of the last checkpoint by their names: parameters, average, optimizer, step, key."""
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         notes = last_notes(folder)
         like = {name: _shape(text) for name, text in notes["leaves"].items()}
         restored, _ = checkpoints.restore(like)
@@ -397,10 +397,10 @@ def last_state(folder: Path) -> dict[str, np.ndarray]:
 
 def _shape(text: str) -> jax.ShapeDtypeStruct:
     """Of "float32[2, 3]"."""
-    if text.startswith("key"):
-        return jax.eval_shape(lambda: jax.random.key(0))
     kind, _, sides = text.rstrip("]").partition("[")
-    return jax.ShapeDtypeStruct([int(side) for side in sides.split(",") if side], jnp.dtype(kind))
+    dtype = jax.random.key(0).dtype if kind.startswith("key") else jnp.dtype(kind)
+    return jax.ShapeDtypeStruct([int(side) for side in sides.split(",") if side], dtype,
+                                sharding=SingleDeviceSharding(jax.devices()[0]))
 
 
 def steps(folder: Path) -> list[int]:

@@ -1,17 +1,15 @@
 """Alarms for common failures of contrastive training, read from the lines of the log; each names a remedy.
 
-`Alarms` reads only the lines; `spread` and `count_duplicates` are what the compiled step adds to them.
+`Alarms` reads only the lines; the compiled step adds `spread` to them.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
-
-from clipid_utils.model.config import MAX_LOGIT_SCALE
+from jaxtyping import Array, Float
 
 # One batch says little about a loss, and one slow read little about a disk: both are judged by the mean of some lines.
 LINES = 5
@@ -25,31 +23,21 @@ PATIENCE = (50, 200)
 # 1 - cosine, averaged over the pairs of a batch. Random weights have more; texts may come near it early in the warm-up.
 # Towers with less after the warm-up have lost in training what random weights can tell apart.
 COLLAPSED = 0.01
-# The step sets the scale to its clamp exactly; this leaves room for float32 and for an average of some steps.
-AT_CLAMP = 1e-3
-# Of the pictures of a batch. The course's own data have a few pictures with two names (the flags of Norway and
-# Svalbard), which do no harm.
-DUPLICATES = 0.01
 # Of the captions since the start. The shipped run cuts 0.4%: the longest lists of keywords.
 TRUNCATED = 0.01
 # Of the time between two lines.
 WAITING = 0.1
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def stuck(lines: Sequence[dict], after: int) -> str | None:
     losses = [line["loss"] for line in lines if line["step"] > after]
     chance = lines[-1].get("log_batch")
-    if chance is None or len(losses) < LINES or _mean(losses) <= STUCK * chance:
+    if chance is None or len(losses) < LINES or fmean(losses) <= STUCK * chance:
         return None
-    rate = f" (now {lines[-1]['learning_rate']:.2g})" if "learning_rate" in lines[-1] else ""
     return (
-        f"the loss is {_mean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
-        "whether each caption belongs to its picture; if it does, try three times the learning_rate"
-        f"{rate}, or a third of it and a longer warmup if gradient_norm has jumped"
+        f"the loss is {fmean(losses):.3f}, no better than a guess, log(batch) = {chance:.3f}: check in a batch "
+        "whether each caption belongs to its picture; if it does, try three times the learning_rate (now "
+        f"{lines[-1]['learning_rate']:.2g}), or a third of it and a longer warmup if gradient_norm has jumped"
     )
 
 
@@ -62,28 +50,6 @@ def collapsed(lines: Sequence[dict], after: int) -> str | None:
     return (
         f"all {which} of a batch are nearly the same vector: check whether the pictures and captions of a batch "
         "differ; if they do, start again with a third of the learning_rate, a longer warmup or a lower clip_norm"
-    )
-
-
-def at_clamp(lines: Sequence[dict], clamp: float) -> str | None:
-    if lines[-1].get("logit_scale", -math.inf) < clamp - AT_CLAMP:
-        return None
-    return (
-        f"logit_scale is at its clamp, ln {math.exp(clamp):.0f}: this is normal if training starts from CLIP's own "
-        "weights, which end there. Otherwise the batches have become too easy: if validation recall no longer rises, "
-        "train for fewer epochs, on more pictures or with a larger batch_size; if the loss jumps, lower learning_rate"
-    )
-
-
-def duplicated(lines: Sequence[dict]) -> str | None:
-    lines = [line for line in lines if {"duplicates", "log_batch"} <= line.keys()]
-    counts, sizes = [line["duplicates"] for line in lines], [math.exp(line["log_batch"]) for line in lines]
-    if not counts or sum(counts) <= DUPLICATES * sum(sizes):
-        return None
-    return (
-        f"{sum(counts) / sum(sizes):.1%} of the pictures are copies of a picture in their batch ({sum(counts)} in the "
-        f"last {len(counts)} logged batches), and count as each other's wrong answers: remove copies from the data, "
-        "check that no file is listed twice and no shard read twice, and give pictures of one thing one concept number"
     )
 
 
@@ -100,10 +66,10 @@ def truncated(lines: Sequence[dict]) -> str | None:
 
 def waiting(lines: Sequence[dict]) -> str | None:
     shares = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
-    if len(shares) < LINES or _mean(shares) <= WAITING:
+    if len(shares) < LINES or fmean(shares) <= WAITING:
         return None
     return (
-        f"{_mean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
+        f"{fmean(shares):.0%} of the time is spent waiting for data: raise workers (up to the number of cores), store "
         "smaller pictures, little larger than the size that training samples, or move them to a local disk"
     )
 
@@ -113,18 +79,13 @@ class Alarms:
 
     An alarm is the line {"step", "alarm", "message"}; it comes once, and again only after a line without its cause.
     Lines without a loss are ignored, and a key that is absent raises no alarm. `steps` and `warmup` are those of the
-    whole run, `max_logit_scale` is the model's. With `chance_is_log_batch=False` the loss is not judged: a guess has a
-    different siglip_loss.
+    whole run. With `chance_is_log_batch=False` the loss is not judged: a guess has a different siglip_loss.
     """
 
-    def __init__(
-        self, steps: int, warmup: int, *, max_logit_scale: float = MAX_LOGIT_SCALE, chance_is_log_batch: bool = True
-    ):
+    def __init__(self, steps: int, warmup: int, *, chance_is_log_batch: bool = True):
         after = warmup + min(max(PATIENCE[0], steps // 10), PATIENCE[1])
         self.checks: dict[str, Callable[[Sequence[dict]], str | None]] = {
-            "collapsed": lambda lines: collapsed(lines, after),
-            "logit_scale": lambda lines: at_clamp(lines, max_logit_scale),
-            "duplicates": duplicated, "truncated": truncated, "data_wait": waiting,
+            "collapsed": lambda lines: collapsed(lines, after), "truncated": truncated, "data_wait": waiting,
         }
         if chance_is_log_batch:
             self.checks["stuck"] = lambda lines: stuck(lines, after)
@@ -141,25 +102,20 @@ class Alarms:
         return new
 
 
-def check_finite(line: dict, names: Sequence[str] = (), kept: str = "nothing was saved before it") -> None:
+def check_finite(line: dict, kept: str = "nothing was saved before it") -> None:
     """Raises FloatingPointError, with what to try, if the loss or a gradient is not finite.
 
-    `bad_step` in the line is the first step with such a gradient, counted from 0 as in the training state, or -1;
-    `bad_leaf` is its first such leaf, an index into `names`, which are in the order of `jax.tree.leaves`. `kept` says
-    what was saved.
+    `bad_step` in the line is the first step with such a gradient, counted from 0 as in the training state, or -1.
+    `kept` says what was saved.
     """
-    values = {name: line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line}
-    bad_step, bad_leaf = line.get("bad_step", -1), line.get("bad_leaf", -1)
-    if bad_step < 0 and all(map(math.isfinite, values.values())):
+    values = [line[name] for name in ("loss", "gradient_norm", "logit_scale") if name in line]
+    bad_step = line.get("bad_step", -1)
+    if bad_step < 0 and all(map(math.isfinite, values)):
         return
-    rest = ", ".join(f"{name.replace('gradient_norm', 'gradient norm')} {value:.3g}" for name, value in
-                     values.items() if name != "loss")
-    leaf = f" ({names[bad_leaf]})" if 0 <= bad_leaf < len(names) else ""
-    first = f"the first gradient that is not finite was at step {bad_step + 1}{leaf}; " if bad_step >= 0 else ""
+    first = f"the first gradient that is not finite was at step {bad_step + 1}; " if bad_step >= 0 else ""
     raise FloatingPointError(
-        f"the loss is {values.get('loss', math.nan)} at step {line['step']} ({rest}): {first}lower learning_rate or "
-        "clip_norm, or use a longer warmup; if it happens at step 1, check the first batch and the initial weights; "
-        f"{kept}"
+        f"the loss is {line.get('loss', math.nan)} at step {line['step']}: {first}lower learning_rate or clip_norm, or "
+        f"use a longer warmup; if it happens at step 1, check the first batch and the initial weights; {kept}"
     )
 
 
@@ -169,26 +125,3 @@ def spread(embeds: Float[Array, "B E"]) -> Float[Array, ""]:
     This is 1 - |mean|², the mean over all pairs of 1 - cosine, at the cost of one sum over the batch.
     """
     return jnp.clip(1 - jnp.square(embeds.astype(jnp.float32).mean(axis=0)).sum(), 0, 1)
-
-
-def _weights(count: int, start: int) -> jax.Array:
-    """Odd pseudo-random numbers [count]: each index with its bits mixed, so nothing has to be stored."""
-    bits = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(start)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits ^ (bits >> 16)) | 1
-
-
-def count_duplicates(images: UInt8[Array, "b H W 3"], axis: str | None = None) -> Int[Array, ""]:
-    """The number of pictures that equal an earlier one of their batch, byte for byte; `axis` as in `clip_loss`.
-
-    Each picture is reduced to two weighted sums of its bytes, modulo 2**32. Equal pictures are always counted. Pictures
-    that differ in one byte never are, since an odd weight times less than 256 is not a multiple of 2**32. Other
-    pictures are mistaken for equal with a probability of about 2**-60.
-    """
-    pixels = images.reshape(len(images), -1).astype(jnp.uint32)
-    sums = [(pixels * _weights(pixels.shape[1], start)).sum(axis=1, dtype=jnp.uint32) for start in (1, 0x9E3779B9)]
-    if axis is not None:
-        sums = jax.lax.all_gather(sums, axis, tiled=True)
-    first, second = jax.lax.sort(sums, num_keys=2)
-    return ((first[1:] == first[:-1]) & (second[1:] == second[:-1])).sum()

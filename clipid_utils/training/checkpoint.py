@@ -14,12 +14,11 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from grain import DatasetIterator
 
@@ -38,11 +37,6 @@ def _named(tree) -> dict[str, Any]:
 def _described(tree) -> dict[str, str]:
     """Type and shape of each leaf: "float32[512, 128]"."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
-
-
-def _not_empty(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves without the empty arrays, which Orbax does not write."""
-    return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
 def _checksum(path: Path) -> int:
@@ -67,22 +61,19 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _compare(step_folder: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raises ValueError if the leaves of a checkpoint are not the ones that the caller wants."""
-    names = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
-    if names:
-        shown = "; ".join(f"{name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
-                          for name in names[:3])
-        more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{step_folder} has the state of a different model or optimizer: {shown}{more}. Resume with "
-                         "the model, optimizer and settings that wrote it, or start again in a different folder")
+def differences(before, now, name: str = "") -> Iterator[str]:
+    """The differences of two JSON values in words, as deep inside as they are; names are dotted."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield f"{name} {before!r}, now {now!r}"
 
 
-def _position(step_folder: Path, states: list | None) -> Any:
+def _position(step_folder: Path, states: list) -> Any:
     """This process's position in the data, out of those of all processes that wrote the checkpoint."""
-    if states is None:
-        raise ValueError(f"{step_folder} has no position in the data, since it was saved without `data`: restore it "
-                         "without")
     if len(states) == jax.process_count():
         return states[jax.process_index()]
     # The number of the next batch is the same for any number of processes that share the batch
@@ -120,111 +111,83 @@ def _no_traceback(record: logging.LogRecord) -> bool:
     """A filter for Orbax's log: a failed save has five tracebacks there, and raises the error too."""
     if "orbax" in record.pathname:
         record.exc_info = None
-    return "OCDBT database" not in record.getMessage()  # asyncio repeats the error for each array
-
-
-def _new_writer(handler: _Sealed) -> ocp.AsyncCheckpointer:
-    # Folders are made at once: otherwise one that cannot be made leaves threads that wait ten minutes for it
-    return ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
-
-
-def _drop(writer: ocp.AsyncCheckpointer) -> None:
-    """Closes a writer. After a failure several of its threads raise, one at each call."""
-    for _ in range(8):
-        with contextlib.suppress(Exception):
-            return writer.close()
+    return "OCDBT database" not in record.getMessage()  # asyncio repeats the error for each array, also after `close`
 
 
 class Checkpoints:
     """The training states of one run in `folder`: the last `keep`, and never a half-written one.
 
     Only one run at a time may write to a folder; any number may read. If there are several processes, all of them make
-    the same calls, and all of them see the folder. As a context manager it closes at the end. Raises OSError if the
-    folder cannot be made.
+    the same calls, and all of them see the folder. After a save that failed it can only be closed.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3):
         self.folder, self.keep = Path(folder).absolute(), keep
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"{self.folder} cannot be made ({error}): use a different folder for checkpoints") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._sealed = _Sealed()
-        self._writer = _new_writer(self._sealed)
-        self._swept = False
-        self._own: int | None = None  # the step that this object saved or restored last
+        # Folders are made at once: otherwise one that cannot be made leaves threads that wait ten minutes for it
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._writer = ocp.AsyncCheckpointer(self._sealed, async_options=options)
         self._writing: int | None = None
         for name in LOGGERS:
             logging.getLogger(name).addFilter(_no_traceback)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            self.close()
-        except OSError as unwritten:
-            if error is None:
-                raise
-            error.add_note(str(unwritten))  # the first error is the one to show
-
     def save(self, step: int, state, *, data: DatasetIterator | None = None, extra: dict | None = None) -> None:
         """Copies the state, and writes it behind the training; `extra` is JSON, which `restore` returns.
 
-        The state's memory may be reused at once. The step that this object saved or restored last is not written again.
-        Raises OSError if the save before this one failed (only that save is lost; call again), and ValueError if the
-        folder has later steps.
+        The state's memory may be reused at once. Raises OSError if the save before this one failed, or if the folder
+        has this step already.
         """
         self.wait()
-        latest = self.latest()
-        if latest is not None and step <= latest:
-            if step == self._own:
-                return
-            raise ValueError(f"{self.folder} has step {latest} of an earlier or a different run, and step {step} does "
-                             "not come after it: delete the folders of the later steps, or use a different folder")
-        self._sweep()
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):  # a killed or failed save left it
+                shutil.rmtree(path, ignore_errors=True)
         position = None if data is None else from_all(data.get_state())
         self._sealed.notes = json.dumps({"leaves": _described(state), "data": position, "extra": extra or {}}, indent=1)
         self._writing = step
-        self._try(lambda: self._writer.save(self.folder / str(step), args=_Save(_not_empty(_named(state)))))
+        self._try(lambda: self._writer.save(self.folder / str(step), args=_Save(_named(state))))
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint; None if there is none."""
         steps = self._steps()
         return from_first(steps[-1] if steps else None)  # a shared folder may look different to each process
 
-    def restore(self, like, *, data: DatasetIterator | None = None, step: int | None = None) -> tuple[Any, dict]:
-        """The state of `step`, by default the last one, and its `extra`; `data` is set to its position.
+    def restore(self, like, *, data: DatasetIterator | None = None) -> tuple[Any, dict]:
+        """The last state, and its `extra`; `data` is set to its position.
 
         `like` is a tree of arrays or jax.ShapeDtypeStructs with shardings; the result has its structure and shardings,
         whatever devices and processes wrote the checkpoint. Raises FileNotFoundError if there is no checkpoint,
         ValueError if its leaves are not those of `like`, and OSError if one of its files is damaged.
         """
         self.wait()
-        step = self.latest() if step is None else step
-        if step is None or step not in self._steps():
-            raise FileNotFoundError(f"{self.folder} has no checkpoint{'' if step is None else f' of step {step}'}")
-        self._check(step)
+        step = self.latest()
+        if step is None:
+            raise FileNotFoundError(f"{self.folder} has no checkpoint")
         step_folder = self.folder / str(step)
+        damage = from_first(_damage(step_folder) if jax.process_index() == 0 else "")
+        if damage:
+            before = self._steps()[:-1]
+            then = f"resumes from step {before[-1]}" if before else "starts from the beginning, since there is no other"
+            raise OSError(f"{damage}: delete the folder {step_folder}; the run then {then}")
         run = json.loads((step_folder / "run.json").read_text(encoding="utf-8"))
-        _compare(step_folder, run["leaves"], _described(like))
+        changed = list(differences(run["leaves"], _described(like)))
+        if changed:
+            raise ValueError(f"{step_folder} has the state of a different model or optimizer: {'; '.join(changed[:3])} "
+                             f"({len(changed)} differences in all). Resume with the model, optimizer and settings that "
+                             "wrote it, or start again in a different folder")
         position = None if data is None else _position(step_folder, run["data"])
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
                   for name, leaf in _named(like).items()}
-        found = self._writer.restore(step_folder, args=_Restore(_not_empty(target)))
-        leaves = [found[name] if leaf.size else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-                  for name, leaf in target.items()]
+        found = self._writer.restore(step_folder, args=_Restore(target))
         if data is not None:
             data.set_state(position)
-        self._own = step
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), run["extra"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target]), run["extra"]
 
     def wait(self) -> None:
         """Returns when the current save is on disk, and deletes those before the last `keep`; OSError if it failed."""
         if self._writing is not None:
             self._try(self._writer.wait_until_finished)
-            self._own, self._writing = self._writing, None
+            self._writing = None
             for step in self._steps()[: -self.keep] if jax.process_index() == 0 else []:
                 shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
@@ -233,41 +196,22 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            _drop(self._writer)
-            for name in LOGGERS:
-                logging.getLogger(name).removeFilter(_no_traceback)
+            for _ in range(8):  # after a failure several of its threads raise, one at each call
+                with contextlib.suppress(Exception):
+                    self._writer.close()
+                    break
 
     def _steps(self) -> list[int]:
-        paths = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(path.name) for path in paths if path.name.isdecimal())
-
-    def _check(self, step: int) -> None:
-        """Raises OSError if a file of the checkpoint is not as it was written."""
-        damage = from_first(_damage(self.folder / str(step)) if jax.process_index() == 0 else "")
-        if damage:
-            before = [other for other in self._steps() if other < step]
-            then = f"resumes from step {before[-1]}" if before else "starts from the beginning, since there is no other"
-            raise OSError(f"{damage}: delete the folder {self.folder / str(step)}; the run then {then}")
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def _try(self, act: Callable[[], Any]) -> None:
         """Runs a part of a save; an error in it becomes an OSError that says what is left and what to do."""
         try:
             act()
         except Exception as error:
-            step, self._writing, self._swept = self._writing, None, False
-            _drop(self._writer)
-            self._writer = _new_writer(self._sealed)
-            self._sweep()
-            steps = self._steps()
+            step, self._writing, steps = self._writing, None, self._steps()
             kept = f"the last whole one is of step {steps[-1]}" if steps else "there is no earlier one"
             code = re.search("os_error_code='([0-9]+)'", str(error))  # at the end of lines of TensorStore's settings
             cause = os.strerror(int(code[1])) if code else str(error)[:300] or type(error).__name__
             raise OSError(f"{self.folder}: the checkpoint of step {step} was not written ({cause}); {kept}. Free space "
-                          "on the disk, check that the folder can be written, and save again") from error
-
-    def _sweep(self) -> None:
-        """Deletes what a killed or failed save left; before the first save, when nobody else writes."""
-        if not self._swept and jax.process_index() == 0:
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
-        self._swept = True
+                          "on the disk, check that the folder can be written, and resume the run") from error

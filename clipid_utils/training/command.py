@@ -176,8 +176,8 @@ def check_options(recipe: Recipe) -> None:
         raise ValueError(f"a mini model learns its tokenizer from the picture dictionary and can only train on it: "
                          f"leave --train {recipe.train} out, or train other towers on it with --vision and --text, or "
                          "with another recipe, such as indobert-base")
-    if any(columns) and not (all(columns) and tars):
-        raise ValueError("--image-column and --caption-column are for tars, and go together: give both or none")
+    if any(columns) and not tars:
+        raise ValueError("--image-column and --caption-column are for tars")
     on_features = [number for number, stage in enumerate(recipe.stages, 1) if stage.on_features]
     if tars and on_features:
         raise ValueError(f"stage {on_features[0]} computes features of captions records, and --train {recipe.train} "
@@ -240,7 +240,7 @@ def make_feed(recipe: Recipe, config: FitConfig, records: Dataset | None, proces
     settings = processor.tokenize, processor.image_size, config.batch_size
     if records is not None:
         return records_feed(records, *settings, workers=recipe.workers, **options)
-    columns = (recipe.image_column, recipe.caption_column) if recipe.image_column else None
+    columns = recipe.image_column, recipe.caption_column
     stream = tar_stream(input_files(recipe.train, (".tar",)))
     return stream_feed(stream, *settings, columns=columns, **options)
 
@@ -301,8 +301,6 @@ def run(recipe: Recipe) -> bool:
     dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
     model, processor = new_model(recipe, dictionary)
     data, validation = load_data(recipe, dictionary, processor)
-    if validation is None:
-        print("without --validation no recall is measured: the last weights are kept, not the best")
     for number, stage in enumerate(recipe.stages, 1):
         folder = recipe.out / f"stage-{number}"
         print(f"stage {number} of {len(recipe.stages)}: {folder}; its first step is compiled, for 10 to 60 seconds")

@@ -40,15 +40,13 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     Raises ValueError if the devices do not divide so, or if a "model" group would have devices of two processes.
     """
     count = jax.device_count()
-    if model < 1 or data is None and count % model:
-        raise ValueError(f"{count} devices cannot be cut into groups of {model}: set model to a divisor of "
-                         f"{count}, or set data too")
+    if model < 1 or (count % model if data is None else not 0 < data * model <= count):
+        raise ValueError(f"{count} devices cannot be cut into {data or 'some'} groups of {model}: set model to a "
+                         f"divisor of {count}, or set data too, and data x model to at most {count}")
     if jax.process_count() > 1 and jax.local_device_count() % model:
         raise ValueError(f"the {model} devices of a group share their rows, and would be in several processes with "
                          f"different rows: set model to a divisor of {jax.local_device_count()}")
     data = count // model if data is None else data
-    if data * model > count or data < 1:
-        raise ValueError(f"a mesh of {data} x {model} needs {data * model} devices, and there are {count}")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2,
                          devices=jax.devices()[: data * model])
 
@@ -102,18 +100,15 @@ def jit_form(
 ) -> Placed:
     """The update under `jit`; the batch is sharded along "data", the state as `shard_state` says."""
     update = make_update(axis=None)
-    compiled: list[Callable] = []  # for the first state; all states of a run have the same structure
 
     def step(state, batch):
-        if not compiled:
-            shardings = shard_state(state, mesh, params, optimizer)
-            compiled.append(jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, P()))))
-        return compiled[0](state, batch)
+        state, metrics = update(state, batch)
+        return jax.lax.with_sharding_constraint(state, shard_state(state, mesh, params, optimizer)), metrics
 
     def place(state):
         return _put(state, shard_state(state, mesh, params, optimizer))
 
-    return Placed(step, place, _feed(mesh), _collect(mesh))
+    return Placed(jax.jit(step, donate_argnums=0), place, _feed(mesh), _collect(mesh))
 
 
 def shard_map_form(make_update: Callable, mesh: Mesh) -> Placed:
@@ -142,14 +137,11 @@ def pmap_form(make_update: Callable, mesh: Mesh) -> Placed:
     def feed(batch):
         return {name: np.reshape(value, (len(devices), -1, *np.shape(value)[1:])) for name, value in batch.items()}
 
-    def step(state, batch):
-        state, metrics = mapped(state, batch)
-        return state, jax.tree.map(lambda x: x[0], metrics)
-
     def first(tree):
         return jax.tree.map(lambda x: x[0], tree)  # still on all devices, a copy on each
 
-    def collect(tree):
-        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+    def step(state, batch):
+        state, metrics = mapped(state, batch)
+        return state, first(metrics)
 
-    return Placed(step, place, feed, collect, first, place)
+    return Placed(step, place, feed, lambda tree: jax.device_put(first(tree), devices[0]), first, place)

@@ -12,17 +12,15 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import datasets
 import numpy as np
 from datasets import Dataset
 from filelock import FileLock
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from clipid_utils.data.batches.loader import PicturePairs
+from clipid_utils.data.batches.loader import PicturePairs, undecoded
 from clipid_utils.data.captions import caption_ids, sample_caption
 from clipid_utils.files import read_json, write_json
 from clipid_utils.model.clip import HybridCLIP
@@ -70,36 +68,33 @@ def cache_features(
     processor.tokenize(["foto"])  # without a tokenizer this raises now, not after all pictures are done
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    survey = _survey(data, captions, progress)
+    checksum, different, numbers, starts = _survey(data, captions, progress)
     manifest = {
         "vision": fingerprint(model.vision, processor, without="projection"),
-        "text": fingerprint(model.text, processor, without="projection"), "processor": _text_settings(processor),
-        "data": survey.checksum, "dtype": np.dtype(dtype).name,
+        "text": fingerprint(model.text, processor, without="projection") + _text_settings(processor),
+        "data": checksum, "dtype": np.dtype(dtype).name,
     }
     with FileLock(folder / "writing.lock"):  # a second process waits and finds the features
         if not _is_done(folder, manifest):
-            images = _reserved(folder / "images.npy", (len(survey.identities), model.config.vision.width), dtype)
-            texts = _reserved(folder / "texts.npy", (len(survey.first), model.config.text.width), dtype)
+            images = _reserved(folder / "images.npy", (len(data), model.config.vision.width), dtype)
+            texts = _reserved(folder / "texts.npy", (len(different), model.config.text.width), dtype)
             _, skipped = embed_pictures(
-                model, processor, _pictures(data), identities=survey.identities, cache=folder / "chunks" / "images",
-                out=images, projected=False, batch_size=batch_size, chunk=CHUNK, progress=progress)
+                model, processor, _pictures(data), cache=folder / "chunks" / "images", out=images, projected=False,
+                batch_size=batch_size, chunk=CHUNK, progress=progress)
             if len(skipped) == len(images):
                 raise ValueError(f"none of {len(images)} pictures can be read, the first because of {skipped[0]}: are "
                                  "their folders where they were?")
-
-            def text_batches(rows: np.ndarray) -> Batches:
-                every = (text for texts in _captions(data, captions) for text in texts)
-                return _text_batches(model, processor, _at(every, survey.first[rows]), 4 * batch_size)
-
-            embed_resumably(texts, survey.text_ids, text_batches, folder / "chunks" / "texts", chunk=CHUNK,
-                            unit="texts", progress=progress)
+            embed_resumably(
+                texts, np.arange(len(different)),
+                lambda rows: _text_batches(model, processor, [different[row] for row in rows], 4 * batch_size),
+                folder / "chunks" / "texts", chunk=CHUNK, unit="texts", progress=progress)
             images.flush()
             texts.flush()
             write_json(folder / "manifest.json", manifest | {"done": True})
             shutil.rmtree(folder / "chunks")
     images, texts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "texts"))
     concepts = data.concepts if isinstance(data, PicturePairs) else np.arange(len(data), dtype=np.int32)
-    return Features(images, texts, survey.captions, survey.starts, concepts, survey.caption_ids)
+    return Features(images, texts, numbers, starts, concepts, caption_ids(different))
 
 
 def _is_done(folder: Path, manifest: dict) -> bool:
@@ -110,9 +105,8 @@ def _is_done(folder: Path, manifest: dict) -> bool:
         write_json(path, manifest)
         return False
     kept = read_json(path)
-    names = {"vision": "a different image tower or processor", "text": "a different text tower",
-             "processor": "a different tokenizer", "data": "other pictures or captions",
-             "dtype": f"dtype {kept['dtype']}"}
+    names = {"vision": "a different image tower or processor", "text": "a different text tower or tokenizer",
+             "data": "other pictures or captions", "dtype": f"dtype {kept['dtype']}"}
     different = [words for key, words in names.items() if kept[key] != manifest[key]]
     if different:
         raise ValueError(f"{folder} has features of {' and '.join(different)}: name a different folder, or delete it")
@@ -129,69 +123,38 @@ def _reserved(path: Path, shape: tuple[int, int], dtype) -> np.memmap:
 
 
 def _captions(data: PicturePairs | Dataset, count: int) -> Iterator[list[str]]:
-    """The captions of each picture, the same in every call."""
-    if isinstance(data, PicturePairs):
-        for row, words in enumerate(zip(data.names, data.keywords, data.groups, strict=True)):
-            name, keywords, group = words
-            rng = np.random.default_rng([row])
-            yield [sample_caption(name, keywords, rng, group) for _ in range(count)]
-    else:
-        for part in data.with_format(None).select_columns("captions").iter(1000):
-            yield from part["captions"]
+    """The captions of each picture."""
+    if not isinstance(data, PicturePairs):
+        yield from undecoded(data)["captions"]
+        return
+    for row, words in enumerate(zip(data.names, data.keywords, data.groups, strict=True)):
+        name, keywords, group = words
+        rng = np.random.default_rng([row])
+        yield [sample_caption(name, keywords, rng, group) for _ in range(count)]
 
 
 def _pictures(data: PicturePairs | Dataset):
     """The pictures as pixels, paths or bytes, to be asked for by row."""
     if isinstance(data, PicturePairs):
         return data.images
-    kind = "image" if "image" in data.column_names else "image_path"
-    records = data.with_format(None).select_columns(kind)
-    return (records.cast_column(kind, datasets.Image(decode=False)) if kind == "image" else records)[kind]
+    records = undecoded(data)
+    return records[records.column_names[0]]
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """The data without its pictures and texts: 20 bytes for each picture, and 16 for each caption."""
-
-    checksum: str
-    identities: Shaped[np.ndarray, " N"]  # of the pictures
-    captions: Int[np.ndarray, " C"]  # see Features
-    starts: Int[np.ndarray, " N+1"]
-    first: Int[np.ndarray, " T"]  # the place among all captions where each different one first is
-    text_ids: Int[np.ndarray, " T"]  # two of five million are alike by chance with a probability below 1 in a million
-    caption_ids: Int[np.ndarray, "T 2"]
-
-
-def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> _Survey:
+def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> tuple[str, list[str], np.ndarray, np.ndarray]:
+    """The checksum of the data, its different captions, and `captions` and `starts` of `Features`."""
     if not len(data):
         raise ValueError("there are no pictures to compute features of")
-    digest, identities, seen, ids, counts = hashlib.sha256(), [], array("q"), array("i"), array("q")
+    digest, number, captions, starts = hashlib.sha256(), {}, array("i"), array("q", [0])
     pairs = zip(_pictures(data), _captions(data, count), strict=True)
     for row, (picture, texts) in enumerate(tqdm(pairs, "looking through", len(data), disable=not progress)):
         if not texts:
             raise ValueError(f"picture {row} has no caption: give it one, or leave it out")
-        identities.append(picture_identity(picture).encode())
-        counts.append(len(texts))
-        ids.frombytes(caption_ids(texts).tobytes())
-        for text in texts:
-            seen.frombytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-    concepts = data.concepts.tobytes() if isinstance(data, PicturePairs) else b""
-    for part in (b"".join(identities), seen.tobytes(), counts.tobytes(), concepts):
-        digest.update(part)
-    text_ids, first, text_of = np.unique(np.asarray(seen), return_index=True, return_inverse=True)
-    order = np.argsort(first)  # texts in the order in which they come up
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    return _Survey(
-        digest.hexdigest(), np.array(identities), np.argsort(order)[text_of].astype(np.int32), starts.astype(np.int64),
-        first[order], text_ids[order].astype(np.int64), np.asarray(ids, np.int32).reshape(-1, 2)[first[order]])
-
-
-def _at(texts: Iterator[str], places: np.ndarray) -> Iterator[str]:
-    """The texts at the given places, in rising order."""
-    before = 0
-    for place in places.tolist():
-        yield next(islice(texts, place - before, None))
-        before = place + 1
+        digest.update(json.dumps([picture_identity(picture), texts]).encode())
+        captions.extend(number.setdefault(text, len(number)) for text in texts)
+        starts.append(len(captions))
+    digest.update(data.concepts.tobytes() if isinstance(data, PicturePairs) else b"")
+    return digest.hexdigest(), list(number), np.asarray(captions), np.asarray(starts).astype(np.int64)
 
 
 def _text_settings(processor: CLIPProcessor) -> str:
@@ -203,9 +166,10 @@ def _text_settings(processor: CLIPProcessor) -> str:
     return hashlib.sha256((settings + json.dumps(tokenizer, sort_keys=True)).encode()).hexdigest()
 
 
-def _text_batches(model: HybridCLIP, processor: CLIPProcessor, texts: Iterator[str], batch_size: int) -> Batches:
+def _text_batches(model: HybridCLIP, processor: CLIPProcessor, texts: list[str], size: int) -> Batches:
     encode = encoder(model.text, "pooled")
-    while part := list(islice(texts, batch_size)):
-        filled = part + part[:1] * (batch_size - len(part))
+    for start in range(0, len(texts), size):
+        part = texts[start : start + size]
+        filled = part + part[:1] * (size - len(part))  # one compiled shape
         tokens = processor.tokenize(filled, multiple=8)  # few widths, so few compilations
         yield encode(tokens["input_ids"], tokens["attention_mask"])[: len(part)], np.ones(len(part), bool)

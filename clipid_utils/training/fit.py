@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,12 +23,12 @@ from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
 from clipid_utils.training.processes import from_all, say
 from clipid_utils.training.run_folder import RunFolder
-from clipid_utils.training.step import TrainState, assemble, init_state, leaf_names, make_update
+from clipid_utils.training.step import TrainState, assemble, init_state, make_update
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Settings of a run; written into its folder as `fit.json`."""
+class TrainingConfig:
+    """Settings that `fit` and stage 1 share; written into a run's folder as `fit.json`."""
 
     epochs: int = 10  # passes over the data
     batch_size: int = 256  # pairs a step, of all devices together; a smaller set of pictures is one batch
@@ -37,6 +36,14 @@ class FitConfig:
     weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
     warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
     clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; the others are frozen
+
+
+@dataclass(frozen=True)
+class FitConfig(TrainingConfig):
+    """Settings of `fit`."""
+
     caption_tokens: int = 24  # longest caption in tokens; longer ones are cut, and counted
     drop_path: float = 0.0  # chance that the image tower's last layer is skipped, less before it; half for the text's
     keep_patches: int | None = None  # patches of each picture that go through the tower, drawn each time; none: all
@@ -44,10 +51,8 @@ class FitConfig:
     group_concepts: bool = False  # pictures of one concept are in one batch
     average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: no average
     evaluate_every: int = 10  # epochs; steps of a stream, which has none
-    log_every: int = 10  # steps between two lines of metrics.jsonl
     augmentation: AugmentConfig | None = field(default_factory=AugmentConfig)
     steps: int | None = None  # in place of epochs; a stream needs it
-    trainable: tuple[str, ...] = ("*",)  # patterns of dotted parameter paths; the others are frozen
     # Not a dict: of a dict with entries tyro makes one option for each of them, and other patterns could not be given
     rates: MutableMapping[str, float] = field(default_factory=dict)
     """Patterns, each with a factor on the learning rate; the first that fits counts."""
@@ -82,8 +87,6 @@ def _check(
     if config.steps is None and feed.steps_per_epoch is None:
         raise ValueError("a stream has no epochs to count: set FitConfig.steps, and evaluate_every, which counts steps "
                          "of a stream")
-    if (config.epochs if config.steps is None else config.steps) < 1:
-        raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
 
 
 def _pictures_feed(
@@ -125,15 +128,14 @@ def fit(
     mesh = mesh or make_mesh()
     feed, config = (train, config) if isinstance(train, Feed) else _pictures_feed(train, processor, config, seed, mesh)
     _check(model, feed, validation, config, loss, mesh)
-    steps = config.steps or config.epochs * feed.steps_per_epoch
+    steps = config.epochs * feed.steps_per_epoch if config.steps is None else config.steps
     schedule = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     graph, state, placed = _compiled(model, processor, config, seed, schedule, optimizer, loss, form, mesh)
     folder = RunFolder(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype, resume=resume,
                        keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks)
     if validation is None:
-        say("no validation pictures: recall is not measured, and the last weights are kept")
-    alarms = Alarms(steps, round(config.warmup * steps), max_logit_scale=model.config.max_logit_scale,
-                    chance_is_log_batch=loss is clip_loss)
+        say("no validation pictures (--validation): recall is not measured, and the last weights are kept")
+    alarms = Alarms(steps, round(config.warmup * steps), chance_is_log_batch=loss is clip_loss)
     evaluate = functools.partial(folder.evaluate, validation, samples)
     state = placed.place(state)  # the same name: a second reference would keep the first state's memory to the end
     try:
@@ -154,10 +156,9 @@ def _compiled(
     loss: Callable, form: Callable, mesh: Mesh,
 ) -> tuple[nnx.GraphDef, TrainState, Placed]:
     """The model's structure, its first state, and the step."""
-    transform = optimizer(schedule, config.weight_decay, config.clip_norm)
-    if config.rates or config.layer_decay != 1.0:
-        layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
-        transform = with_rates(transform, config.rates, config.layer_decay, layers)
+    layers = {"vision": model.config.vision.layers, "text": model.config.text.layers}
+    transform = with_rates(optimizer(schedule, config.weight_decay, config.clip_norm), config.rates, config.layer_decay,
+                           layers)
     graph, state = init_state(model, transform, seed, config.trainable)
     settings = ("augmentation", "drop_path", "keep_patches", "image_image", "average_decay", "chunks", "remat")
     return graph, state, form(functools.partial(
@@ -170,10 +171,9 @@ def _train(
     config: FitConfig, schedule: Callable, alarms: Alarms, evaluate: Callable, on_log: Callable | None, progress: bool,
 ) -> tuple[HybridCLIP, int, bool]:
     """The model at the end of the loop, the number of its last step, and whether it was stopped before the end."""
-    names, data, start = leaf_names(state.params), iter(feed.dataset), {"step": 0, "evaluation_due": False}
+    data, start, cut = iter(feed.dataset), {"step": 0, "evaluation_due": False, "truncated": 0}, 0
     if folder.start is not None:
         state, start = folder.restore(placed, state, data)
-    captions = _Captions(config.log_every, start)
     for line in folder.lines.history:
         alarms(line)  # an alarm from before the run was stopped does not ring again
 
@@ -182,11 +182,15 @@ def _train(
         return assemble(graph, state._replace(**parts))
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        captions.count(batch)
+        nonlocal cut
+        cut += int(batch.pop("truncated").sum())
         return placed.step(state, placed.feed(batch))
 
+    def truncated() -> dict[str, int]:
+        return {"truncated": start["truncated"] + sum(from_all(cut))}
+
     def log(line: dict) -> None:
-        line |= {"log_batch": math.log(feed.batch_size)} | captions.line(line["step"])
+        line |= {"log_batch": math.log(feed.batch_size)} | truncated()
         folder.lines.log(line)
         for alarm in alarms(line):
             # The file as the repository names it, so that no notebook shows the path of a machine
@@ -197,47 +201,13 @@ def _train(
             on_log(folder.lines.history)
 
     def save(state: TrainState, place: dict) -> None:
-        folder.save_state(placed, state, data, place | captions.counts())
+        folder.save_state(placed, state, data, place | truncated())
 
     loop = Loop(
         steps, feed.batch_size, feed.steps_per_epoch, schedule, config.log_every, log,
         evaluate=lambda state, line: evaluate(model(state), line),
         evaluate_every=config.evaluate_every * (feed.steps_per_epoch or 1),
         save=save if folder.keeps_states else None, save_every=config.checkpoint_every,
-        check=lambda line: check_finite(line, names, folder.kept), progress=progress)
+        check=lambda line: check_finite(line, folder.kept), progress=progress)
     state, done, stopped = loop.run(step, state, data, start=start["step"], evaluation_due=start["evaluation_due"])
     return model(state) if stopped or folder.best is None else folder.best, done, stopped
-
-
-class _Captions:
-    """Counts the captions that were cut, and, in the batches until the first line of the log, those that pairs share.
-
-    `before` has the counts of a run that resumes.
-    """
-
-    def __init__(self, log_every: int, before: dict):
-        self.log_every, self.steps, self.pairs = log_every, before["step"], 0
-        self.before, self.truncated, self.shared = before.get("truncated", 0), 0, before.get("shared_captions", 0)
-
-    def count(self, batch: dict) -> None:
-        """Takes `truncated` out of the batch."""
-        self.truncated += int(batch.pop("truncated").sum())
-        self.steps += 1
-        if self.steps <= self.log_every and "caption_ids" in batch:
-            ids = np.concatenate(from_all(np.asarray(batch["caption_ids"]).tolist()))
-            _, counts = np.unique(ids, axis=0, return_counts=True)
-            self.shared += int(counts[counts > 1].sum())
-            self.pairs = len(ids) * self.steps
-
-    def counts(self) -> dict[str, int]:
-        return {"truncated": self.before + sum(from_all(self.truncated)), "shared_captions": self.shared}
-
-    def line(self, step: int) -> dict[str, int]:
-        """The counts for the line of a step; at the first line, shared captions are also printed."""
-        found = self.counts()
-        if step > self.log_every or not self.pairs:
-            del found["shared_captions"]
-        elif self.shared:
-            say(f"{self.shared} of the {self.pairs} pairs in the first batches share their caption with a different "
-                "pair of the batch: they count as right answers for each other")
-        return found

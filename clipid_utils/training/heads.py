@@ -13,35 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from clipid_utils.model.clip import HybridCLIP, normalize
 from clipid_utils.training.features import Features
-from clipid_utils.training.fit import FitResult
-from clipid_utils.training.loop import Loop, fitting_batch, steps_of
-from clipid_utils.training.loss import clip_loss, positive_pairs
+from clipid_utils.training.fit import FitResult, TrainingConfig
+from clipid_utils.training.loop import Loop, fitting_batch
+from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine
 from clipid_utils.training.processes import say
-from clipid_utils.training.step import apply_gradients, assemble, init_state, logit_scale
+from clipid_utils.training.step import assemble, contrastive_update, init_state
 
 
 @dataclass(frozen=True)
-class ProjectionConfig:
-    """Settings of stage 1; names as in FitConfig."""
+class ProjectionConfig(TrainingConfig):
+    """Settings of stage 1."""
 
     epochs: int = 30  # passes over the features
     batch_size: int = 1024  # pairs a step; a smaller set of pictures is one batch
-    learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
-    weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
-    warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
-    clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
-    log_every: int = 10  # steps between two lines of metrics.jsonl
     trainable: tuple[str, ...] = ("*.projection.*", "logit_*")  # patterns of parameter paths; the others are frozen
-
-
-class _Head(nnx.Module):
-    def __init__(self, projection: nnx.Linear):
-        self.projection = projection
 
 
 class Heads(nnx.Module):
@@ -49,16 +38,10 @@ class Heads(nnx.Module):
 
     def __init__(self, model: HybridCLIP):
         self.config = model.config
-        self.vision, self.text = _Head(model.vision.projection), _Head(model.text.projection)
+        self.vision, self.text = (nnx.Dict(projection=tower.projection) for tower in (model.vision, model.text))
         self.logit_scale, self.logit_bias = model.logit_scale, model.logit_bias
 
     scale = HybridCLIP.scale
-
-    def encode_image(self, features: Float[Array, "B D"]) -> Float[Array, "B E"]:
-        return normalize(self.vision.projection(features))
-
-    def encode_text(self, features: Float[Array, "B W"]) -> Float[Array, "B E"]:
-        return normalize(self.text.projection(features))
 
 
 def make_head_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: Callable = clip_loss):
@@ -67,20 +50,12 @@ def make_head_update(graph: nnx.GraphDef, optimizer: optax.GradientTransformatio
     `batch` has `images` [B, D], `texts` [B, W], `concepts` [B], and may have `caption_ids` [B, 2].
     """
 
-    def objective(params, frozen, batch):
+    def embed(params, frozen, batch, keys):
         heads = nnx.merge(graph, params, frozen)
-        bias = () if heads.logit_bias is None else (heads.logit_bias[...],)
-        images, texts = (batch[name].astype(jnp.float32) for name in ("images", "texts"))
-        return loss(heads.encode_image(images), heads.encode_text(texts), heads.scale(), *bias,
-                    positives=positive_pairs(batch))
+        return tuple(normalize(tower.projection(batch[name].astype(jnp.float32)))
+                     for name, tower in (("images", heads.vision), ("texts", heads.text)))
 
-    def update(state, batch):
-        value, gradients = jax.value_and_grad(objective)(state.params, state.frozen, batch)
-        most = nnx.merge(graph, state.params, state.frozen).config.max_logit_scale
-        state, metrics = apply_gradients(state, gradients, optimizer, max_logit_scale=most)
-        return state, {"loss": value, "logit_scale": logit_scale(state), **metrics}
-
-    return update
+    return contrastive_update(graph, optimizer, embed, loss=loss)
 
 
 def feature_batches(features: Features, batch_size: int, *, seed: int, epoch: int) -> Iterator[dict[str, np.ndarray]]:
@@ -115,7 +90,8 @@ def train_projections(
     if usable < len(features):
         say(f"{len(features) - usable} of {len(features)} pictures could not be read and are left out")
     batch_size = fitting_batch(config.batch_size, usable)
-    steps, per_epoch = steps_of(config.epochs, usable, batch_size)
+    per_epoch = usable // batch_size
+    steps = config.epochs * per_epoch
     rate = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     transform = optimizer(rate, config.weight_decay, config.clip_norm)
     graph, state = init_state(Heads(model), transform, seed, config.trainable)
@@ -136,7 +112,6 @@ def train_projections(
 def _with_heads(model: HybridCLIP, heads: Heads) -> HybridCLIP:
     """A copy of the model with these heads; it shares the towers' arrays."""
     graph, state = nnx.split(model)
-    new = nnx.merge(graph, state)
-    new.vision.projection, new.text.projection = heads.vision.projection, heads.text.projection
-    new.logit_scale, new.logit_bias = heads.logit_scale, heads.logit_bias
+    new = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # new variables with the same arrays
+    nnx.update(new, nnx.state(heads))  # its parameters have the same names
     return new

@@ -46,9 +46,9 @@ class RunLog:
     """The lines and pictures of a run: in memory (`history`) and, if there is a folder, on disk and in other places.
 
     The folder gets `fit.json` (the config), `versions.json`, `metrics.jsonl` and `samples/`, and `tensorboard/` with
-    `tensorboard=True`; `wandb` is the name of a Weights & Biases project. With `resume_step`, lines and samples after
-    that step are deleted, and new ones follow; without it, all old lines and samples are deleted. Nothing else in the
-    folder is touched. If there are several processes, only the first writes; all of them have the history.
+    `tensorboard=True`; `wandb` is the name of a Weights & Biases project. With `resume_step`, lines after that step
+    are deleted, and new ones follow; without it, all old lines are deleted. Nothing else in the folder is touched. If
+    there are several processes, only the first writes; all of them have the history.
     """
 
     def __init__(
@@ -68,9 +68,6 @@ class RunLog:
         write_json(self.folder / "fit.json", config)
         write_json_lines(self.folder / "metrics.jsonl", self.history)
         self._write_versions(resume_step)
-        for path in (self.folder / "samples").glob("step_*.png"):
-            if resume_step is None or int(path.stem.removeprefix("step_")) > resume_step:
-                path.unlink()
         if tensorboard:
             self.tensorboard = _tensorboard(self.folder, 0 if resume_step is None else resume_step + 1)
         if wandb:
@@ -85,7 +82,7 @@ class RunLog:
         write_json(path, now)
 
     def log(self, line: dict) -> None:
-        """Logs a line, which has a "step": numbers become curves, texts (of an alarm) notes."""
+        """Logs a line, which has a "step"; numbers become curves."""
         self.history.append(line)
         if self.folder is None:
             return
@@ -93,24 +90,23 @@ class RunLog:
             file.write(json.dumps(line) + "\n")
         if self.tensorboard is not None:
             for name, value in line.items():
-                if isinstance(value, str):
-                    self.tensorboard.add_text(name, value, line["step"])
-                elif name != "step" and isinstance(value, int | float):
+                if name != "step" and isinstance(value, int | float):
                     self.tensorboard.add_scalar(name, value, line["step"])
         if self.wandb is not None:
             self.wandb.log(line)
 
-    def picture(self, name: str, figure: "Figure", step: int) -> None:
-        """Writes a figure as samples/step_000123.png; elsewhere its name is `name`."""
+    def picture(self, figure: "Figure", step: int) -> None:
+        """Writes a figure as samples/step_000123.png; elsewhere its name is "retrieval"."""
         if self.folder is None:
             return
         path = self.folder / "samples" / f"step_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path)
         if self.tensorboard is not None:
-            self.tensorboard.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self.tensorboard.add_image("retrieval", pixels, step, dataformats="HWC")
         if self.wandb is not None:
-            self.wandb.log({"step": step, name: sys.modules["wandb"].Image(str(path))})
+            self.wandb.log({"step": step, "retrieval": sys.modules["wandb"].Image(str(path))})
 
     def close(self) -> None:
         """Sends what TensorBoard and Weights & Biases have not written yet; the files are whole at all times."""

@@ -45,36 +45,40 @@ class Loop:
         `step(state, batch)` returns the new state and its metrics, scalars. `start` is the number of steps that are
         done already, and `evaluation_due` says that the evaluation of the last of them is missing.
         """
+        if self.steps < 1:
+            raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
         done, stop, values, clock = start, False, {}, Clock()
         running: deque[jax.Array] = deque(maxlen=2)
-        bar = tqdm(total=self.steps, initial=start, desc=self.title, unit=" steps", disable=not self.progress)
+        bar = tqdm(total=self.steps, initial=start, desc="compiling", unit=" steps", disable=not self.progress)
         with bar, interruptible() as asked:
             if evaluation_due and self.evaluate is not None:
                 self.evaluate(state, self._line(done, {}))
             while done < self.steps and not stop:
                 batch = clock.next(batches, running[-1] if running else None, self.batch_size)
-                if done == start:
-                    if jax.process_count() == 1 and asked(done):
-                        return state, done, True
-                    bar.set_description("compiling")
+                if done == start and jax.process_count() == 1 and asked(done):
+                    return state, done, True
                 state, values = step(state, batch)
-                if done == start:
-                    bar.set_description(self.title)
+                bar.set_description(self.title, refresh=False)
                 running.append(values["loss"])
                 jax.block_until_ready(running[0])  # the host is at most two steps ahead of the devices
                 done += 1
                 bar.update()
-                stop, end = asked(done), done == self.steps
+                end = done == self.steps
                 if done % self.log_every == 0 or end:
-                    stop |= self._log(self._line(done, values), clock, bar)
-                due = self.evaluate is not None and (end or self.evaluate_every and done % self.evaluate_every == 0)
-                if due and not stop:
                     line = self._line(done, values)
-                    with clock.pause():
-                        self.evaluate(state, {name: line[name] for name in ("step", "epoch") if name in line})
-                if self.save is not None and (end or stop or done % self.save_every == 0):
-                    self._line(done, values)
-                    with clock.pause():
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                    self.log(line | {"learning_rate": float(self.learning_rate(done - 1)), **clock.rates(),
+                                     "examples": done * self.batch_size})
+                    clock.restart()
+                stop = asked(done)
+                due = self.evaluate is not None and (end or self.evaluate_every and done % self.evaluate_every == 0)
+                kept = self.save is not None and (end or stop or done % self.save_every == 0)
+                if due or kept:
+                    self._line(done, values)  # raises an error if a value is not finite
+                with clock.pause():
+                    if due and not stop:
+                        self.evaluate(state, self._line(done, {}))
+                    if kept:
                         self.save(state, {"step": done, "evaluation_due": bool(due and stop)})
         return state, done, stop
 
@@ -83,19 +87,6 @@ class Loop:
         line |= {name: value.item() for name, value in values.items()}
         self.check(line)
         return line
-
-    def _log(self, line: dict, clock: "Clock", bar: tqdm) -> bool:
-        """Logs a line; True if a Ctrl-C came out of the log, as from a drawing in a notebook."""
-        more = {"learning_rate": float(self.learning_rate(line["step"] - 1)), **clock.rates(),
-                "examples": line["step"] * self.batch_size}
-        bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-        try:
-            self.log(line | more)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            clock.restart()
-        return False
 
 
 class Clock:
@@ -174,10 +165,3 @@ def fitting_batch(batch_size: int, count: int, *, multiple: int = 1, things: str
                          "devices or fewer chunks")
     say(f"batch_size {batch_size} is more than the {count} {things}: it is now {fitting}")
     return fitting
-
-
-def steps_of(epochs: int, count: int, batch_size: int) -> tuple[int, int]:
-    """The steps of a whole training and of an epoch. Raises ValueError if there is nothing to do."""
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, so there is nothing to train: choose at least 1")
-    return epochs * (count // batch_size), count // batch_size

@@ -60,10 +60,8 @@ def adabelief(schedule: optax.Schedule | float, weight_decay: float, clip_norm: 
     `clip_norm` is the largest ratio of a gradient's norm to the norm of its weights, unit by unit; the norm of weights
     counts as at least 0.001. The ancestor had 0.01. Decay is as in `adamw`; the ancestor had none.
     """
-    parts = [optax.adaptive_grad_clip(clip_norm, eps=1e-3), optax.scale_by_belief()]
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay, mask=decayed))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    return optax.chain(optax.adaptive_grad_clip(clip_norm, eps=1e-3), optax.scale_by_belief(),
+                       optax.add_decayed_weights(weight_decay, mask=decayed), optax.scale_by_learning_rate(schedule))
 
 
 def muon(schedule: optax.Schedule, weight_decay: float, clip_norm: float, b2: float = 0.98):

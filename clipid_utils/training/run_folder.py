@@ -15,7 +15,7 @@ from clipid_utils.model.embed import embed_pictures, embed_texts
 from clipid_utils.model.pretrained.load import load_clip
 from clipid_utils.model.pretrained.save import save_clip
 from clipid_utils.model.processor import CLIPProcessor
-from clipid_utils.training.checkpoint import Checkpoints
+from clipid_utils.training.checkpoint import Checkpoints, differences
 from clipid_utils.training.distributed import Placed
 from clipid_utils.training.log import RunLog
 from clipid_utils.training.processes import from_first
@@ -52,9 +52,8 @@ class RunFolder:
 
     def _delete_old(self) -> None:
         if jax.process_index() == 0:
-            for name in (*WEIGHTS, "checkpoints"):
-                if (self.path / name).is_dir():
-                    shutil.rmtree(self.path / name)
+            for name in (*WEIGHTS, "checkpoints", "samples"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
         from_first(None)  # the others wait
 
     def _check_old(self, settings: dict, resume: bool) -> None:
@@ -122,7 +121,7 @@ class RunFolder:
         if line not in self.lines.history:  # a run that was killed before its next checkpoint has logged it already
             self.lines.log(line)
         if figure is not None:
-            self.lines.picture("retrieval", figure, line["step"])
+            self.lines.picture(figure, line["step"])
         first = line.get("text_to_picture_R@1", self.best_recall)
         if first >= self.best_recall:
             self.best_recall, self.best = first, model
@@ -132,19 +131,6 @@ class RunFolder:
 def check_same(path: Path, settings: dict) -> None:
     """Raises ValueError if a run is to resume with settings that differ from those in `path`."""
     settings, began = json.loads(json.dumps(settings)), read_json(path)
-    changed = [words for name, value in settings.items() for words in _differences(name, began.get(name), value)]
+    changed = "; ".join(differences({name: began.get(name) for name in settings}, settings))
     if changed:
-        raise ValueError(f"{path} began with {'; '.join(changed)}: resume with the same settings, or use a different "
-                         "folder")
-
-
-def _differences(name: str, before, now) -> Iterator[str]:
-    """The differences in words, as deep inside as they are; names are dotted, as the command's options."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before | now:
-            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for number, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(f"{name}.{number}", one, other)
-    elif before != now:
-        yield f"{name} {before!r}, now {now!r}"
+        raise ValueError(f"{path} began with {changed}: resume with the same settings, or use a different folder")

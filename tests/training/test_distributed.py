@@ -26,7 +26,7 @@ from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import Placed, jit_form, leaf_spec, make_mesh, pmap_form, shard_map_form
 from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw
-from clipid_utils.training.step import TrainState, init_state, leaf_names, make_step, make_update
+from clipid_utils.training.step import TrainState, init_state, make_step, make_update
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; conftest.py simulates them on a CPU")
 
@@ -162,15 +162,13 @@ def test_these_steps_train_and_are_random():
         for name, value in flat(made.start.params).items():
             assert np.abs(made.params[name] - value).max() > (0 if "k_proj.bias" in name else 1e-4), name
     made = run("one")
-    assert made.metrics[0]["duplicates"] > 0
     state = made.placed.place(made.start._replace(key=jax.random.key(1)))
     _, values = made.placed.step(state, batch_of(0))
     assert abs(float(values["loss"]) - made.metrics[0]["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("form", ["one", *FORMS])
-def test_the_first_bad_leaf_is_named_by_all_forms(form):
-    """A weight that is no number reaches every gradient but those of what stands outside of all sums."""
+def test_the_first_bad_step_is_named_by_all_forms(form):
     made = run(form)
     start = made.start
     kernel = start.params["vision"]["projection"]["kernel"]
@@ -181,14 +179,12 @@ def test_the_first_bad_leaf_is_named_by_all_forms(form):
     for _ in range(2):
         state, values = made.placed.step(state, made.placed.feed(batch_of(0)))
     assert int(values["bad_step"]) == 7
-    assert leaf_names(start.params)[int(values["bad_leaf"])] == "logit_scale"
-    assert made.metrics[-1]["bad_step"] == made.metrics[-1]["bad_leaf"] == -1
+    assert made.metrics[-1]["bad_step"] == -1
 
 
 def test_the_ancestors_loss_per_device_is_another_one():
     """Each of its devices has 3 negatives a pair and not 31: a lower loss, another gradient, other parameters."""
     ancestor, whole = run("pmap", "own share"), run("one")
-    assert ancestor.metrics[0]["duplicates"] == whole.metrics[0]["duplicates"]  # of one and the same batch
     assert ancestor.metrics[0]["loss"] < whole.metrics[0]["loss"] - 1
     assert abs(ancestor.metrics[0]["gradient_norm"] / whole.metrics[0]["gradient_norm"] - 1) > 0.05
     mine, theirs = (np.concatenate([value.ravel() for value in made.gradients.values()]) for made in (ancestor, whole))
@@ -307,7 +303,7 @@ def toy():
     return TrainState(
         params={"w": jnp.arange(4.0)}, average={"w": jnp.ones(4)},
         opt_state=({"moment": jnp.arange(2.0**15).reshape(-1, 8)}, jnp.int32(3)), step=jnp.int32(5),
-        key=jax.random.key(3), frozen={"offset": jnp.full((4,), 0.5)}, bad=jnp.array([-1, -1], jnp.int32),
+        key=jax.random.key(3), frozen={"offset": jnp.full((4,), 0.5)}, bad=jnp.int32(-1),
     )
 
 

@@ -6,6 +6,7 @@ import optax
 import pytest
 from tiny import CONFIG, short_clip
 
+from clipid_utils.model.clip import normalize
 from clipid_utils.training import heads as module
 from clipid_utils.training.features import Features
 from clipid_utils.training.heads import Heads, ProjectionConfig, feature_batches, make_head_update, train_projections
@@ -60,7 +61,8 @@ def test_equal_captions_are_positives():
     graph, state = init_state(heads, optax.sgd(0.0), 0)
     _, values = make_head_update(graph, optax.sgd(0.0))(state, batch)
     positives = positive_pairs({name: batch[name] for name in ("concepts", "caption_ids")})
-    embeds = heads.encode_image(batch["images"]), heads.encode_text(batch["texts"])
+    embeds = (normalize(tower.projection(batch[name])) for name, tower in (("images", heads.vision),
+                                                                           ("texts", heads.text)))
     expected = clip_loss(*embeds, heads.scale(), positives)
     assert positives.sum() > 8 and float(values["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
@@ -75,5 +77,5 @@ def test_a_small_set_is_one_batch_and_broken_pictures_are_counted_aloud(capsys):
 
 
 def test_no_epoch_is_nothing_to_train():
-    with pytest.raises(ValueError, match="epochs is 0, so there is nothing to train"):
+    with pytest.raises(ValueError, match="epochs or steps is 0, so there is nothing to train"):
         train_projections(short_clip()[0], features(), ProjectionConfig(epochs=0, batch_size=4), seed=0)

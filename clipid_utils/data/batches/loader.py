@@ -73,7 +73,7 @@ def load_records(records: Dataset, size: int, most: int, decode: Callable | None
     """
     decode = decode or functools.partial(decode_square, size=size)
     images, captions, skipped, count = [], [], [], min(most, len(records))
-    for picture, texts in zip(*_undecoded(records)[:count].values(), strict=True):
+    for picture, texts in zip(*undecoded(records)[:count].values(), strict=True):
         pixels = try_decode(decode, picture, texts := clean_captions(texts))
         if isinstance(pixels, Exception):
             skipped.append(trouble(picture, pixels))
@@ -170,11 +170,11 @@ def records_feed(
     share, steps = _share(batch_size, process_index, process_count, len(records)), len(records) // batch_size
     decode = decode or functools.partial(decode_square, size=image_size)
     make = functools.partial(  # not a closure: worker processes get it by its name
-        _record_batch, _undecoded(records), decode, tokenize, length, batch_size, seed, share)
+        _record_batch, undecoded(records), decode, tokenize, length, batch_size, seed, share)
     return Feed(Steps(make, workers=workers, threads=usable_threads()), batch_size, steps)
 
 
-def _undecoded(records: Dataset) -> Dataset:
+def undecoded(records: Dataset) -> Dataset:
     """The pictures of records, as paths or as bytes, and their captions."""
     kind = "image" if "image" in records.column_names else "image_path"
     records = records.with_format(None).select_columns([kind, "captions"])
