@@ -8,6 +8,7 @@ in the way that is usual today. No run of that size has been made here.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import shutil
 from collections.abc import Mapping
@@ -18,18 +19,19 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 from datasets import Dataset
+from jax.sharding import Mesh
 from tyro.conf import Suppress, arg
 
-from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
+from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, load_towers, save_clip
 from clipid_utils.data.batches.loader import Feed, PicturePairs, load_pairs, load_records, records_feed, stream_feed
 from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.dictionary.build import load_picture_dictionary
-from clipid_utils.files import input_files, whole_folder, write_json
+from clipid_utils.files import HEAD, input_files, whole_folder, write_json
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import jit_form, make_mesh, pmap_form, shard_map_form
 from clipid_utils.training.features import cache_features
-from clipid_utils.training.fit import FitConfig, FitResult, fit
+from clipid_utils.training.fit import FitConfig, FitResult, check_batch, fit
 from clipid_utils.training.heads import ProjectionConfig, train_projections
 from clipid_utils.training.log import RunLog
 from clipid_utils.training.loop import fitting_batch
@@ -189,11 +191,28 @@ def check_options(recipe: Recipe) -> None:
                          "(an epoch has as many steps as there are pairs, divided by the batch size)")
 
 
+def data_content(recipe: Recipe) -> dict[str, list[str]]:
+    """Name, size and hash of each file of captions records or tars; of one that is not lines, the hash of its head.
+
+    A copy of a file on a different machine has the same content, whatever its time.
+    """
+    content: dict[str, list[str]] = {}
+    for option, given in (("train", recipe.train), ("validation", recipe.validation)):
+        if given is None or given == "dictionary":
+            continue
+        for path in input_files(given, (".jsonl", ".jsonl.gz", ".parquet", ".tar")):
+            head = path.stat().st_size if ".jsonl" in path.name else HEAD
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(file.read(head)).hexdigest()[:16]
+            content.setdefault(option, []).append(f"{path.name}: {path.stat().st_size} bytes, {digest}")
+    return content
+
+
 def claim_folder(recipe: Recipe) -> None:
     """Writes the recipe into the folder of a new run, as `recipe.json`.
 
     Raises FileExistsError if the folder has a run that is not to be resumed, and ValueError if it began with different
-    settings.
+    settings or data.
     """
     path = recipe.out / "recipe.json"
     settings = dataclasses.asdict(recipe)
@@ -202,9 +221,9 @@ def claim_folder(recipe: Recipe) -> None:
             raise FileExistsError(f"{recipe.out} has a run already: continue it with --resume, or name a "
                                   "different folder with --out")
         if path.is_file():
-            check_same(path, {name: settings[name] for name in SAME_ON_RESUME})
+            check_same(path, {name: settings[name] for name in SAME_ON_RESUME} | {"content": data_content(recipe)})
     elif jax.process_index() == 0:
-        write_json(path, {**settings, "out": str(recipe.out)})
+        write_json(path, {**settings, "out": str(recipe.out), "content": data_content(recipe)})
 
 
 def new_model(recipe: Recipe, dictionary: Mapping[str, Dataset]) -> tuple[HybridCLIP, CLIPProcessor]:
@@ -213,8 +232,7 @@ def new_model(recipe: Recipe, dictionary: Mapping[str, Dataset]) -> tuple[Hybrid
     if recipe.vision is None:
         model, processor = new_mini(load_pairs(dictionary["train"], SOURCE_SIZE), seed=recipe.seed, dtype=dtype)
     else:
-        model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=dtype)
-        processor = CLIPProcessor.from_towers(recipe.vision, recipe.text)
+        model, processor = load_towers(recipe.vision, recipe.text, dtype=dtype)
     if recipe.logit_scale is not None:
         model.logit_scale[...] = jnp.asarray(math.log(recipe.logit_scale), jnp.float32)
     return model, processor
@@ -258,16 +276,23 @@ def train_heads(recipe: Recipe, stage: Stage, model, processor, data, validation
     return result
 
 
+def fitting_stage(stage: Stage, data: Dataset | PicturePairs | None, mesh: Mesh) -> Stage:
+    """The stage with a batch that the data fill and the devices share. Raises ValueError if there is none."""
+    if stage.on_features:
+        return stage
+    if data is not None:
+        size = fitting_batch(stage.fit.batch_size, len(data), multiple=mesh.shape["data"] * stage.fit.chunks)
+        stage = dataclasses.replace(stage, fit=dataclasses.replace(stage.fit, batch_size=size))
+    check_batch(stage.fit.batch_size, stage.fit.chunks, mesh)
+    return stage
+
+
 def train_model(recipe: Recipe, stage: Stage, model, processor, data, validation, folder: Path) -> FitResult:
     """A stage through the towers, with checkpoints."""
+    mesh = make_mesh(model=recipe.model_devices)
     form = FORMS[recipe.form] if recipe.shard == "none" else functools.partial(jit_form, params=recipe.shard)
-    mesh, config, feed = make_mesh(model=recipe.model_devices), stage.fit, data
-    if not isinstance(data, PicturePairs):
-        if data is not None:
-            size = fitting_batch(config.batch_size, len(data), multiple=mesh.shape["data"] * config.chunks)
-            config = dataclasses.replace(config, batch_size=size)
-        feed = make_feed(recipe, config, data, processor)
-    return fit(model, processor, feed, validation, config, seed=recipe.seed, out=folder, form=form, mesh=mesh,
+    feed = data if isinstance(data, PicturePairs) else make_feed(recipe, stage.fit, data, processor)
+    return fit(model, processor, feed, validation, stage.fit, seed=recipe.seed, out=folder, form=form, mesh=mesh,
                optimizer=OPTIMIZERS[stage.optimizer], resume=recipe.resume, samples=recipe.samples,
                sinks={"tensorboard": recipe.tensorboard, "wandb": recipe.wandb})
 
@@ -301,7 +326,9 @@ def run(recipe: Recipe) -> bool:
     dictionary = load_picture_dictionary() if recipe.train == "dictionary" else {}
     model, processor = new_model(recipe, dictionary)
     data, validation = load_data(recipe, dictionary, processor)
-    for number, stage in enumerate(recipe.stages, 1):
+    mesh = make_mesh(model=recipe.model_devices)
+    stages = [fitting_stage(stage, data, mesh) for stage in recipe.stages]  # an error comes before the first stage
+    for number, stage in enumerate(stages, 1):
         folder = recipe.out / f"stage-{number}"
         print(f"stage {number} of {len(recipe.stages)}: {folder}; its first step is compiled, for 10 to 60 seconds")
         if recipe.resume and (folder / "model").is_dir():

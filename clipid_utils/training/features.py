@@ -38,7 +38,7 @@ class Features:
     texts: Float[np.ndarray, "T W"]  # each different caption once
     captions: Int[np.ndarray, " C"]  # rows of `texts`, picture after picture
     starts: Int[np.ndarray, " N+1"]  # picture i has captions[starts[i] : starts[i + 1]]
-    concepts: Int[np.ndarray, " N"]  # equal numbers: one concept
+    concepts: Int[np.ndarray, " N"]  # equal numbers: one concept, or of records one picture
     caption_ids: Int[np.ndarray, "T 2"]  # of each row of `texts`: equal where two captions are equal, normalised
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ def cache_features(
     processor.tokenize(["foto"])  # without a tokenizer this raises now, not after all pictures are done
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checksum, different, numbers, starts = _survey(data, captions, progress)
+    checksum, different, (numbers, starts, concepts) = _survey(data, captions, progress)
     manifest = {
         "vision": fingerprint(model.vision, processor, without="projection"),
         "text": fingerprint(model.text, processor, without="projection") + _text_settings(processor),
@@ -93,7 +93,6 @@ def cache_features(
             write_json(folder / "manifest.json", manifest | {"done": True})
             shutil.rmtree(folder / "chunks")
     images, texts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "texts"))
-    concepts = data.concepts if isinstance(data, PicturePairs) else np.arange(len(data), dtype=np.int32)
     return Features(images, texts, numbers, starts, concepts, caption_ids(different))
 
 
@@ -141,20 +140,26 @@ def _pictures(data: PicturePairs | Dataset):
     return records[records.column_names[0]]
 
 
-def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> tuple[str, list[str], np.ndarray, np.ndarray]:
-    """The checksum of the data, its different captions, and `captions` and `starts` of `Features`."""
+def _survey(data: PicturePairs | Dataset, count: int, progress: bool) -> tuple[str, list[str], tuple[np.ndarray, ...]]:
+    """The checksum of the data, its different captions, and `captions`, `starts` and `concepts` of `Features`."""
     if not len(data):
         raise ValueError("there are no pictures to compute features of")
     digest, number, captions, starts = hashlib.sha256(), {}, array("i"), array("q", [0])
-    pairs = zip(_pictures(data), _captions(data, count), strict=True)
+    pictures: dict[str, int] = {}  # numbers of the different ones
+    concepts, pairs = array("i"), zip(_pictures(data), _captions(data, count), strict=True)
     for row, (picture, texts) in enumerate(tqdm(pairs, "looking through", len(data), disable=not progress)):
         if not texts:
             raise ValueError(f"picture {row} has no caption: give it one, or leave it out")
-        digest.update(json.dumps([picture_identity(picture), texts]).encode())
+        identity = picture_identity(picture)
+        digest.update(json.dumps([identity, texts]).encode())
+        concepts.append(pictures.setdefault(identity, len(pictures)))
         captions.extend(number.setdefault(text, len(number)) for text in texts)
         starts.append(len(captions))
-    digest.update(data.concepts.tobytes() if isinstance(data, PicturePairs) else b"")
-    return digest.hexdigest(), list(number), np.asarray(captions), np.asarray(starts).astype(np.int64)
+    if isinstance(data, PicturePairs):
+        concepts = data.concepts
+        digest.update(concepts.tobytes())
+    return digest.hexdigest(), list(number), (np.asarray(captions), np.asarray(starts).astype(np.int64),
+                                              np.asarray(concepts))
 
 
 def _text_settings(processor: CLIPProcessor) -> str:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from clipid_utils.data.batches.loader import Feed, PicturePairs, dictionary_feed
 from clipid_utils.model.clip import HybridCLIP
@@ -80,13 +82,18 @@ def _check(
                          f"{size}: load them at {size}")
     if loss is siglip_loss and model.logit_bias is None or loss is clip_loss and model.logit_bias is not None:
         raise ValueError("siglip_loss needs a model with CLIPConfig(logit_bias=-10.0), clip_loss one with None")
-    if feed.batch_size < 2 or feed.batch_size % (mesh.shape["data"] * config.chunks):
-        raise ValueError(f"batch_size {feed.batch_size} cannot be cut over {mesh.shape['data']} devices in "
-                         f"{config.chunks} chunks: choose a multiple of {mesh.shape['data'] * config.chunks} that is "
-                         "at least 2, or mesh=make_mesh(…) of fewer devices")
+    check_batch(feed.batch_size, config.chunks, mesh)
     if config.steps is None and feed.steps_per_epoch is None:
         raise ValueError("a stream has no epochs to count: set FitConfig.steps, and evaluate_every, which counts steps "
                          "of a stream")
+
+
+def check_batch(size: int, chunks: int, mesh: Mesh) -> None:
+    """Raises ValueError for a batch that the devices cannot share."""
+    devices = mesh.shape["data"]
+    if size < 2 or size % (devices * chunks):
+        raise ValueError(f"batch_size {size} cannot be cut over {devices} devices in {chunks} chunks: choose a "
+                         f"multiple of {devices * chunks} that is at least 2, or mesh=make_mesh(…) of fewer devices")
 
 
 def _pictures_feed(
@@ -172,6 +179,7 @@ def _train(
 ) -> tuple[HybridCLIP, int, bool]:
     """The model at the end of the loop, the number of its last step, and whether it was stopped before the end."""
     data, start, cut = iter(feed.dataset), {"step": 0, "evaluation_due": False, "truncated": 0}, 0
+    shared: list[int] = []  # pairs that share their caption, in each batch before the first line of the log
     if folder.start is not None:
         state, start = folder.restore(placed, state, data)
     for line in folder.lines.history:
@@ -184,6 +192,8 @@ def _train(
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         nonlocal cut
         cut += int(batch.pop("truncated").sum())
+        if start["step"] + len(shared) < config.log_every and "caption_ids" in batch:
+            shared.append(count_shared(batch["caption_ids"]))
         return placed.step(state, placed.feed(batch))
 
     def truncated() -> dict[str, int]:
@@ -192,6 +202,9 @@ def _train(
     def log(line: dict) -> None:
         line |= {"log_batch": math.log(feed.batch_size)} | truncated()
         folder.lines.log(line)
+        if any(shared) and line["step"] == min(config.log_every, steps):
+            say(f"{sum(shared)} of the {len(shared) * feed.batch_size} pairs in the first batches share their caption "
+                "with a different pair of the batch: they count as right answers for each other")
         for alarm in alarms(line):
             # The file as the repository names it, so that no notebook shows the path of a machine
             warnings.warn_explicit(f"step {alarm['step']}: {alarm['message']}", UserWarning,
@@ -211,3 +224,10 @@ def _train(
         check=lambda line: check_finite(line, folder.kept), progress=progress)
     state, done, stopped = loop.run(step, state, data, start=start["step"], evaluation_due=start["evaluation_due"])
     return model(state) if stopped or folder.best is None else folder.best, done, stopped
+
+
+def count_shared(caption_ids: Int[np.ndarray, "b 2"]) -> int:
+    """How many pairs of a batch, of all processes together, share their caption with a different pair."""
+    ids = np.concatenate(from_all(np.asarray(caption_ids).tolist()))
+    _, counts = np.unique(ids, axis=0, return_counts=True)
+    return int(counts[counts > 1].sum())

@@ -4,10 +4,13 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tarfile
 import threading
+import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,6 +23,7 @@ from clipid_utils.data.batches.loader import dictionary_feed, load_pairs, load_r
 from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import caption_ids, read_captions, write_captions
 from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.training.loss import positive_pairs
 
 COUNT, SIZE = 23, 24
 
@@ -66,6 +70,12 @@ def tars(folder):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return tar_stream(sorted(folder.glob("*.tar")))
+
+
+def rows_of(batch, records) -> list[int]:
+    """The rows of a batch of records, found by its concepts."""
+    sums = [zlib.crc32(os.fsencode(path)) for path in records["image_path"]]
+    return [sums.index(concept) for concept in batch["concepts"].view(np.uint32)]
 
 
 def taken(feed, count):
@@ -140,7 +150,7 @@ def test_records_come_once_an_epoch_with_a_caption_of_their_own(tokenize, record
             "images": ((5, SIZE, SIZE, 3), np.uint8), "concepts": ((5,), np.int32), "caption_ids": ((5, 2), np.int32),
             "may_flip": ((5,), np.bool_), "input_ids": ((5, 12), np.int32), "attention_mask": ((5, 12), np.int32),
             "truncated": ((5,), np.bool_)}
-        for place, row in enumerate(batch["concepts"].tolist()):
+        for place, row in enumerate(rows_of(batch, records)):
             assert abs(batch["images"][place].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
             caption = decode(list(batch["input_ids"][place]))
             assert ("kiri" in caption) != batch["may_flip"][place]
@@ -148,6 +158,18 @@ def test_records_come_once_an_epoch_with_a_caption_of_their_own(tokenize, record
             assert (batch["caption_ids"][place] == caption_ids([written])).all()
             captions.setdefault(row, set()).add(caption)
     assert sum(len(drawn) == 2 for drawn in captions.values()) > 15
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_records_of_one_picture_are_positives_of_each_other(tokenize, records, folder, inside):
+    twice = datasets.concatenate_datasets([records.select(range(4))] * 2)
+    if inside:
+        pictures = [{"bytes": Path(path).read_bytes(), "path": None} for path in twice["image_path"]]
+        twice = twice.remove_columns("image_path").add_column("image", pictures).cast_column("image", datasets.Image())
+    (batch,) = taken(records_feed(twice, tokenize, SIZE, 8, seed=0, length=12), 1)
+    assert sorted(np.unique(batch["concepts"], return_counts=True)[1]) == [2, 2, 2, 2]
+    same = (batch["images"][:, None] == batch["images"][None]).all(axis=(2, 3, 4))
+    np.testing.assert_array_equal(positive_pairs(batch), same)
 
 
 def test_processes_share_the_batches_of_records(tokenize, records):
@@ -207,8 +229,9 @@ def test_a_broken_picture_is_replaced_by_the_next_and_said(tokenize, folder, tmp
     with pytest.warns(UserWarning, match=r"\d\.jpg: .*: skipped, a different picture takes its place \(1 so far\)"):
         (batch,) = taken(feed, 1)
     expected = [0, 0, 1, 2, 3, *[6] * 3, *range(7, 22)]
-    assert sorted(batch["concepts"].tolist()) == expected
-    for row, image in zip(batch["concepts"].tolist(), batch["images"], strict=True):
+    rows = rows_of(batch, records)
+    assert sorted(rows) == expected
+    for row, image in zip(rows, batch["images"], strict=True):
         assert abs(image[8, 8].astype(int) - (10 * row, 255 - 10 * row, 128)).max() < 6
 
 

@@ -35,7 +35,7 @@ def write_tar(path, members: dict[str, bytes], mode="w"):
     return path
 
 
-def found(files, columns=None) -> list:
+def found(files, columns=(None, None)) -> list:
     """The samples that have both, as (number in the picture's colour, captions)."""
     pairs = [picture_and_captions(row, columns) for row in tar_stream(files)]
     return [(Image.open(io.BytesIO(picture["bytes"])).getpixel((0, 0))[0], captions)
@@ -171,6 +171,7 @@ def test_columns_of_other_streams():
     row = {"jpg": {"bytes": b"1", "path": "a.jpg"}, "json": {"caption": "kucing"}, "__key__": "a"}
     assert picture_and_captions(row) == ({"bytes": b"1", "path": "a.jpg"}, ["kucing"])
     assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", "teks")) == ("a.jpg", ["x"])
+    assert picture_and_captions({"Foto": "a.jpg", "teks": "x", "text": "y"}, ("foto", None)) == ("a.jpg", ["y"])
     assert picture_and_captions({"other": 1}) == (None, [])
 
 

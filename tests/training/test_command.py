@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -126,6 +128,7 @@ def test_a_recipe_runs_its_stages(name, train, batch_size, place, tmp_path, monk
     for name in ("fit.json", "metrics.jsonl"):  # of the last stage, for the model card
         assert (tmp_path / "run" / "model" / name).read_bytes() == (folder / name).read_bytes()
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert kept.pop("content").keys() == {"train", "validation"}
     assert kept == json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
     assert (f"{COUNT}" in capsys.readouterr().out) == (batch_size > COUNT)
 
@@ -141,6 +144,38 @@ def test_the_patterns_of_a_recipe_fit_the_towers_it_is_for(name):
     for stage in recipe.stages:
         check_patterns(params, stage.fit.trainable)
         check_patterns(params, getattr(stage.fit, "rates", ()))
+
+
+def test_a_tokenizer_beyond_the_table_is_an_error_before_anything_is_trained(place, tmp_path):
+    bert = Path(shutil.copytree(place / "bert", tmp_path / "bert"))
+    (bert / "vocab.txt").write_text("\n".join([*WORDS, *map(str, range(1000))]))
+    recipe = dataclasses.replace(small("indobert-base", place, tmp_path / "run"), text=str(bert))
+    with pytest.raises(ValueError, match="has 1012 tokens with ids up to 1011, and the text tower's"):
+        run(recipe)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize("train", ["captions.jsonl", "parts", "pairs-0.tar"])
+def test_a_run_resumes_with_the_same_data_only(train, place, tmp_path):
+    place = Path(shutil.copytree(place, tmp_path / "place"))  # with times of its own
+    recipe = dataclasses.replace(small("indobert-base", place, tmp_path / "run", train), resume=True)
+    command.claim_folder(recipe)
+    (tmp_path / "run" / "stage-1" / "model").mkdir(parents=True)
+    file = next((place / train).iterdir()) if train == "parts" else place / train
+    os.utime(file, (1, 1))
+    command.claim_folder(recipe)
+    with open(file, "r+b") as opened:
+        opened.seek(20)
+        opened.write(b"?")
+    with pytest.raises(ValueError, match=rf"recipe.json began with content.train.\d '{file.name}: .* bytes, .*', now"):
+        command.claim_folder(recipe)
+
+
+def test_a_batch_that_does_not_fit_is_an_error_before_the_first_stage(place, tmp_path):
+    recipe = dataclasses.replace(small("indobert-base", place, tmp_path / "run", batch_size=6), model_devices=1)
+    with pytest.raises(ValueError, match="batch_size 6 cannot be cut over 8 devices in 1 chunks"):
+        run(recipe)
+    assert not (tmp_path / "run" / "stage-1").exists()
 
 
 def test_a_run_on_tars_resumes_with_the_same_settings_only(place, tmp_path):

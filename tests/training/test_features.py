@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from datasets import Image as Picture
 from flax import nnx
 from PIL import Image
@@ -214,6 +214,11 @@ def test_records_are_opened_as_the_processor_does(tmp_path, records, settings, c
     assert np.isnan(features.images[4]).all() and np.isfinite(features.images[[0, 1, 2, 3, 5]]).all()
     seen = [row for batch in feature_batches(features, 5, seed=0, epoch=0) for row in batch["concepts"]]
     assert sorted(seen) == [0, 1, 2, 3, 5]
+
+
+def test_features_of_one_picture_in_two_records_share_a_concept(tmp_path, records):
+    features = cached(tmp_path, *tiny_clip(), concatenate_datasets([records, records.select([3, 1])]))
+    assert features.concepts.tolist() == [0, 1, 2, 3, 4, 5, 3, 1]
 
 
 def test_records_with_pictures_inside_give_the_same(tmp_path, records):

@@ -314,6 +314,28 @@ def test_the_warm_up_is_a_share_of_the_steps():
     assert (np.diff(rates[6:]) < 0).all()
 
 
+def captions_feed(ids, act=lambda: None):
+    """A model, and a feed whose batches have these captions, one row of them after the other; the first calls `act`."""
+    clip = short_clip()
+    made = list(itertools.islice(dictionary_feed(tiny_pairs(12), clip[1].tokenize, 4, seed=0, length=16).dataset, 12))
+
+    def make(step):
+        if step == 0:
+            act()
+        return made[step % 12] | {"caption_ids": np.repeat(np.int32([ids[step % len(ids)]]).T, 2, axis=1)}
+
+    return clip, Feed(Steps(make), 4, 3)
+
+
+def test_shared_captions_are_counted_once(capsys):
+    """In the batches until the first line of the log: 2, 4 and 0 pairs of 4."""
+    clip, feed = captions_feed([[1, 1, 2, 3], [1, 2, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1]])
+    fit(*clip, feed, None, FitConfig(**QUICK), seed=0, progress=False, mesh=make_mesh(1))
+    said = [line for line in capsys.readouterr().out.splitlines() if "share" in line]
+    assert said == ["6 of the 12 pairs in the first batches share their caption with a different pair of the batch: "
+                    "they count as right answers for each other"]
+
+
 def test_a_small_set_is_one_batch(tmp_path, capsys):
     result = run(short_clip(), {"batch_size": 256, "epochs": 2}, out=tmp_path, mesh=make_mesh(8), validation=False)
     assert [line["examples"] for line in result.history if "loss" in line] == [16]  # two steps of 8
@@ -372,15 +394,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, capsys):
         placed = jit_form(make_update, mesh)
         return placed._replace(step=lambda state, batch: pytest.fail("it takes a step"))
 
-    clip = short_clip()
-    (batch,) = itertools.islice(dictionary_feed(tiny_pairs(12), clip[1].tokenize, 4, seed=0, length=16).dataset, 1)
-
-    def make(step):
-        if step == 0:
-            signal.raise_signal(signal.SIGINT)
-        return batch
-
-    feed = Feed(Steps(make), 4, 3)
+    clip, feed = captions_feed([[1, 2, 3, 4]], act=lambda: signal.raise_signal(signal.SIGINT))
     result = fit(*clip, feed, None, FitConfig(**QUICK), seed=0, out=tmp_path, progress=False, mesh=make_mesh(1),
                  form=stopping)
     assert result.interrupted and result.history == []

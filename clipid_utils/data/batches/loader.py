@@ -163,9 +163,10 @@ def records_feed(
 
     `decode` turns a path or the bytes of a file into uint8 [H, W, 3]: `CLIPProcessor.decoder`, or by default
     `decode_square` to `image_size`. It runs in `workers` processes or, if 0, in threads; the batches are the same. In a
-    script, workers need the guard `if __name__ == "__main__":`. `concepts` are the numbers of the records. A picture
-    that cannot be read is skipped and counted, and the next record takes its place; a thousand of them one after the
-    other raise ValueError. For the rest see `dictionary_feed`.
+    script, workers need the guard `if __name__ == "__main__":`. `concepts` are checksums of the pictures' paths or
+    bytes: records of one picture are positives of each other. A picture that cannot be read is skipped and counted, and
+    the next record takes its place; a thousand of them one after the other raise ValueError. For the rest see
+    `dictionary_feed`.
     """
     share, steps = _share(batch_size, process_index, process_count, len(records)), len(records) // batch_size
     decode = decode or functools.partial(decode_square, size=image_size)
@@ -186,7 +187,7 @@ def _record_batch(records, decode, tokenize, length, batch_size, seed, share, st
     epoch, place = divmod(step, len(records) // batch_size)
     rows = _order(len(records), seed, epoch)[place * batch_size : (place + 1) * batch_size][share].copy()
     draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is far slower
-    images, captions, troubles = [], [], []
+    images, captions, concepts, troubles = [], [], [], []
     for place, (picture, texts) in enumerate(zip(*records[rows].values(), strict=True)):
         tries = 1
         while isinstance(pixels := try_decode(decode, picture, texts := clean_captions(texts)), Exception):
@@ -198,9 +199,15 @@ def _record_batch(records, decode, tokenize, length, batch_size, seed, share, st
             rows[place] = (rows[place] + 1) % len(records)
             picture, texts = records[int(rows[place])].values()
         images.append(pixels)
+        concepts.append(_checksum(picture))
         captions.append(texts[int(draws[place] * len(texts))])
     texts = _texts(captions, tokenize, length)
-    return {"images": np.stack(images), "concepts": rows, "troubles": troubles, **texts}
+    return {"images": np.stack(images), "concepts": np.array(concepts, np.uint32).view(np.int32),
+            "troubles": troubles, **texts}
+
+
+def _checksum(picture: object) -> int:
+    return zlib.crc32(os.fsencode(picture_source(picture)))
 
 
 @functools.lru_cache(2)  # a batch that is made ahead may be of the next epoch already
@@ -213,12 +220,12 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def stream_feed(
     stream: datasets.IterableDataset, tokenize: Callable, image_size: int, batch_size: int, *, seed: int, length: int,
-    columns: Sequence[str] | None = None, decode: Callable | None = None, shuffle_window: int = 1000,
+    columns: Sequence[str | None] = (None, None), decode: Callable | None = None, shuffle_window: int = 1000,
     process_index: int = 0, process_count: int = 1,
 ) -> Feed:
     """Batches of a stream: `tar_stream(files)`, or `load_dataset("parquet", …, streaming=True)` and its like.
 
-    `columns` names the picture's column and the captions' column; by default they are found by the usual names. Each
+    `columns` names the picture's column and the captions' column; one that is None is found by its usual names. Each
     process reads its own files if they divide evenly, else its own rows. The files are shuffled each epoch, and their
     rows in windows of `shuffle_window`, which are kept undecoded and read again when a run resumes. `concepts` are
     checksums of the pictures. Rows without a caption or a readable picture are skipped and counted; a thousand of them
@@ -239,10 +246,10 @@ def stream_feed(
         if bad >= MOST_UNREADABLE:
             raise ValueError(f"none of {bad} rows one after the other has a caption and a readable picture, the last "
                              f"is {picture_name(pictures[-1])} with the columns {', '.join(rows[-1][1])}: check the "
-                             "pictures, or name two columns with --image-column and --caption-column") from pixels[-1]
+                             "pictures, or name the columns with --image-column and --caption-column") from pixels[-1]
         if not good:
             return None
-        sums = np.array([zlib.crc32(os.fsencode(picture_source(pictures[place]))) for place in good], np.uint32)
+        sums = np.array([_checksum(pictures[place]) for place in good], np.uint32)
         captions = [texts[place][_rng(seed, rows[place][0], number).integers(len(texts[place]))]
                     for place, number in zip(good, sums, strict=True)]
         return {"images": np.stack([pixels[place] for place in good]), "concepts": sums.view(np.int32),

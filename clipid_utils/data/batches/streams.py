@@ -31,14 +31,15 @@ def _tar_rows(files: list[str]) -> Iterator[dict]:
             yield {"__key__": f"{file}/{name}", **sample}
 
 
-def picture_and_captions(row: dict, columns: Sequence[str] | None = None) -> tuple[object, list[str]]:
-    """The picture and the captions of a row, from the two `columns`, by default from those that the lists above name.
+def picture_and_captions(row: dict, columns: Sequence[str | None] = (None, None)) -> tuple[object, list[str]]:
+    """The picture and the captions of a row, from the two `columns`, or for None from those that the lists above name.
 
     A column fits if its name, or the part after its last dot, is in the list. The picture is a path, bytes, {"bytes",
     "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of JSON
     its "captions", "caption" or "text".
     """
-    pictures, captions = ([name] for name in columns) if columns else (PICTURE_COLUMNS, CAPTION_COLUMNS)
+    pictures, captions = ([name] if name else known for name, known in zip(
+        columns, (PICTURE_COLUMNS, CAPTION_COLUMNS), strict=True))
     name = next((name for name in _fitting(row, pictures) if row[name]), None)
     picture = row.get(name)
     if not isinstance(picture, dict) and "__key__" in row:  # a file in a tar
