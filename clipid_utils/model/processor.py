@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from clipid_utils.files import whole_file, write_json
 from clipid_utils.model.pretrained import processor_files
-from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, TOKENIZER_FILES
 from clipid_utils.pictures import decode_square
 
@@ -214,15 +213,3 @@ class CLIPProcessor:
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
             return cls(None, max_length=processor_files.NO_LENGTH, **processor_files.read_preprocessor(folder))
         return cls(**processor_files.read_tokenizer(text_folder), **processor_files.read_preprocessor(folder))
-
-    @classmethod
-    def from_towers(
-        cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None
-    ) -> "CLIPProcessor":
-        """The processor of `load_towers`: pictures for the one tower, texts for the other."""
-        processor = cls.load(fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False))
-        if image_size is not None:
-            resize, ratio = processor.resize, image_size / processor.image_size
-            processor.image_size, processor.resize = image_size, round(resize * ratio) if isinstance(
-                resize, int) else tuple(round(side * ratio) for side in resize)
-        return processor

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from datasets import Dataset
 from tyro.conf import Suppress, arg
 
-from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
+from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, load_towers, save_clip
 from clipid_utils.data.batches.loader import Feed, PicturePairs, load_pairs, load_records, records_feed, stream_feed
 from clipid_utils.data.batches.streams import tar_stream
 from clipid_utils.data.captions import read_captions
@@ -213,8 +213,7 @@ def new_model(recipe: Recipe, dictionary: Mapping[str, Dataset]) -> tuple[Hybrid
     if recipe.vision is None:
         model, processor = new_mini(load_pairs(dictionary["train"], SOURCE_SIZE), seed=recipe.seed, dtype=dtype)
     else:
-        model = HybridCLIP.from_towers(recipe.vision, recipe.text, dtype=dtype)
-        processor = CLIPProcessor.from_towers(recipe.vision, recipe.text)
+        model, processor = load_towers(recipe.vision, recipe.text, dtype=dtype)
     if recipe.logit_scale is not None:
         model.logit_scale[...] = jnp.asarray(math.log(recipe.logit_scale), jnp.float32)
     return model, processor

@@ -5,7 +5,6 @@ how one array becomes the other. A tower on its own, with a head, of an older ve
 different prefixes and suffixes; `canonical` brings them to those of the table.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -160,27 +159,6 @@ def unused(name: str, config: CLIPConfig, sides: tuple[str, ...] = ("vision", "t
     return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
 
 
-def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings [1 + P, D] for a picture of `grid` x `grid` patches; the class token's row stays.
-
-    Bicubic (Keys 1981, a = -0.75), like torch's in transformers' interpolate_pos_encoding.
-    """
-    old = math.isqrt(len(table) - 1)
-    if old == grid:
-        return table
-    places = (np.arange(grid) + 0.5) * (old / grid) - 0.5
-    taps = np.floor(places)[:, None] + np.arange(-1, 3)
-    far = np.abs(places[:, None] - taps)
-    a = -0.75
-    near_weight, far_weight = ((a + 2) * far - (a + 3)) * far**2 + 1, (((far - 5) * far + 8) * far - 4) * a
-    weights = np.zeros((grid, old))
-    np.add.at(weights, (np.arange(grid)[:, None], taps.clip(0, old - 1).astype(int)),
-              np.where(far <= 1, near_weight, far_weight))
-    patches = np.asarray(table[1:], np.float64).reshape(old, old, -1)
-    patches = np.einsum("ro,cp,opd->rcd", weights, weights, patches, optimize=True)
-    return np.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
-
-
 # Configs
 
 class ConfigError(ValueError):
@@ -190,18 +168,16 @@ class ConfigError(ValueError):
 def _settings(values: dict, kind: str) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     import_transformers()
-    from transformers import BertConfig, CLIPVisionConfig, RobertaConfig, ViTConfig, XLMRobertaConfig
+    from transformers import AutoConfig
 
-    known = {"clip": CLIPVisionConfig, "clip_vision_model": CLIPVisionConfig, "vit": ViTConfig, "bert": BertConfig,
-             "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-              "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "pooler_act",
-              "pooler_output_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
-    settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
-    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
-                          settings.hidden_size}.items():
-        if getattr(settings, field, wanted) not in (wanted, None):
-            raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here support {wanted!r} only")
+              "layer_norm_eps", "image_size", "patch_size", "vocab_size", "max_position_embeddings", "type_vocab_size",
+              "pad_token_id")
+    settings = AutoConfig.for_model(kind, **{key: values[key] for key in fields if values.get(key) is not None})
+    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "is_decoder": False,
+                          "position_embedding_type": "absolute", "pooler_output_size": settings.hidden_size}.items():
+        if values.get(field) not in (wanted, None):
+            raise ConfigError(f"{field} is {values[field]!r}, and the towers here support {wanted!r} only")
     if settings.hidden_size % settings.num_attention_heads:
         raise ConfigError(f"hidden_size {settings.hidden_size} is not a multiple of num_attention_heads "
                           f"{settings.num_attention_heads}")
@@ -230,8 +206,8 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
         values, kind = inner, model_type(inner) or "clip_vision_model"
     if kind not in ("clip", "clip_vision_model", "vit"):
         raise ConfigError(f"model_type of the image tower is {kind!r}; supported are clip, clip_vision_model and vit")
-    settings = _settings(values, kind)
     vit = kind == "vit"
+    settings = _settings(values, "vit" if vit else "clip_vision_model")
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
     return VisionConfig(image_size=settings.image_size, patch_size=settings.patch_size, **_sizes(settings),
@@ -247,9 +223,6 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
     kind = model_type(values)
     if kind not in ("bert", "roberta", "xlm-roberta"):
         raise ConfigError(f"model_type of the text tower is {kind!r}; supported are bert, roberta and xlm-roberta")
-    for field, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if values.get(field) not in (None, wanted):
-            raise ConfigError(f"{field} is {values[field]!r}, and the text tower here supports {wanted!r} only")
     settings = _settings(values, kind)
     if kind != "bert" and not isinstance(settings.pad_token_id, int):
         raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions start from this number")

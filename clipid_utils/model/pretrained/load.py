@@ -49,7 +49,7 @@ def load_clip(
             unknown = source.unknown(leaves, config)
         else:
             raise ConfigError(f"model_type is not {MODEL_TYPE!r} or {' or '.join(map(repr, WHOLE_MODELS))}, but "
-                              f"{kind!r}: if it is one tower, use load_towers or HybridCLIP.from_towers")
+                              f"{kind!r}: if it is one tower, use load_towers")
     model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype)
     text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
     # save_clip without a tokenizer writes neither of its files; if only one is there, the folder is damaged
@@ -59,7 +59,7 @@ def load_clip(
 
 
 def load_towers(
-    vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None, **options
+    vision: str | os.PathLike, text: str | os.PathLike, **options
 ) -> tuple[HybridCLIP, CLIPProcessor]:
     """A new model of two pretrained towers, and its processor.
 
@@ -68,7 +68,6 @@ def load_towers(
 
     - `embed_dim`: the common space's size; by default that of the image projection in `vision`, or 512;
     - `pooling`: "pooler" (default) or "mean", of the text tower;
-    - `image_size`: a different picture size; the position embeddings are interpolated to it;
     - `dtype`, `param_dtype`: as in `load_clip`;
     - `rngs`: draws the new parameters, by default from seed 0: the text projection, the image projection if `vision`
       has none of size `embed_dim`, and a pooler if the text tower has none (with a warning).
@@ -76,8 +75,9 @@ def load_towers(
     Raises FileNotFoundError if a tower is not there. Raises ValueError, with the names, for towers of a different kind,
     weights that do not fit config.json, and a tokenizer with ids beyond the embedding table.
     """
-    model = HybridCLIP.from_towers(vision, text, image_size=image_size, **options)
-    return model, _fitted(CLIPProcessor.from_towers(vision, text, image_size=image_size), model, text)
+    model = HybridCLIP.from_towers(vision, text, **options)
+    processor = CLIPProcessor.load(fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False))
+    return model, _fitted(processor, model, text)
 
 
 def _fitted(processor: CLIPProcessor, model: HybridCLIP, where: Path | str | os.PathLike) -> CLIPProcessor:

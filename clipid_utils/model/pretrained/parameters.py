@@ -130,8 +130,7 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
 
 def join_towers(
     model_class: type, vision: str | os.PathLike, text: str | os.PathLike, *, embed_dim: int | None = None,
-    pooling: str = "pooler", image_size: int | None = None, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs | None = None,
+    pooling: str = "pooler", dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None,
 ):
     """A model of two pretrained towers; `load.load_towers` describes the options."""
     folders = [fetch_checkpoint(vision), fetch_checkpoint(text)]
@@ -149,25 +148,19 @@ def join_towers(
     unknown = [name for source in sources for name in source.unknown(leaves, config)]
     if own_dim != config.embed_dim:
         leaves.pop("vision.projection.kernel", None)
-    if image_size is not None and "vision.position_embedding" in leaves:
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
-        name, array, source = leaves["vision.position_embedding"]
-        resized = families.resize_positions(array(), config.vision.grid)
-        leaves["vision.position_embedding"] = Leaf(name, lambda: resized, source)
-    new = _new_leaves(config, nnx.Rngs(0) if rngs is None else rngs)
-    if pooling == "pooler" and leaves.keys() & {"text.pooler.kernel", "text.pooler.bias"}:
-        new = {path: leaf for path, leaf in new.items() if "pooler" not in path}  # half a pooler is an error, not new
-    elif pooling == "pooler":
+    new_pooler = pooling == "pooler" and not leaves.keys() & {"text.pooler.kernel", "text.pooler.bias"}
+    new = _new_leaves(config, nnx.Rngs(0) if rngs is None else rngs, new_pooler)
+    if new_pooler:
         warnings.warn(f"{folders[1]} has no pooler, like every masked language model. A new one is initialised and "
                       "must be trained; or use pooling='mean'", stacklevel=3)
     return fill(model_class, config, new | leaves, unknown, f"{folders[0]} or {folders[1]}", dtype, param_dtype)
 
 
-def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs) -> dict[str, Leaf]:
+def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs, pooler: bool) -> dict[str, Leaf]:
     """Initial values of what two towers lack: projections, a pooler and the scale."""
     layers = {"text.projection": linear(config.text.width, config.embed_dim, dtype=None, rngs=rngs, bias=False),
               "vision.projection": linear(config.vision.width, config.embed_dim, dtype=None, rngs=rngs, bias=False)}
-    if config.text.pooling == "pooler":
+    if pooler:
         layers["text.pooler"] = linear(config.text.width, config.text.width, dtype=None, rngs=rngs)
     arrays = {f"{name}.{part}": np.asarray(value) for name, layer in layers.items()
               for part, value in flatten_params(nnx.state(layer)).items()}
