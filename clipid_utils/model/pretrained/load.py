@@ -19,21 +19,20 @@ WHOLE_MODELS = ("vision-text-dual-encoder", "hybrid-clip")
 
 
 def load_clip(
-    path: str | os.PathLike, *, revision: str | None = None, tokenizer: str | os.PathLike | None = None,
-    dtype=jnp.float32, param_dtype=jnp.float32,
+    path: str | os.PathLike, *, tokenizer: str | os.PathLike | None = None, dtype=jnp.float32, param_dtype=jnp.float32,
 ) -> tuple[HybridCLIP, CLIPProcessor]:
     """The model and the processor of a checkpoint.
 
     `path` is a folder, a training run's folder, the name of a shipped checkpoint ("mini"), or an id on the Hugging Face
-    hub, with a `revision` there. It can be a checkpoint of this project, transformers' VisionTextDualEncoderModel with
-    the towers that `load_towers` takes, or a hybrid-clip of 2021. `tokenizer` is the folder or id with the tokenizer if
-    the checkpoint has none, as in 2021. The model computes in `dtype` and keeps its weights in `param_dtype`: float32,
-    or bfloat16 for half the memory; logit_scale and logit_bias are always float32.
+    hub. It can be a checkpoint of this project, transformers' VisionTextDualEncoderModel with the towers that
+    `load_towers` takes, or a hybrid-clip of 2021. `tokenizer` is the folder or id with the tokenizer if the checkpoint
+    has none, as in 2021. The model computes in `dtype` and keeps its weights in `param_dtype`: float32, or bfloat16 for
+    half the memory; logit_scale and logit_bias are always float32.
 
     Raises FileNotFoundError if there is no checkpoint. Raises ValueError, with the names, for a config that is not
     supported, for keys or shapes that do not fit it, and for a tokenizer with ids beyond the embedding table.
     """
-    folder = fetch_checkpoint(path, revision=revision)
+    folder = fetch_checkpoint(path)
     values = read_config(folder)
     kind = values.pop("model_type", None)
     with naming(folder):

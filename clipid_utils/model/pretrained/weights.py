@@ -224,3 +224,4 @@ _READERS = {
     "pytorch_model.bin": _torch,
     "pytorch_model.bin.index.json": _torch,
 }
+FORMS = tuple(_READERS)
