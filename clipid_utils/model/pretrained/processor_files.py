@@ -138,10 +138,7 @@ def read_json(path: Path) -> dict:
     """The file's object, {} if there is no file. Raises ValueError that names the file if it is not an object."""
     if not path.is_file():
         return {}
-    try:
-        values = files.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): fetch or save the checkpoint again") from error
+    values = files.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} cannot be read (it is not an object): fetch or save the checkpoint again")
     return values
