@@ -70,26 +70,12 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path):
     assert path == tmp_path / "mini" / "README.md"
     card = ModelCard.load(path)
     assert isinstance(card.data, ModelCardData)
-    wanted = {"language": "id", "license": "apache-2.0", "library_name": "clip-indonesian", "model_name": "mini",
+    wanted = {"language": "id", "license": "apache-2.0", "library_name": "clip-indonesian",
               "pipeline_tag": "zero-shot-image-classification"}
     assert {key: card.data[key] for key in wanted} == wanted
     assert {"clip", "indonesian"} <= set(card.data.tags)
-    assert set(metadata_load(path)) == {"language", "license", "library_name", "pipeline_tag", "tags", "model-index"}
+    assert set(metadata_load(path)) == {"language", "license", "library_name", "pipeline_tag", "tags"}
     assert str(card) == path.read_text()
-
-
-def test_the_hub_is_given_the_measured_values(card_of):
-    metrics, found = read("metrics"), {}
-    for result in ModelCard(card_of()).data.eval_results:
-        assert result.dataset_revision == metrics["data"][result.dataset_split]["sha256"]
-        found[result.dataset_split, result.task_type, result.metric_name] = result.metric_value
-    assert len(found) == 4 * (2 * 4 + 2)
-    for split, figures in metrics["retrieval"].items():
-        for way, figure in figures.items():
-            for metric in ("R@1", "R@5", "R@10", "MRR@10"):
-                assert found[split, way.replace("_", "-") + "-retrieval", metric] == figure[metric]["value"]
-    assert found["photographs", "zero-shot-image-classification", "Top-1, group"] == (
-        metrics["zero_shot"]["photographs"]["group"]["templates"]["top1"]["value"])
 
 
 def test_every_number_is_the_runs_own(card_of):
@@ -131,7 +117,6 @@ def test_it_says_what_the_model_is_not_for(card_of):
 
 def test_without_metrics_the_card_says_that_nothing_was_measured(folder):
     card = ModelCard.load(write_model_card(folder))
-    assert card.data.eval_results is None and card.data.model_name is None
     assert card.data.license is None and "None is stated" in card.text
     assert "Nothing was measured" in card.text and "**Not measured.**" in card.text
     assert "not recorded" in card.text and "emoji" not in card.text
@@ -158,9 +143,7 @@ def test_a_split_without_pictures_is_not_measured(card_of):
     del metrics["retrieval"]["photographs"], metrics["zero_shot"]["photographs"]
     text = card_of(metrics=metrics)
     assert "| photographs | none: not measured |" in text
-    assert "**Photographs** were not measured" in text
-    assert {result.dataset_split for result in ModelCard(text).data.eval_results} == {
-        "validation", "unseen_artist", "unseen_concept"}
+    assert "**Photographs** were not measured" in text and "| validation | 394 | 429 |" in text
 
 
 def test_an_evaluation_becomes_a_card(card_of):
@@ -169,7 +152,6 @@ def test_an_evaluation_becomes_a_card(card_of):
     metrics = evaluate_checkpoint(colour_clip(), dictionary, splits=["validation"], progress=False)
     text = card_of(metrics=metrics)
     assert "| validation | 3 | 3 | 1.000 [1.000, 1.000] |" in text and metrics["checkpoint"]["fingerprint"] in text
-    assert {result.metric_value for result in ModelCard(text).data.eval_results if "R" in result.metric_name} == {1.0}
 
 
 # --- What is wrong ----------------------------------------------------------------------------------------------------
@@ -191,7 +173,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("content", ["{ half a", "[1, 2]", ""])
 def test_metrics_that_cannot_be_read_are_named(folder, content):
     (folder / "metrics.json").write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"metrics\.json"):
         write_model_card(folder)
     assert not (folder / "README.md").exists()
 

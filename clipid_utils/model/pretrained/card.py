@@ -8,24 +8,15 @@ project's own recipe; for other data they come from the caller.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from clipid_utils.files import need, whole_file
+from clipid_utils.files import whole_file
 from clipid_utils.model.pretrained.processor_files import MODEL_TYPE, read_json
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-DATASET = ("picture-dictionary", "The picture dictionary (kamus bergambar)")  # all that `evaluate` measures on
-TASKS = {"text_to_image": "Picture search by an Indonesian text", "image_to_text": "Indonesian name of a picture"}
-ZERO_SHOT = {"group": "group", "concept_within_group": "concept within its group"}
-SPLITS = {  # of the dictionary; a model may be trained on other data than its `train`
-    "validation": "drawings of concepts and by artists that `train` has too; used to make choices",
-    "unseen_artist": "concepts that `train` has, drawn by an artist that it lacks",
-    "unseen_concept": "drawings of concepts that `train` lacks",
-    "photographs": "photographs, which `train` lacks",
-}
 
 
 def write_model_card(
@@ -49,41 +40,19 @@ def write_model_card(
     card, name = folder / "README.md", name or folder.resolve().name
     if card.exists() and not overwrite:
         raise FileExistsError(f"{card} exists: keep it, or replace it with overwrite=True")
-    need("jinja2", "train")
     measured = [split for split, row in metrics.get("data", {}).items() if row["pictures"]]
-    results = list(_results(metrics, measured))
     data = ModelCardData(
         language="id", license=license, base_model=list(base_model) or None,
         library_name=MODEL_TYPE if config.get("model_type") == MODEL_TYPE else "transformers",
         pipeline_tag="zero-shot-image-classification", tags=["clip", "indonesian", "image-text-retrieval", "jax"],
-        model_name=name if results else None, eval_results=results or None,  # the name is only inside the results
     )
     settings = [(key, value) for values in (recipe, fit) for key, value in values.items()
                 if not isinstance(value, Mapping)]
     text = ModelCard.from_template(
         data, str(TEMPLATE), name=name, config=config, metrics=metrics, measured=measured, recipe=recipe,
         settings=settings, more_in_fit=any(isinstance(value, Mapping) for value in fit.values()),
-        base_models=list(base_model), training_data=training_data, licence=license, splits=SPLITS, tasks=TASKS,
-        zero_shot=ZERO_SHOT,
+        base_models=list(base_model), training_data=training_data, licence=license,
     )
     with whole_file(card) as file:
         file.write(str(text).encode())
     return card
-
-
-def _results(metrics: Mapping, measured: Sequence[str]) -> Iterator[EvalResult]:
-    """The figures that the hub shows beside the card: retrieval both ways and zero-shot accuracy, of each split."""
-    for split in measured:
-        common = {"dataset_type": DATASET[0], "dataset_name": DATASET[1], "dataset_split": split,
-                  "dataset_revision": metrics["data"][split].get("sha256")}
-        for way, task in TASKS.items():
-            for metric in ("R@1", "R@5", "R@10", "MRR@10"):
-                kind = metric.replace("MRR@", "mrr_at_").replace("R@", "recall_at_")
-                yield EvalResult(task_type=f"{way.replace('_', '-')}-retrieval", task_name=task, metric_type=kind,
-                                 metric_name=metric, metric_value=metrics["retrieval"][split][way][metric]["value"],
-                                 **common)
-        for classes, task in ZERO_SHOT.items():
-            accuracy = metrics["zero_shot"][split][classes]["templates"]["top1"]
-            yield EvalResult(task_type="zero-shot-image-classification", task_name="Zero-shot classification",
-                             metric_type="accuracy", metric_name=f"Top-1, {task}", metric_value=accuracy["value"],
-                             **common)
