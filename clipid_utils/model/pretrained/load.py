@@ -38,18 +38,17 @@ def load_clip(
     with naming(folder):
         if kind == MODEL_TYPE:
             source, config = Source(folder), CLIPConfig.from_dict(values)
-            leaves = source.leaves(Key(name, name, "same") for name in source.names)
-            unknown = []
+            leaves = source.take([Key(name, name, "same") for name in source.names])
         elif kind in WHOLE_MODELS:
             source = Source(folder, "vision", "text")
             config = clip_config(values, source.names.keys(), own_positions=kind != "hybrid-clip")
-            leaves = source.leaves(key_table(config))
+            leaves = source.take(key_table(config))
             config = _with_scale(config, leaves, linear_scale=kind == "hybrid-clip")
-            unknown = source.unknown(leaves, config)
         else:
             raise ConfigError(f"model_type is not {MODEL_TYPE!r} or {' or '.join(map(repr, WHOLE_MODELS))}, but "
                               f"{kind!r}: if it is one tower, use load_towers")
-    model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype)
+    unknown = source.unknown(config)
+    model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype, native=kind == MODEL_TYPE)
     text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
     # save_clip without a tokenizer writes neither of its files; if only one is there, the folder is damaged
     needed = tokenizer is not None or kind == MODEL_TYPE and (folder / "tokenizer_config.json").is_file()
@@ -99,11 +98,11 @@ def _with_scale(config: CLIPConfig, leaves: dict[str, Leaf], *, linear_scale: bo
     """
     if "logit_scale" not in leaves or leaves["logit_scale"].array().size != 1:
         return config  # `fill` reports it
-    name, array, source = leaves["logit_scale"]
+    name, array = leaves["logit_scale"]
     value = array().reshape(())
     if linear_scale:
         value = np.log(20 * np.asarray(value, np.float64)).astype(np.float32)
         config = dataclasses.replace(config, logit_scale=float(value))
-    leaves["logit_scale"] = Leaf(name, lambda: value, source)
+    leaves["logit_scale"] = Leaf(name, lambda: value)
     above = float(value) > config.max_logit_scale + 1e-6  # ln 100 itself may be rounded up
     return dataclasses.replace(config, max_logit_scale=float(value)) if above else config
