@@ -78,12 +78,7 @@ def reciprocal_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " 
 
 def label_ranks(scores: Num[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Rank (0 = first) of each item's own class. Raises ValueError for a label without a column, a NaN, or no items."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-        raise ValueError(f"scores must be [items, classes] and labels [items], not {scores.shape} and {labels.shape}")
-    if len(labels) and not (0 <= labels.min() and labels.max() < scores.shape[1]):
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes")
-    return ranks(scores, labels[:, None] == np.arange(scores.shape[1]))
+    return ranks(scores, np.asarray(labels)[:, None] == np.arange(np.shape(scores)[1]))
 
 
 def bootstrap_interval(

@@ -165,14 +165,21 @@ class ConfigError(ValueError):
     """A config that the towers do not support; the message begins with the field."""
 
 
+# Our field: Hugging Face's
+_SIZES = {
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
+}
+_VISION = _SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT = _SIZES | {"vocab_size": "vocab_size", "token_types": "type_vocab_size"}
+
+
 def _settings(values: dict, kind: str) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     import_transformers()
     from transformers import AutoConfig
 
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-              "layer_norm_eps", "image_size", "patch_size", "vocab_size", "max_position_embeddings", "type_vocab_size",
-              "pad_token_id")
+    fields = (*_VISION.values(), *_TEXT.values(), "max_position_embeddings", "pad_token_id")
     settings = AutoConfig.for_model(kind, **{key: values[key] for key in fields if values.get(key) is not None})
     for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "is_decoder": False,
                           "position_embedding_type": "absolute", "pooler_output_size": settings.hidden_size}.items():
@@ -184,16 +191,6 @@ def _settings(values: dict, kind: str) -> Any:
     if settings.hidden_act not in ops.ACTIVATIONS:
         raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
     return settings
-
-
-_SIZES = {  # our field: Hugging Face's
-    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
-}
-
-
-def _sizes(settings: Any) -> dict:
-    return {ours: getattr(settings, theirs) for ours, theirs in _SIZES.items()}
 
 
 def vision_config(values: dict, pooler: bool) -> VisionConfig:
@@ -210,7 +207,7 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
     settings = _settings(values, "vit" if vit else "clip_vision_model")
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
-    return VisionConfig(image_size=settings.image_size, patch_size=settings.patch_size, **_sizes(settings),
+    return VisionConfig(**{ours: getattr(settings, theirs) for ours, theirs in _VISION.items()},
                         ln_pre=not vit, patch_bias=vit, pooling="pooler" if vit and pooler else "class")
 
 
@@ -224,13 +221,9 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
     if kind not in ("bert", "roberta", "xlm-roberta"):
         raise ConfigError(f"model_type of the text tower is {kind!r}; supported are bert, roberta and xlm-roberta")
     settings = _settings(values, kind)
-    if kind != "bert" and not isinstance(settings.pad_token_id, int):
-        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions start from this number")
     offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
-    return TextConfig(
-        vocab_size=settings.vocab_size, max_length=settings.max_position_embeddings - offset, **_sizes(settings),
-        token_types=settings.type_vocab_size, position_offset=offset,
-    )
+    return TextConfig(**{ours: getattr(settings, theirs) for ours, theirs in _TEXT.items()},
+                      max_length=settings.max_position_embeddings - offset, position_offset=offset)
 
 
 def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = True) -> CLIPConfig:
@@ -257,19 +250,13 @@ def to_hf_config(config: CLIPConfig) -> dict:
     if form not in (clip, vit):
         raise ValueError(f"VisionTextDualEncoderModel supports CLIP's image tower and ViT's; this one has ln_pre, "
                          f"patch_bias, pooling = {form}: save it as format='native'")
-    hf_vision = {"model_type": "clip_vision_model" if form == clip else "vit", **_hf_sizes(vision),
-                 "image_size": vision.image_size, "patch_size": vision.patch_size}
+    hf_vision = {"model_type": "vit", **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()}}
     if form == clip:
-        hf_vision["projection_dim"] = config.embed_dim
-    roberta = text.position_offset > 0
-    hf_text = {"model_type": "roberta" if roberta else "bert", **_hf_sizes(text), "vocab_size": text.vocab_size,
-               "max_position_embeddings": text.max_length + text.position_offset, "type_vocab_size": text.token_types}
-    if roberta:
-        hf_text["pad_token_id"] = text.position_offset - 1
+        hf_vision |= {"model_type": "clip_vision_model", "projection_dim": config.embed_dim}
+    hf_text = {"model_type": "bert", **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
+               "max_position_embeddings": text.max_length + text.position_offset}
+    if text.position_offset:
+        hf_text |= {"model_type": "roberta", "pad_token_id": text.position_offset - 1}
     return {"architectures": ["VisionTextDualEncoderModel"], "model_type": "vision-text-dual-encoder",
             "projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale, "dtype": "float32",
             "vision_config": hf_vision, "text_config": hf_text}
-
-
-def _hf_sizes(tower: VisionConfig | TextConfig) -> dict:
-    return {theirs: getattr(tower, ours) for ours, theirs in _SIZES.items()}
