@@ -56,23 +56,16 @@ def recall_at_k(
     return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in ks}
 
 
-def mrr_at_k(
-    similarity: Num[np.ndarray, "Q N"], positives: Bool[np.ndarray, "Q N"], ks: Sequence[int] = (10,)
-) -> dict[int, float]:
-    """Mean reciprocal rank at K: the mean of 1 / (rank + 1), where a query counts 0 if its rank is not below K.
-
-    clip-italian reports it for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
-    """
-    return {k: float(np.mean(reciprocal_at_k(ranks(similarity, positives), k))) for k in ks}
-
-
 def hits_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
     """1.0 where the rank (0 = first) is below K, else 0.0; the mean of these is Recall@K or top-k accuracy."""
     return (np.asarray(rank) < k).astype(np.float64)
 
 
 def reciprocal_at_k(rank: Int[np.ndarray, " Q"], k: int) -> Float[np.ndarray, " Q"]:
-    """1 / (rank + 1) where the rank (0 = first) is below K, else 0.0; the mean of these is MRR@K."""
+    """1 / (rank + 1) where the rank (0 = first) is below K, else 0.0; the mean of these is MRR@K.
+
+    clip-italian reports it for MSCOCO-IT (Bianchi et al. 2021, arXiv 2108.08688). MRR@1 equals Recall@1.
+    """
     return hits_at_k(rank, k) / (np.asarray(rank) + 1.0)
 
 

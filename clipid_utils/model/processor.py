@@ -200,16 +200,18 @@ class CLIPProcessor:
 
     @classmethod
     def load(
-        cls, folder: Path, text_folder: Path | None = None, *, needs_tokenizer: bool = True
+        cls, folder: Path, text_folder: Path | None = None, *, image_size: int | None = None, max_length: int = 10**6,
+        needs_tokenizer: bool = True,
     ) -> "CLIPProcessor":
         """The processor of a checkpoint folder, of this project or of transformers.
 
         `text_folder` has the tokenizer if it is in a different folder. Without preprocessor_config.json, pictures are
-        prepared like CLIP's, at the size in config.json. Raises FileNotFoundError for a missing file and ValueError for
-        an unsupported one, with its name. If there is no tokenizer and `needs_tokenizer` is False, the processor takes
-        pictures only.
+        prepared like CLIP's, at `image_size`; texts have at most `max_length` tokens. Raises FileNotFoundError for a
+        missing file and ValueError for an unsupported one, with its name. If there is no tokenizer and
+        `needs_tokenizer` is False, the processor takes pictures only.
         """
         folder, text_folder = Path(folder), Path(folder if text_folder is None else text_folder)
+        pictures = processor_files.read_preprocessor(folder, image_size)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
-            return cls(None, max_length=processor_files.NO_LENGTH, **processor_files.read_preprocessor(folder))
-        return cls(**processor_files.read_tokenizer(text_folder), **processor_files.read_preprocessor(folder))
+            return cls(None, max_length=max_length, **pictures)
+        return cls(**processor_files.read_tokenizer(text_folder, max_length), **pictures)

@@ -1,7 +1,6 @@
 """The ONNX files, run by onnxruntime, against the JAX towers they were made from: every variant of the config."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -170,27 +169,15 @@ def test_weights_keep_their_names(tmp_path):
     np.testing.assert_array_equal(tensors["word_embedding"], model.text.word_embedding[...])
 
 
-def test_what_a_program_has_to_know_stands_in_the_metadata(tmp_path):
+def test_the_folder_has_all_that_a_program_needs(tmp_path):
     model, processor = tiny_clip(logit_scale=9.0, logit_bias=-10.0)
-    processor.max_length, processor.padding_side = 12, "left"
     for path in export_onnx(model, tmp_path, processor):
         known = session(path).get_modelmeta().custom_metadata_map
-        assert json.loads(known["image_mean"]) == list(processor.image_mean)
-        assert json.loads(known["image_std"]) == list(processor.image_std)
-        assert {name: known[name] for name in ("image_size", "embed_dim", "max_length", "padding_side")} == {
-            "image_size": "16", "embed_dim": "8", "max_length": "12", "padding_side": "left"}
-        assert known["pad_token_id"] == str(processor.tokenizer.token_to_id("[PAD]"))
         assert float(known["logit_scale"]) == pytest.approx(np.log(100))  # its limit
         assert float(known["logit_bias"]) == -10.0
     assert {path.name for path in tmp_path.iterdir()} == {
         "image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "tokenizer_config.json",
         "preprocessor_config.json"}
-
-
-def test_without_a_tokenizer_less_is_known(tmp_path):
-    known = session(export(tiny_clip()[0], tmp_path)[1]).get_modelmeta().custom_metadata_map
-    assert known["max_length"] == "16" and "pad_token_id" not in known and "image_mean" in known
-    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_a_large_tower_has_its_weights_in_a_file_of_their_own(tmp_path, monkeypatch):

@@ -49,11 +49,10 @@ def load_clip(
                               f"{kind!r}: if it is one tower, use load_towers")
     unknown = source.unknown(config)
     model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype, native=kind == MODEL_TYPE)
-    text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
+    text_folder = folder if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
     # save_clip without a tokenizer writes neither of its files; if only one is there, the folder is damaged
     needed = tokenizer is not None or kind == MODEL_TYPE and (folder / "tokenizer_config.json").is_file()
-    processor = CLIPProcessor.load(folder, text_folder, needs_tokenizer=needed)
-    return model, _fitted(processor, model, text_folder or folder)
+    return model, _processor(model.config, folder, text_folder, needed)
 
 
 def load_towers(
@@ -74,20 +73,20 @@ def load_towers(
     weights that do not fit config.json, and a tokenizer with ids beyond the embedding table.
     """
     model = HybridCLIP.from_towers(vision, text, **options)
-    processor = CLIPProcessor.load(fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False))
-    return model, _fitted(processor, model, text)
+    folders = fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False)
+    return model, _processor(model.config, *folders, True)
 
 
-def _fitted(processor: CLIPProcessor, model: HybridCLIP, where: Path | str | os.PathLike) -> CLIPProcessor:
-    """The processor, with texts cut where the text tower ends. Raises ValueError if its ids do not fit the tower."""
-    text = model.config.text
-    processor.max_length = min(processor.max_length, text.max_length)
+def _processor(config: CLIPConfig, folder: Path, text_folder: Path, needs_tokenizer: bool) -> CLIPProcessor:
+    """The processor of a model. Raises ValueError if its ids do not fit the text tower."""
+    processor = CLIPProcessor.load(folder, text_folder, image_size=config.vision.image_size,
+                                   max_length=config.text.max_length, needs_tokenizer=needs_tokenizer)
     if processor.tokenizer is not None:
         ids = processor.tokenizer.get_vocab().values()
-        if (largest := max(ids, default=0)) >= text.vocab_size:
-            raise ValueError(f"the tokenizer in {where} has {len(ids)} tokens with ids up to {largest}, and the text "
-                             f"tower's embedding table has {text.vocab_size} rows: use the tower's own tokenizer, "
-                             "load_clip(…, tokenizer=…)")
+        if (largest := max(ids, default=0)) >= config.text.vocab_size:
+            raise ValueError(f"the tokenizer in {text_folder} has {len(ids)} tokens with ids up to {largest}, and the "
+                             f"text tower's embedding table has {config.text.vocab_size} rows: use the tower's own "
+                             "tokenizer, load_clip(…, tokenizer=…)")
     return processor
 
 

@@ -44,16 +44,18 @@ def export_onnx(model: HybridCLIP, folder: str | os.PathLike, processor: CLIPPro
 
     Everything is float32, whatever the model computes in. A tower of more than 1.5 GB has its weights in
     `<name>.onnx.data` beside it; the two belong together. The processor's files (`tokenizer.json`,
-    `preprocessor_config.json`) are written too, so the folder has all that a program needs, and the ONNX files'
-    metadata have the pictures' mean and deviation and the texts' greatest length. `logit_scale` in the metadata is a
-    logarithm, at most `max_logit_scale`: logits are exp(logit_scale) * image_embeds @ text_embeds.T, plus `logit_bias`
-    if there is one. Raises FileExistsError if `folder` is a file, ValueError for a different model's processor.
+    `preprocessor_config.json`) are written too, so the folder has all that a program needs. `logit_scale` in the ONNX
+    files' metadata is a logarithm, at most `max_logit_scale`: logits are exp(logit_scale) * image_embeds @
+    text_embeds.T, plus `logit_bias` if there is one. Raises FileExistsError if `folder` is a file, ValueError for a
+    different model's processor.
     """
     folder = Path(folder).expanduser()
     if processor.image_size != model.config.vision.image_size:
         raise ValueError(f"the processor makes pictures of {processor.image_size} px and the model takes "
                          f"{model.config.vision.image_size}: give export_onnx the model's own processor")
-    known = _metadata(model, processor)
+    known = {"logit_scale": str(np.log(np.float64(model.scale())))}
+    if model.logit_bias is not None:
+        known["logit_bias"] = str(float(model.logit_bias[...]))
     image = _image_encoder(model, known)
     text = _text_encoder(model, known)
     processor.save(folder)
@@ -220,20 +222,6 @@ def _positions(graph: _Graph, config: TextConfig) -> str:
 def _first(graph: _Graph, x: str) -> str:
     """The first token [B, D] of [B, L, D]."""
     return graph.node("Gather", x, graph.tensor("int_0", np.int64(0)), axis=1)
-
-
-def _metadata(model: HybridCLIP, processor: CLIPProcessor) -> dict[str, str]:
-    """The facts that a program needs beside the graphs, as strings, which ONNX keeps."""
-    config = model.config
-    known = {"image_size": config.vision.image_size, "embed_dim": config.embed_dim,
-             "image_mean": list(processor.image_mean), "image_std": list(processor.image_std),
-             "max_length": min(processor.max_length, config.text.max_length),
-             "logit_scale": np.log(np.float64(model.scale()))}
-    if model.logit_bias is not None:
-        known["logit_bias"] = float(model.logit_bias[...])
-    if processor.tokenizer is not None:
-        known |= {"pad_token_id": processor.pad_id, "padding_side": processor.padding_side}
-    return {name: str(value) for name, value in known.items()}
 
 
 def _save(model: onnx.ModelProto, path: Path) -> Path:
