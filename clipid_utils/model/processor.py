@@ -70,7 +70,7 @@ class CLIPProcessor:
             special_tokens = special_tokens or {
                 name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
             padding_side, truncation_side = tokenizer.padding_side, tokenizer.truncation_side
-            tokenizer = tokenizer.backend_tokenizer
+            tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # others may let theirs cut and pad
         self.image_size, self.max_length = image_size, max_length
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.resize, self.resample = image_size if resize is None else resize, resample
@@ -80,6 +80,8 @@ class CLIPProcessor:
         self.truncated = 0
         if tokenizer is None:
             return
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.pad_token = self.special_tokens.get("pad_token")
         self.pad_id = None if self.pad_token is None else tokenizer.token_to_id(self.pad_token)
         if self.pad_id is None:
@@ -102,9 +104,7 @@ class CLIPProcessor:
             raise ValueError("give the processor images=[pictures or paths], text=[strings], or both")
         batch = {}
         if images is not None:
-            images = [images] if isinstance(images, Picture) else list(images)
-            if not images:
-                raise ValueError("images is empty: give the processor at least one picture")
+            images = [images] if isinstance(images, Picture) else images
             batch["pixel_values"] = self.normalize(np.stack([self.decoder(image) for image in images]))
         if text is not None:
             batch.update(self.tokenize([text] if isinstance(text, str) else list(text)))
@@ -137,7 +137,7 @@ class CLIPProcessor:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text[{row}] is {text!r}: an empty caption matches nothing; drop it or write one")
         limit = min(self.max_length, length or self.max_length)
-        ids = [encoding.ids for encoding in self._whole().encode_batch(list(texts))]
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
         if long and not self.truncated:
             longest = max(map(len, ids))
@@ -157,14 +157,6 @@ class CLIPProcessor:
         marks = {"truncated": np.isin(np.arange(len(ids)), long)} if mark_truncated else {}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **marks}
 
-    def _whole(self) -> Tokenizer:
-        """The tokenizer without cutting and padding, whatever its file or a different user of it has set."""
-        if self.tokenizer.truncation is not None:  # asked first: a different thread may be using it
-            self.tokenizer.no_truncation()
-        if self.tokenizer.padding is not None:
-            self.tokenizer.no_padding()
-        return self.tokenizer
-
     def _cut(self, text: str, limit: int) -> list[int]:
         """`limit` ids: all special tokens stay, and the text is cut."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -183,7 +175,7 @@ class CLIPProcessor:
                 (folder / name).unlink(missing_ok=True)
         else:
             with whole_file(folder / "tokenizer.json") as file:
-                file.write(self._whole().to_str(pretty=True).encode())
+                file.write(self.tokenizer.to_str(pretty=True).encode())
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
                 "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,
