@@ -51,14 +51,11 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)]) if len(array) < rows else array
 
 
-def _joined(model: HybridCLIP, rows: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
-
-
 def _in_batches(model: HybridCLIP, method: str, batches: Iterable[tuple[np.ndarray, ...]], size: int) -> np.ndarray:
     """The method's output for batches of at most `size` rows, one after the other."""
     encode = encoder(model, method)
-    return _joined(model, [encode(*(_pad(array, size) for array in batch))[: len(batch[0])] for batch in batches])
+    rows = [encode(*(_pad(array, size) for array in batch))[: len(batch[0])] for batch in batches]
+    return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
 
 
 def _slices(size: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -88,7 +85,7 @@ def embed_texts(
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of texts, in their order. Raises ValueError for an empty text."""
     if not len(texts):
-        return _joined(model, [])
+        return _in_batches(model, "encode_text", (), batch_size)
     tokens = processor.tokenize(list(texts), multiple=8)  # few widths, so few compilations
     batch_size = min(batch_size, 1 << (len(texts) - 1).bit_length())
     batches = _slices(batch_size, tokens["input_ids"], tokens["attention_mask"])
