@@ -301,7 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status: 0 done, 1 bad input or nothing fetched, 2 wrong usage, 130 stopped by Ctrl-C."""
     words = list(map(with_home, sys.argv[1:] if arguments is None else arguments))
     name, before = next(iter(words), ""), signal.getsignal(signal.SIGINT)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no fault
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
     try:

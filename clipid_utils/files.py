@@ -215,16 +215,8 @@ def usable_cores() -> int:
 
 def import_transformers() -> ModuleType:
     """transformers, without its advice that PyTorch is missing, which this project does not use."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        return importlib.import_module("transformers")
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return importlib.import_module("transformers")
 
 
 def usable_threads() -> int:

@@ -48,13 +48,10 @@ def open_picture(
             return reduce_picture(to_rgb(image), short_side)
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
         name = f"{source}: " if isinstance(source, Path) else ""
-        if isinstance(error, PictureError):
-            reason = str(error)
-        elif isinstance(error, UnidentifiedImageError):  # its text has the name again, or an address in memory
-            reason = "not a picture that can be read (its format is not known)"
-        else:
-            reason = f"not a picture that can be read ({type(error).__name__}: {error})"
-        raise PictureError(f"{name}{reason}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # its text has the name again, or an address in memory
+            reason = "its format is not known"
+        raise PictureError(f"{name}not a picture that can be read ({reason})") from error
 
 
 def picture_source(picture: object) -> object:
@@ -74,10 +71,7 @@ def _opened(source: Path | bytes) -> Image.Image:
             head = opened.read(12)
         if head[4:8] != b"ftyp" or head[8:12] not in HEIC_KINDS:
             raise
-        try:
-            need("pillow_heif", "heic").register_heif_opener()
-        except ImportError as error:
-            raise PictureError(f"a HEIC picture: {error}") from None
+        need("pillow_heif", "heic").register_heif_opener()
         return Image.open(file)
 
 

@@ -68,7 +68,7 @@ class HybridCLIP(nnx.Module):
 
     def encode_patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P E"]:
         """Unit vectors of every patch, row by row: last tokens, projected like the class token (Zhou et al. 2022)."""
-        return normalize(self.vision.features(self.vision.tokens(pixel_values)[:, 1:]))
+        return normalize(self.vision.projection(self.vision.pool(self.vision.tokens(pixel_values)[:, 1:])))
 
     def scale(self) -> Float[Array, ""]:
         """exp(logit_scale), at most 100."""

@@ -1,6 +1,5 @@
 """The configs of a hybrid CLIP, frozen dataclasses, and the presets of the course."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -59,9 +58,6 @@ class CLIPConfig:
     logit_scale: float = math.log(1 / 0.07)
     logit_bias: float | None = None
     max_logit_scale: float = MAX_LOGIT_SCALE
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "CLIPConfig":

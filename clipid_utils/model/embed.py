@@ -1,11 +1,11 @@
 """Whole collections through the model: in batches, compiled once, with progress; pictures also with a cache."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -52,17 +52,15 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)]) if len(array) < rows else array
 
 
-def _joined(model: HybridCLIP, rows: list[np.ndarray]) -> np.ndarray:
+def _in_batches(model: HybridCLIP, method: str, batches: Iterable[tuple[np.ndarray, ...]], size: int) -> np.ndarray:
+    """The method's output for batches of at most `size` rows, one after the other."""
+    encode = encoder(model, method)
+    rows = [encode(*(_pad(array, size) for array in batch))[: len(batch[0])] for batch in batches]
     return np.concatenate(rows) if rows else np.zeros((0, model.config.embed_dim), np.float32)
 
 
-def _in_batches(model: HybridCLIP, method: str, arrays: tuple[np.ndarray, ...], size: int) -> np.ndarray:
-    """The method's output for arrays with a row for each input, `size` rows at a time."""
-    encode, rows = encoder(model, method), []
-    for start in range(0, len(arrays[0]), size):
-        part = [array[start : start + size] for array in arrays]
-        rows.append(encode(*(_pad(array, size) for array in part))[: len(part[0])])
-    return _joined(model, rows)
+def _slices(size: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    return (tuple(array[start : start + size] for array in arrays) for start in range(0, len(arrays[0]), size))
 
 
 def embed_images(
@@ -70,21 +68,17 @@ def embed_images(
     progress: bool = True,
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of open pictures, in their order. Raises an error at the first picture that cannot be read."""
-    total = len(images) if hasattr(images, "__len__") else None
-    rows, source, encode = [], iter(images), encoder(model, "encode_image")
-    with tqdm(total=total, desc="pictures", unit=" pictures", disable=not progress) as bar:
-        while chunk := list(islice(source, batch_size)):
-            pixels = processor(images=chunk)["pixel_values"]
-            rows.append(encode(_pad(pixels, batch_size))[: len(chunk)])
-            bar.update(len(chunk))
-    return _joined(model, rows)
+    shown = iter(tqdm(images, "pictures", unit=" pictures", disable=not progress))
+    chunks = iter(lambda: list(islice(shown, batch_size)), [])
+    pixels = ((processor(images=chunk)["pixel_values"],) for chunk in chunks)
+    return _in_batches(model, "encode_image", pixels, batch_size)
 
 
 def embed_pixels(
     model: HybridCLIP, pixel_values: Float[np.ndarray, "N H W 3"], batch_size: int = 64
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of pictures that are normalised pixels already."""
-    return _in_batches(model, "encode_image", (pixel_values,), batch_size)
+    return _in_batches(model, "encode_image", _slices(batch_size, pixel_values), batch_size)
 
 
 def embed_texts(
@@ -92,10 +86,11 @@ def embed_texts(
 ) -> Float[np.ndarray, "N E"]:
     """Unit vectors of texts, in their order. Raises ValueError for an empty text."""
     if not len(texts):
-        return _joined(model, [])
+        return _in_batches(model, "encode_text", (), batch_size)
     tokens = processor.tokenize(list(texts), multiple=8)  # few widths, so few compilations
     batch_size = min(batch_size, 1 << (len(texts) - 1).bit_length())
-    return _in_batches(model, "encode_text", (tokens["input_ids"], tokens["attention_mask"]), batch_size)
+    batches = _slices(batch_size, tokens["input_ids"], tokens["attention_mask"])
+    return _in_batches(model, "encode_text", batches, batch_size)
 
 
 def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | None = None) -> str:
@@ -123,8 +118,10 @@ def picture_identity(picture: object) -> str:
     """
     picture = picture_source(picture)
     if isinstance(picture, str | os.PathLike):
-        path = os.path.realpath(picture)
-        picture = f"{path}|{file_identity(path, HEAD) if os.path.isfile(path) else ''}".encode()
+        path, content = os.path.realpath(picture), ""
+        with contextlib.suppress(OSError):  # a file that cannot be read is known by its path; opening it says why
+            content = file_identity(path, HEAD)
+        picture = f"{path}|{content}".encode()
     return hashlib.blake2b(picture, digest_size=10).hexdigest()
 
 
@@ -159,16 +156,22 @@ def embed_pictures(
     reasons: dict[int, str] = {}
 
     def batches(rows: np.ndarray) -> Batches:
-        size = model.config.vision.image_size
-        decoded = _decoded(processor.decoder, pictures, rows, 2 * batch_size)
-        while part := list(islice(decoded, batch_size)):
-            pixels = np.zeros((batch_size, size, size, 3), np.uint8)  # the last batch is filled: one compiled shape
-            for place, (row, made) in enumerate(part):
-                if isinstance(made, str):
-                    reasons[row] = made
-                else:
-                    pixels[place] = made
-            yield encode(processor.normalize(pixels))[: len(part)], np.array([row not in reasons for row, _ in part])
+        blank = np.zeros((model.config.vision.image_size,) * 2 + (3,), np.uint8)
+        parts = [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]
+        pool = ThreadPoolExecutor(usable_threads())
+        try:
+            coming = ([pool.submit(_decode, processor.decoder, pictures, row) for row in part] for part in parts)
+            later = next(coming, [])
+            for part in parts:
+                futures, later = later, next(coming, [])  # the next batch is decoded while this one is encoded
+                found = [future.result() for future in futures]
+                bad = {row: made for row, made in zip(part, found, strict=True) if isinstance(made, str)}
+                reasons.update(bad)
+                pixels = np.stack([blank if isinstance(made, str) else made for made in found])
+                vectors = encode(processor.normalize(_pad(pixels, batch_size)))[: len(part)]
+                yield vectors, np.array([row not in bad for row in part])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     same = embed_resumably(out, identities, batches, cache, chunk=chunk, unit="pictures", progress=progress)
     skipped = {int(row): reasons[int(same[row])] for row in np.flatnonzero(np.isin(same, list(reasons)))}
@@ -189,30 +192,16 @@ def _name(pictures, row: int) -> str:
         return f"row {row}"
 
 
-def _decoded(decode: Callable, pictures, rows: np.ndarray, ahead: int) -> Iterator[tuple[int, object]]:
-    """Each row with its picture's pixels, or with the reason why there are none; threads decode up to `ahead` rows."""
-
-    def one(row: int) -> np.ndarray | str:
-        picture = None
-        try:
-            picture = pictures[row]
-            return picture if isinstance(picture, np.ndarray) else decode(picture)
-        except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
-            reason = str(error).removeprefix(f"{picture}: ")
-            plain = isinstance(error, PictureError | FileNotFoundError)
-            return reason if plain else f"{type(error).__name__}: {reason}"
-
-    with ThreadPoolExecutor(usable_threads()) as pool:
-        waiting: deque = deque()
-        try:
-            for row in rows.tolist():
-                waiting.append((row, pool.submit(one, row)))
-                if len(waiting) >= ahead:
-                    row, future = waiting.popleft()
-                    yield row, future.result()
-            yield from ((row, future.result()) for row, future in waiting)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _decode(decode: Callable, pictures, row: int) -> np.ndarray | str:
+    """A picture's pixels, or the reason why there are none."""
+    picture = None
+    try:
+        picture = pictures[row]
+        return picture if isinstance(picture, np.ndarray) else decode(picture)
+    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, …
+        reason = str(error).removeprefix(f"{picture}: ")
+        plain = isinstance(error, PictureError | FileNotFoundError)
+        return reason if plain else f"{type(error).__name__}: {reason}"
 
 
 def embed_resumably(

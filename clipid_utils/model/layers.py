@@ -17,12 +17,14 @@ _module_list = getattr(nnx, "List", list)  # flax 0.11, which Colab has, takes p
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear, computed by `ops.linear`."""
+    """nnx.Linear that multiplies two matrices, never a batch of matrices: XLA's CPU code is slow at their gradient."""
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch M"]:
         dtype = self.dtype or x.dtype
         kernel, bias = (None if part is None else part[...].astype(dtype) for part in (self.kernel, self.bias))
-        return ops.linear(x.astype(dtype), kernel, bias)
+        y = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel
+        y = y if bias is None else y + bias
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = None, bias: bool = True) -> Linear:

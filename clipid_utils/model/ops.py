@@ -1,6 +1,5 @@
 """The operations whose form matters for speed. Everything else in the towers is written plainly.
 
-- `linear` multiplies two matrices, never a batch of matrices: XLA's CPU code is slow at the gradient of the latter.
 - `attention` multiplies arrays [B, H, L, K], which XLA's CPU code does faster than the einsum over [B, L, H, K]. On an
   NVIDIA GPU, half precision takes cuDNN's flash attention.
 - `layer_norm` and the activations have derivatives in closed form. JAX's own keep and read more of the forward pass.
@@ -66,15 +65,6 @@ def _cudnn_takes(query, key, mask) -> bool:
     even = mask is None or query.shape[1] % 2 == key.shape[1] % 2 == 0
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and even
     return fits and any(d.platform == "gpu" and float(d.compute_capability) >= 8 for d in jax.devices())
-
-
-def linear(
-    x: Float[Array, "*batch D"], kernel: Float[Array, "D M"], bias: Float[Array, " M"] | None
-) -> Float[Array, "*batch M"]:
-    """`x @ kernel + bias`."""
-    y = x.reshape(-1, x.shape[-1]) @ kernel
-    y = y if bias is None else y + bias
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from clipid_utils.files import whole_file, write_json
 from clipid_utils.model.pretrained import processor_files
-from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, TOKENIZER_FILES
 from clipid_utils.pictures import decode_square
 
@@ -71,7 +70,7 @@ class CLIPProcessor:
             special_tokens = special_tokens or {
                 name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
             padding_side, truncation_side = tokenizer.padding_side, tokenizer.truncation_side
-            tokenizer = tokenizer.backend_tokenizer
+            tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # others may let theirs cut and pad
         self.image_size, self.max_length = image_size, max_length
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.resize, self.resample = image_size if resize is None else resize, resample
@@ -81,6 +80,8 @@ class CLIPProcessor:
         self.truncated = 0
         if tokenizer is None:
             return
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.pad_token = self.special_tokens.get("pad_token")
         self.pad_id = None if self.pad_token is None else tokenizer.token_to_id(self.pad_token)
         if self.pad_id is None:
@@ -103,9 +104,7 @@ class CLIPProcessor:
             raise ValueError("give the processor images=[pictures or paths], text=[strings], or both")
         batch = {}
         if images is not None:
-            images = [images] if isinstance(images, Picture) else list(images)
-            if not images:
-                raise ValueError("images is empty: give the processor at least one picture")
+            images = [images] if isinstance(images, Picture) else images
             batch["pixel_values"] = self.normalize(np.stack([self.decoder(image) for image in images]))
         if text is not None:
             batch.update(self.tokenize([text] if isinstance(text, str) else list(text)))
@@ -138,7 +137,7 @@ class CLIPProcessor:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text[{row}] is {text!r}: an empty caption matches nothing; drop it or write one")
         limit = min(self.max_length, length or self.max_length)
-        ids = [encoding.ids for encoding in self._whole().encode_batch(list(texts))]
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
         if long and not self.truncated:
             longest = max(map(len, ids))
@@ -158,14 +157,6 @@ class CLIPProcessor:
         marks = {"truncated": np.isin(np.arange(len(ids)), long)} if mark_truncated else {}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **marks}
 
-    def _whole(self) -> Tokenizer:
-        """The tokenizer without cutting and padding, whatever its file or a different user of it has set."""
-        if self.tokenizer.truncation is not None:  # asked first: a different thread may be using it
-            self.tokenizer.no_truncation()
-        if self.tokenizer.padding is not None:
-            self.tokenizer.no_padding()
-        return self.tokenizer
-
     def _cut(self, text: str, limit: int) -> list[int]:
         """`limit` ids: all special tokens stay, and the text is cut."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -184,7 +175,7 @@ class CLIPProcessor:
                 (folder / name).unlink(missing_ok=True)
         else:
             with whole_file(folder / "tokenizer.json") as file:
-                file.write(self._whole().to_str(pretty=True).encode())
+                file.write(self.tokenizer.to_str(pretty=True).encode())
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
                 "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,
@@ -201,28 +192,18 @@ class CLIPProcessor:
 
     @classmethod
     def load(
-        cls, folder: Path, text_folder: Path | None = None, *, needs_tokenizer: bool = True
+        cls, folder: Path, text_folder: Path | None = None, *, image_size: int | None = None, max_length: int = 10**6,
+        needs_tokenizer: bool = True,
     ) -> "CLIPProcessor":
         """The processor of a checkpoint folder, of this project or of transformers.
 
         `text_folder` has the tokenizer if it is in a different folder. Without preprocessor_config.json, pictures are
-        prepared like CLIP's, at the size in config.json. Raises FileNotFoundError for a missing file and ValueError for
-        an unsupported one, with its name. If there is no tokenizer and `needs_tokenizer` is False, the processor takes
-        pictures only.
+        prepared like CLIP's, at `image_size`; texts have at most `max_length` tokens. Raises FileNotFoundError for a
+        missing file and ValueError for an unsupported one, with its name. If there is no tokenizer and
+        `needs_tokenizer` is False, the processor takes pictures only.
         """
         folder, text_folder = Path(folder), Path(folder if text_folder is None else text_folder)
+        pictures = processor_files.read_preprocessor(folder, image_size)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
-            return cls(None, max_length=processor_files.NO_LENGTH, **processor_files.read_preprocessor(folder))
-        return cls(**processor_files.read_tokenizer(text_folder), **processor_files.read_preprocessor(folder))
-
-    @classmethod
-    def from_towers(
-        cls, vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None
-    ) -> "CLIPProcessor":
-        """The processor of `load_towers`: pictures for the one tower, texts for the other."""
-        processor = cls.load(fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False))
-        if image_size is not None:
-            resize, ratio = processor.resize, image_size / processor.image_size
-            processor.image_size, processor.resize = image_size, round(resize * ratio) if isinstance(
-                resize, int) else tuple(round(side * ratio) for side in resize)
-        return processor
+            return cls(None, max_length=max_length, **pictures)
+        return cls(**processor_files.read_tokenizer(text_folder, max_length), **pictures)

@@ -40,20 +40,16 @@ class TextEncoder(nnx.Module):
         seen = jnp.asarray(input_ids != padding, jnp.int32)
         return jnp.cumsum(seen, axis=1) * seen + padding
 
-    def embeddings(
-        self, input_ids: Int[Arrays, "B L"], token_type_ids: Int[Arrays, "B L"] | None = None
-    ) -> Float[Array, "B L D"]:
-        """The input of the first block: words, positions and token types (default 0), summed and normalised."""
-        types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None else token_type_ids
+    def embeddings(self, input_ids: Int[Arrays, "B L"]) -> Float[Array, "B L D"]:
+        """The input of the first block: words, positions and the first token type, summed and normalised."""
         parts = ((self.word_embedding, input_ids), (self.position_embedding, self.positions(input_ids)),
-                 (self.token_type_embedding, types))
+                 (self.token_type_embedding, jnp.zeros((1, 1), jnp.int32)))
         words, places, kinds = (table[...][rows].astype(jnp.float32) for table, rows in parts)
         return self.ln((words + places + kinds).astype(self.dtype))
 
     def tokens(
         self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], *,
-        token_type_ids: Int[Arrays, "B L"] | None = None, keys: Key[Array, " B"] | None = None, drop_path: float = 0.0,
-        remat: bool = False,
+        keys: Key[Array, " B"] | None = None, drop_path: float = 0.0, remat: bool = False,
     ) -> Float[Array, "B L D"]:
         """The tokens after the last block; `keys`, `drop_path` and `remat` as in the image tower.
 
@@ -64,7 +60,7 @@ class TextEncoder(nnx.Module):
             raise ValueError(f"input_ids have {input_ids.shape[1]} tokens; this text tower takes "
                              f"{self.config.max_length}: truncate in the processor")
         self._check_ids(input_ids)
-        x = self.embeddings(input_ids, token_type_ids)
+        x = self.embeddings(input_ids)
         mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
         return layers.through_blocks(self.blocks, x, mask, keys, drop_path, remat)
 

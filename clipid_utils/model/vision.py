@@ -74,17 +74,14 @@ class VisionTransformer(nnx.Module):
         keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
         return layers.through_blocks(self.blocks, x, None, keys, drop_path, remat)
 
-    def features(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        """The output of `tokens`, normalised, pooled and projected into the common space."""
-        return self.projection(self._pool(tokens))
-
-    def _pool(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def pool(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The output of `tokens`, each on its own, normalised and through the pooler if there is one."""
         x = self.ln_post(tokens)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
 
     def pooled(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B D"]:
         """One vector for each picture, before the projection. `training` has the options of `tokens`."""
-        return self._pool(self.tokens(pixel_values, **training)[:, 0])
+        return self.pool(self.tokens(pixel_values, **training)[:, 0])
 
     def __call__(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B E"]:
         return self.projection(self.pooled(pixel_values, **training))  # [B, E]

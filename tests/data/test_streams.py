@@ -117,7 +117,7 @@ def test_a_stream_without_usable_rows_ends_the_run(tokenize, tmp_path, monkeypat
     iterator = iter(stream_feed(stream, tokenize, 8, 1, seed=0, length=12).dataset)
     with pytest.warns(UserWarning, match=r"a\.tar/.*skipped"), pytest.raises(
             ValueError, match="none of 6 rows one after the other .* the last is .*a.tar.* with the columns __key__.*: "
-                              "check the pictures, or name two columns with --image-column and --caption-column"):
+                              "check the pictures, or name the columns with --image-column and --caption-column"):
         next(iterator)
     iterator.close()
 

@@ -83,9 +83,9 @@ def run(tower: torch.nn.Module, **inputs) -> tuple[transformers.utils.ModelOutpu
     return out, {f"hidden_{number}": state for number, state in enumerate(hidden)}
 
 
-def image_stages(tower: torch.nn.Module, pixels: torch.Tensor, **options) -> Case:
+def image_stages(tower: torch.nn.Module, pixels: torch.Tensor) -> Case:
     convolution = next(part for part in tower.modules() if isinstance(part, torch.nn.Conv2d))
-    out, hidden = run(tower, pixel_values=pixels, **options)
+    out, hidden = run(tower, pixel_values=pixels)
     pooled = out.get("pooler_output")
     if pooled is None:  # ViT without its pooler
         pooled = out.last_hidden_state[:, 0]
@@ -126,19 +126,10 @@ def save(name: str, model: torch.nn.Module, cases: dict[str, Case]) -> None:
     print(f"{name}.npz: {(HERE / f'{name}.npz').stat().st_size / 1e3:.0f} kB")
 
 
-def image_cases(tower: torch.nn.Module, count: int = 2) -> dict[str, Case]:
-    """The picture size of the config, a larger and a smaller one: 4 x 4, 6 x 6 and 3 x 3 patches."""
-    cases = {"as_configured": image_stages(tower, pictures(count, 16))}
-    for case, size in (("larger", 24), ("smaller", 12)):
-        stages = image_stages(tower, pictures(1, size), interpolate_pos_encoding=True)
-        cases[case] = {name: stages[name] for name in ("pixel_values", "hidden_0", "pooled")}
-    return cases
-
-
 def record_image_towers() -> None:
     config = transformers.CLIPVisionConfig(**EVEN, **PICTURE, projection_dim=16)
     model = randomise(transformers.CLIPVisionModelWithProjection(config), seed=0)
-    cases = image_cases(model.vision_model)
+    cases = {"as_configured": image_stages(model.vision_model, pictures(2, 16))}
     cases["as_configured"]["features"] = model(cases["as_configured"]["pixel_values"]).image_embeds
     save("clip_vision_projection", model, cases)
     model = randomise(transformers.CLIPVisionModel(
@@ -152,7 +143,7 @@ def record_image_towers() -> None:
     cases["as_configured"]["features"] = model.get_image_features(pictures(2, 16)).pooler_output
     save("clip", model, cases)
     model = randomise(transformers.ViTModel(transformers.ViTConfig(**EVEN, **PICTURE)), seed=3)
-    save("vit", model, image_cases(model))
+    save("vit", model, {"as_configured": image_stages(model, pictures(2, 16))})
     config = transformers.ViTConfig(**ODD, **PICTURE, hidden_act="quick_gelu")
     model = randomise(transformers.ViTModel(config, add_pooling_layer=False), seed=4)
     save("vit_no_pooler", model, {"one_picture": image_stages(model, pictures(1, 16))})
@@ -161,8 +152,6 @@ def record_image_towers() -> None:
 def record_text_towers() -> None:
     model = randomise(transformers.BertModel(transformers.BertConfig(**EVEN, **WORDS)), seed=5)
     cases = text_cases(pad=0)
-    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0, 0]])
-    cases |= {"types": {**cases["right"], "token_type_ids": types}}
     save("bert", model, {case: text_stages(model, inputs) for case, inputs in cases.items()})
     model = randomise(transformers.BertForMaskedLM(
         transformers.BertConfig(**ODD, **WORDS, hidden_act="quick_gelu")), seed=6)

@@ -241,6 +241,15 @@ def test_a_towers_fingerprint_leaves_a_part_out():
     assert fingerprint(bfloat.vision, processor) != fingerprint(tiny_clip()[0].vision, processor)
 
 
+def test_a_file_that_cannot_be_read_is_known_by_its_path(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError
+
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(embed, "file_identity", refused)
+    assert len({picture_identity(tmp_path / name) for name in ("a.jpg", "b.jpg")}) == 2
+
+
 def test_an_identity_changes_with_the_picture(tmp_path):
     path, buffer = tmp_path / "a.bmp", io.BytesIO()
     Image.new("RGB", (90, 90)).save(buffer, "BMP")

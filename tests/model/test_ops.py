@@ -74,10 +74,6 @@ TEXTBOOK = {
                   [(2, 5, 2, 4), (2, 6, 2, 4), (2, 6, 2, 4)]),
     "layer norm": (lambda x, scale, bias: ops.layer_norm(x, scale, bias, 1e-5), textbook_norm, [(2, 5, 6), (6,), (6,)]),
     "layer norm of one row": (lambda x, s, b: ops.layer_norm(x, s, b, 1e-5), textbook_norm, [(6,), (6,), (6,)]),
-    "linear": (ops.linear, lambda x, kernel, bias: jnp.einsum("...d,dm->...m", x, kernel) + bias,
-               [(2, 5, 6), (6, 4), (4,)]),
-    "linear without bias": (lambda x, kernel: ops.linear(x, kernel, None), lambda x, kernel: x @ kernel,
-                            [(6,), (6, 4)]),
     "gelu": (ops.gelu, lambda x: jax.nn.gelu(x, approximate=False), [(3, 50)]),
     "quick gelu": (ops.quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x), [(3, 50)]),
 }

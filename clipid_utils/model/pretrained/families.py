@@ -5,7 +5,6 @@ how one array becomes the other. A tower on its own, with a head, of an older ve
 different prefixes and suffixes; `canonical` brings them to those of the table.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -160,64 +159,38 @@ def unused(name: str, config: CLIPConfig, sides: tuple[str, ...] = ("vision", "t
     return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
 
 
-def resize_positions(table: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings [1 + P, D] for a picture of `grid` x `grid` patches; the class token's row stays.
-
-    Bicubic (Keys 1981, a = -0.75), like torch's in transformers' interpolate_pos_encoding.
-    """
-    old = math.isqrt(len(table) - 1)
-    if old == grid:
-        return table
-    places = (np.arange(grid) + 0.5) * (old / grid) - 0.5
-    taps = np.floor(places)[:, None] + np.arange(-1, 3)
-    far = np.abs(places[:, None] - taps)
-    a = -0.75
-    near_weight, far_weight = ((a + 2) * far - (a + 3)) * far**2 + 1, (((far - 5) * far + 8) * far - 4) * a
-    weights = np.zeros((grid, old))
-    np.add.at(weights, (np.arange(grid)[:, None], taps.clip(0, old - 1).astype(int)),
-              np.where(far <= 1, near_weight, far_weight))
-    patches = np.asarray(table[1:], np.float64).reshape(old, old, -1)
-    patches = np.einsum("ro,cp,opd->rcd", weights, weights, patches, optimize=True)
-    return np.concatenate([table[:1], patches.reshape(grid * grid, -1).astype(table.dtype)])
-
-
 # Configs
 
 class ConfigError(ValueError):
     """A config that the towers do not support; the message begins with the field."""
 
 
+# Our field: Hugging Face's
+_SIZES = {
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
+}
+_VISION = _SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT = _SIZES | {"vocab_size": "vocab_size", "token_types": "type_vocab_size"}
+
+
 def _settings(values: dict, kind: str) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     import_transformers()
-    from transformers import BertConfig, CLIPVisionConfig, RobertaConfig, ViTConfig, XLMRobertaConfig
+    from transformers import AutoConfig
 
-    known = {"clip": CLIPVisionConfig, "clip_vision_model": CLIPVisionConfig, "vit": ViTConfig, "bert": BertConfig,
-             "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-              "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias", "pooler_act",
-              "pooler_output_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
-    settings = known[kind](**{field: values[field] for field in fields if values.get(field) is not None})
-    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "pooler_output_size":
-                          settings.hidden_size}.items():
-        if getattr(settings, field, wanted) not in (wanted, None):
-            raise ConfigError(f"{field} is {getattr(settings, field)!r}, and the towers here support {wanted!r} only")
+    fields = (*_VISION.values(), *_TEXT.values(), "max_position_embeddings", "pad_token_id")
+    settings = AutoConfig.for_model(kind, **{key: values[key] for key in fields if values.get(key) is not None})
+    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "is_decoder": False,
+                          "position_embedding_type": "absolute", "pooler_output_size": settings.hidden_size}.items():
+        if values.get(field) not in (wanted, None):
+            raise ConfigError(f"{field} is {values[field]!r}, and the towers here support {wanted!r} only")
     if settings.hidden_size % settings.num_attention_heads:
         raise ConfigError(f"hidden_size {settings.hidden_size} is not a multiple of num_attention_heads "
                           f"{settings.num_attention_heads}")
     if settings.hidden_act not in ops.ACTIVATIONS:
         raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
     return settings
-
-
-_SIZES = {  # our field: Hugging Face's
-    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
-}
-
-
-def _sizes(settings: Any) -> dict:
-    return {ours: getattr(settings, theirs) for ours, theirs in _SIZES.items()}
 
 
 def vision_config(values: dict, pooler: bool) -> VisionConfig:
@@ -230,11 +203,11 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
         values, kind = inner, model_type(inner) or "clip_vision_model"
     if kind not in ("clip", "clip_vision_model", "vit"):
         raise ConfigError(f"model_type of the image tower is {kind!r}; supported are clip, clip_vision_model and vit")
-    settings = _settings(values, kind)
     vit = kind == "vit"
+    settings = _settings(values, "vit" if vit else "clip_vision_model")
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
-    return VisionConfig(image_size=settings.image_size, patch_size=settings.patch_size, **_sizes(settings),
+    return VisionConfig(**{ours: getattr(settings, theirs) for ours, theirs in _VISION.items()},
                         ln_pre=not vit, patch_bias=vit, pooling="pooler" if vit and pooler else "class")
 
 
@@ -247,17 +220,10 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
     kind = model_type(values)
     if kind not in ("bert", "roberta", "xlm-roberta"):
         raise ConfigError(f"model_type of the text tower is {kind!r}; supported are bert, roberta and xlm-roberta")
-    for field, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if values.get(field) not in (None, wanted):
-            raise ConfigError(f"{field} is {values[field]!r}, and the text tower here supports {wanted!r} only")
     settings = _settings(values, kind)
-    if kind != "bert" and not isinstance(settings.pad_token_id, int):
-        raise ConfigError(f"pad_token_id is {settings.pad_token_id!r}: RoBERTa's positions start from this number")
     offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
-    return TextConfig(
-        vocab_size=settings.vocab_size, max_length=settings.max_position_embeddings - offset, **_sizes(settings),
-        token_types=settings.type_vocab_size, position_offset=offset,
-    )
+    return TextConfig(**{ours: getattr(settings, theirs) for ours, theirs in _TEXT.items()},
+                      max_length=settings.max_position_embeddings - offset, position_offset=offset)
 
 
 def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = True) -> CLIPConfig:
@@ -284,19 +250,13 @@ def to_hf_config(config: CLIPConfig) -> dict:
     if form not in (clip, vit):
         raise ValueError(f"VisionTextDualEncoderModel supports CLIP's image tower and ViT's; this one has ln_pre, "
                          f"patch_bias, pooling = {form}: save it as format='native'")
-    hf_vision = {"model_type": "clip_vision_model" if form == clip else "vit", **_hf_sizes(vision),
-                 "image_size": vision.image_size, "patch_size": vision.patch_size}
+    hf_vision = {"model_type": "vit", **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()}}
     if form == clip:
-        hf_vision["projection_dim"] = config.embed_dim
-    roberta = text.position_offset > 0
-    hf_text = {"model_type": "roberta" if roberta else "bert", **_hf_sizes(text), "vocab_size": text.vocab_size,
-               "max_position_embeddings": text.max_length + text.position_offset, "type_vocab_size": text.token_types}
-    if roberta:
-        hf_text["pad_token_id"] = text.position_offset - 1
+        hf_vision |= {"model_type": "clip_vision_model", "projection_dim": config.embed_dim}
+    hf_text = {"model_type": "bert", **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
+               "max_position_embeddings": text.max_length + text.position_offset}
+    if text.position_offset:
+        hf_text |= {"model_type": "roberta", "pad_token_id": text.position_offset - 1}
     return {"architectures": ["VisionTextDualEncoderModel"], "model_type": "vision-text-dual-encoder",
             "projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale, "dtype": "float32",
             "vision_config": hf_vision, "text_config": hf_text}
-
-
-def _hf_sizes(tower: VisionConfig | TextConfig) -> dict:
-    return {theirs: getattr(tower, ours) for ours, theirs in _SIZES.items()}

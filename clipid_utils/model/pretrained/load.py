@@ -39,27 +39,25 @@ def load_clip(
     with naming(folder):
         if kind == MODEL_TYPE:
             source, config = Source(folder), CLIPConfig.from_dict(values)
-            leaves = source.leaves(Key(name, name, "same") for name in source.names)
-            unknown = []
+            leaves = source.take([Key(name, name, "same") for name in source.names])
         elif kind in WHOLE_MODELS:
             source = Source(folder, "vision", "text")
             config = clip_config(values, source.names.keys(), own_positions=kind != "hybrid-clip")
-            leaves = source.leaves(key_table(config))
+            leaves = source.take(key_table(config))
             config = _with_scale(config, leaves, linear_scale=kind == "hybrid-clip")
-            unknown = source.unknown(leaves, config)
         else:
             raise ConfigError(f"model_type is not {MODEL_TYPE!r} or {' or '.join(map(repr, WHOLE_MODELS))}, but "
-                              f"{kind!r}: if it is one tower, use load_towers or HybridCLIP.from_towers")
-    model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype)
-    text_folder = None if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
+                              f"{kind!r}: if it is one tower, use load_towers")
+    unknown = source.unknown(config)
+    model = fill(HybridCLIP, config, leaves, unknown, folder, dtype, param_dtype, native=kind == MODEL_TYPE)
+    text_folder = folder if tokenizer is None else fetch_checkpoint(tokenizer, weights=False)
     # save_clip without a tokenizer writes neither of its files; if only one is there, the folder is damaged
     needed = tokenizer is not None or kind == MODEL_TYPE and (folder / "tokenizer_config.json").is_file()
-    processor = CLIPProcessor.load(folder, text_folder, needs_tokenizer=needed)
-    return model, _fitted(processor, model, text_folder or folder)
+    return model, _processor(model.config, folder, text_folder, needed)
 
 
 def load_towers(
-    vision: str | os.PathLike, text: str | os.PathLike, *, image_size: int | None = None, **options
+    vision: str | os.PathLike, text: str | os.PathLike, **options
 ) -> tuple[HybridCLIP, CLIPProcessor]:
     """A new model of two pretrained towers, and its processor.
 
@@ -68,7 +66,6 @@ def load_towers(
 
     - `embed_dim`: the common space's size; by default that of the image projection in `vision`, or 512;
     - `pooling`: "pooler" (default) or "mean", of the text tower;
-    - `image_size`: a different picture size; the position embeddings are interpolated to it;
     - `dtype`, `param_dtype`: as in `load_clip`;
     - `rngs`: draws the new parameters, by default from seed 0: the text projection, the image projection if `vision`
       has none of size `embed_dim`, and a pooler if the text tower has none (with a warning).
@@ -76,20 +73,21 @@ def load_towers(
     Raises FileNotFoundError if a tower is not there. Raises ValueError, with the names, for towers of a different kind,
     weights that do not fit config.json, and a tokenizer with ids beyond the embedding table.
     """
-    model = HybridCLIP.from_towers(vision, text, image_size=image_size, **options)
-    return model, _fitted(CLIPProcessor.from_towers(vision, text, image_size=image_size), model, text)
+    model = HybridCLIP.from_towers(vision, text, **options)
+    folders = fetch_checkpoint(vision, weights=False), fetch_checkpoint(text, weights=False)
+    return model, _processor(model.config, *folders, True)
 
 
-def _fitted(processor: CLIPProcessor, model: HybridCLIP, where: Path | str | os.PathLike) -> CLIPProcessor:
-    """The processor, with texts cut where the text tower ends. Raises ValueError if its ids do not fit the tower."""
-    text = model.config.text
-    processor.max_length = min(processor.max_length, text.max_length)
+def _processor(config: CLIPConfig, folder: Path, text_folder: Path, needs_tokenizer: bool) -> CLIPProcessor:
+    """The processor of a model. Raises ValueError if its ids do not fit the text tower."""
+    processor = CLIPProcessor.load(folder, text_folder, image_size=config.vision.image_size,
+                                   max_length=config.text.max_length, needs_tokenizer=needs_tokenizer)
     if processor.tokenizer is not None:
         ids = processor.tokenizer.get_vocab().values()
-        if (largest := max(ids, default=0)) >= text.vocab_size:
-            raise ValueError(f"the tokenizer in {where} has {len(ids)} tokens with ids up to {largest}, and the text "
-                             f"tower's embedding table has {text.vocab_size} rows: use the tower's own tokenizer, "
-                             "load_clip(…, tokenizer=…)")
+        if (largest := max(ids, default=0)) >= config.text.vocab_size:
+            raise ValueError(f"the tokenizer in {text_folder} has {len(ids)} tokens with ids up to {largest}, and the "
+                             f"text tower's embedding table has {config.text.vocab_size} rows: use the tower's own "
+                             "tokenizer, load_clip(…, tokenizer=…)")
     return processor
 
 
@@ -100,11 +98,11 @@ def _with_scale(config: CLIPConfig, leaves: dict[str, Leaf], *, linear_scale: bo
     """
     if "logit_scale" not in leaves or leaves["logit_scale"].array().size != 1:
         return config  # `fill` reports it
-    name, array, source = leaves["logit_scale"]
+    name, array = leaves["logit_scale"]
     value = array().reshape(())
     if linear_scale:
         value = np.log(20 * np.asarray(value, np.float64)).astype(np.float32)
         config = dataclasses.replace(config, logit_scale=float(value))
-    leaves["logit_scale"] = Leaf(name, lambda: value, source)
+    leaves["logit_scale"] = Leaf(name, lambda: value)
     above = float(value) > config.max_logit_scale + 1e-6  # ln 100 itself may be rounded up
     return dataclasses.replace(config, max_logit_scale=float(value)) if above else config

@@ -39,30 +39,26 @@ LARGEST_FILE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GiB, and la
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
-def export_onnx(
-    model: HybridCLIP, folder: str | os.PathLike, processor: CLIPProcessor | None = None
-) -> tuple[Path, Path]:
+def export_onnx(model: HybridCLIP, folder: str | os.PathLike, processor: CLIPProcessor) -> tuple[Path, Path]:
     """Writes `image_encoder.onnx` and `text_encoder.onnx` into `folder` and returns their paths, in this order.
 
     Everything is float32, whatever the model computes in. A tower of more than 1.5 GB has its weights in
-    `<name>.onnx.data` beside it; the two belong together. With a `processor`, its files (`tokenizer.json`,
-    `preprocessor_config.json`) are written too, so the folder has all that a program needs, and the ONNX files'
-    metadata have the pictures' mean and deviation and the texts' greatest length. `logit_scale` in the metadata is a
-    logarithm, at most `max_logit_scale`: logits are exp(logit_scale) * image_embeds @ text_embeds.T, plus `logit_bias`
-    if there is one. Raises NotADirectoryError if `folder` is a file, ValueError for a different model's processor.
+    `<name>.onnx.data` beside it; the two belong together. The processor's files (`tokenizer.json`,
+    `preprocessor_config.json`) are written too, so the folder has all that a program needs. `logit_scale` in the ONNX
+    files' metadata is a logarithm, at most `max_logit_scale`: logits are exp(logit_scale) * image_embeds @
+    text_embeds.T, plus `logit_bias` if there is one. Raises FileExistsError if `folder` is a file, ValueError for a
+    different model's processor.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: give export_onnx a folder")
-    if processor is not None and processor.image_size != model.config.vision.image_size:
+    if processor.image_size != model.config.vision.image_size:
         raise ValueError(f"the processor makes pictures of {processor.image_size} px and the model takes "
                          f"{model.config.vision.image_size}: give export_onnx the model's own processor")
-    known = _metadata(model, processor)
+    known = {"logit_scale": str(np.log(np.float64(model.scale())))}
+    if model.logit_bias is not None:
+        known["logit_bias"] = str(float(model.logit_bias[...]))
     image = _image_encoder(model, known)
     text = _text_encoder(model, known)
-    folder.mkdir(parents=True, exist_ok=True)
-    if processor is not None:
-        processor.save(folder)
+    processor.save(folder)
     return _save(image, folder / "image_encoder.onnx"), _save(text, folder / "text_encoder.onnx")
 
 
@@ -228,29 +224,13 @@ def _first(graph: _Graph, x: str) -> str:
     return graph.node("Gather", x, graph.tensor("int_0", np.int64(0)), axis=1)
 
 
-def _metadata(model: HybridCLIP, processor: CLIPProcessor | None) -> dict[str, str]:
-    """The facts that a program needs beside the graphs, as strings, which ONNX keeps."""
-    config = model.config
-    known = {"image_size": config.vision.image_size, "embed_dim": config.embed_dim,
-             "max_length": config.text.max_length, "logit_scale": np.log(np.float64(model.scale()))}
-    if model.logit_bias is not None:
-        known["logit_bias"] = float(model.logit_bias[...])
-    if processor is not None:
-        known |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-        if processor.tokenizer is not None:
-            known |= {"max_length": min(processor.max_length, config.text.max_length),
-                      "pad_token_id": processor.pad_id, "padding_side": processor.padding_side}
-    return {name: str(value) for name, value in known.items()}
-
-
 def _save(model: onnx.ModelProto, path: Path) -> Path:
     """Writes the file, complete before it replaces an older one; large weights go beside it into `<name>.onnx.data`."""
     data = path.with_name(path.name + ".data")
     large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= 1024]
     outside = sum(len(tensor.raw_data) for tensor in large) > LARGEST_FILE
-    if outside:
-        for tensor in large:
-            onnx.external_data_helper.set_external_data(tensor, data.name)
+    for tensor in large if outside else ():  # save_model's own option would look for the file in the working folder
+        onnx.external_data_helper.set_external_data(tensor, data.name)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as partial:
         onnx.save_model(model, Path(partial) / path.name)
         if outside:

@@ -18,20 +18,21 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MODEL_TYPE = "clip-indonesian"  # in the config.json of this project's own checkpoints
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 NO_SIDES = (0, 0)
-NO_LENGTH = 10**6  # transformers writes 1e30 for a tokenizer without a length of its own
 
 
-def read_preprocessor(folder: Path) -> dict:
-    """How pictures are resized and normalised; without preprocessor_config.json like CLIP, at config.json's size.
+def read_preprocessor(folder: Path, image_size: int | None) -> dict:
+    """How pictures are resized and normalised; without preprocessor_config.json like CLIP's, to `image_size`.
 
-    Raises FileNotFoundError if neither file has a size, and ValueError for pictures that would not be square.
+    Raises FileNotFoundError if that is None too, and ValueError for pictures that would not be square.
     """
     path, newest = folder / "preprocessor_config.json", folder / "processor_config.json"
     images = read_json(path)
     if not images and (images := read_json(newest).get("image_processor") or {}):
         path = newest
+    if not images and image_size is None:
+        raise FileNotFoundError(f"{path} is missing: is {folder} a checkpoint?")
     if not images:
-        return {"image_size": _vision_size(folder)}
+        return {"image_size": image_size}
     # null means not stated, except for do_…, where it means false
     images = {name: value for name, value in images.items() if value is not None or name.startswith("do_")}
     kind = images.get("image_processor_type") or images.get("feature_extractor_type") or ""
@@ -64,30 +65,17 @@ def _sides(size: dict) -> tuple[int, int]:
     return (size["height"], size["width"]) if {"height", "width"} <= set(size) else NO_SIDES
 
 
-def _vision_size(folder: Path) -> int:
-    config = read_json(folder / "config.json")
-    vision = config.get("vision", config)
-    while inner := part(vision, "vision"):
-        vision = inner  # a whole CLIP may be in the place of its vision part
-    if vision is config and not {"image_size", "patch_size"} & set(config):
-        raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing, and config.json has no vision part "
-                                f"with the size of a picture: is {folder} a checkpoint?")
-    return vision.get("image_size", 224)
-
-
-def read_tokenizer(folder: Path) -> dict:
+def read_tokenizer(folder: Path, max_length: int) -> dict:
     """The tokenizer, opened by AutoTokenizer if it is not this project's own, and how many tokens a text may have.
 
-    That number is model_max_length or the size of the position table, whichever is less. Raises FileNotFoundError for
-    missing files and ValueError for files that cannot be read.
+    That number is the file's model_max_length, or `max_length` if it is less. Raises FileNotFoundError for missing
+    files and ValueError for files that cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: is {folder} a checkpoint?")
     settings, config = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
     if not settings and not config:
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
-    text = part(config, "text") or config
-    text = text | {"model_type": kind} if (kind := model_type(text)) else text
     tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
     ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
     try:
@@ -100,25 +88,13 @@ def read_tokenizer(folder: Path) -> dict:
             from transformers import AutoTokenizer
 
             # if config.json has two towers, AutoTokenizer must be told the text tower's type
-            unnamed = text != config and "model_type" in text and "tokenizer_class" not in settings
-            kind = {"tokenizer_type": text["model_type"]} if unnamed else {}
-            found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **kind)}
+            kind = None if "tokenizer_class" in settings else model_type(part(config, "text") or {})
+            named = {} if kind is None else {"tokenizer_type": kind}
+            found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **named)}
             stated = found["tokenizer"].model_max_length
     except Exception as error:  # the two libraries raise anything for a broken file
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}): fetch the checkpoint again") from error
-    return {**found, "max_length": _max_length(folder, text, stated)}
-
-
-def _max_length(folder: Path, text: dict, stated: int | float | None) -> int:
-    rows = text.get("max_position_embeddings")
-    if rows and "roberta" in text.get("model_type", ""):
-        padding = text.get("pad_token_id")
-        rows -= (1 if padding is None else padding) + 1  # RoBERTa's positions begin after its padding's
-    lengths = [length for length in (stated, rows) if length and length < NO_LENGTH]
-    if not lengths:
-        raise ValueError(f"{folder}: neither tokenizer_config.json (model_max_length) nor config.json "
-                         "(max_position_embeddings) says how many tokens a text may have: add one")
-    return int(min(lengths))
+    return {**found, "max_length": int(min(stated or max_length, max_length))}
 
 
 def model_type(config: dict) -> str | None:
@@ -138,10 +114,7 @@ def read_json(path: Path) -> dict:
     """The file's object, {} if there is no file. Raises ValueError that names the file if it is not an object."""
     if not path.is_file():
         return {}
-    try:
-        values = files.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): fetch or save the checkpoint again") from error
+    values = files.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} cannot be read (it is not an object): fetch or save the checkpoint again")
     return values

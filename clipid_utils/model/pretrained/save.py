@@ -4,6 +4,7 @@ A folder of this project has `config.json`, `model.safetensors` (float32, one ke
 path with dots), the tokenizer's files and the image processor's config.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def save_clip(model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLi
     """
     params = flatten_params(nnx.state(model, nnx.Param))
     if format == "native":
-        config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+        config = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
         tensors = {key: np.asarray(value, np.float32) for key, value in params.items()}
     elif format == "vision-text-dual-encoder":
         config = to_hf_config(model.config)
