@@ -1,5 +1,6 @@
 """Set-up for all tests: eight simulated devices, no hub, and the shapes of every call into the library checked."""
 
+import gc
 import os
 import tempfile
 
@@ -29,3 +30,10 @@ hypothesis.settings.register_profile("course", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("course")
 
 install_import_hook("clipid_utils", "beartype.beartype")
+
+# JAX keeps millions of objects. To look through them often, and five times at the end, would take minutes.
+gc.set_threshold(200_000, 20, 100)
+
+
+def pytest_sessionfinish():
+    gc.freeze()

@@ -221,7 +221,8 @@ def claim_folder(recipe: Recipe) -> None:
             raise FileExistsError(f"{recipe.out} has a run already: continue it with --resume, or name a "
                                   "different folder with --out")
         if path.is_file():
-            check_same(path, {name: settings[name] for name in SAME_ON_RESUME} | {"content": data_content(recipe)})
+            check_same(path, {name: settings[name] for name in SAME_ON_RESUME})
+            check_same(path, {"content": data_content(recipe)})
     elif jax.process_index() == 0:
         write_json(path, {**settings, "out": str(recipe.out), "content": data_content(recipe)})
 

@@ -1,9 +1,12 @@
 """Several processes are one run: the single process's numbers, each its share of the data, one of them the writer."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from resume_worker import (
 )
 from tiny import NAMES, tiny_pairs
 
+from clipid_utils.data.captions import read_captions
 from clipid_utils.training.fit import fit
 
 
@@ -91,7 +95,9 @@ def test_each_process_opens_the_pictures_of_its_share_alone(whole, data):
     _, notes = whole
     _, feed, _ = worker.small(data)
     batches = iter(feed.dataset)
-    order = np.stack([next(batches)["concepts"] for _ in range(STEPS)])  # of records: their numbers
+    records = read_captions(data / "captions.jsonl")
+    number = {zlib.crc32(os.fsencode(path)): int(Path(path).stem) for path in records["image_path"]}
+    order = np.array([[number[concept] for concept in next(batches)["concepts"].view(np.uint32)] for _ in range(STEPS)])
     for rank, note in enumerate(notes):
         share = order[:, rank * BATCH // 2 : (rank + 1) * BATCH // 2]
         opened = [int(name) for name in note["read"]]  # and some ahead

@@ -20,11 +20,11 @@ import numpy as np
 from datasets import Dataset
 from jaxtyping import Bool, Int
 
-from clipid_utils.data.batches.decoding import source
 from clipid_utils.data.captions import read_captions, write_captions
 from clipid_utils.data.cleaning.near_copies import CHUNK, NearIndex, Signatures, sign_all
 from clipid_utils.data.report import Report
 from clipid_utils.files import file_identity
+from clipid_utils.pictures import picture_source
 
 UNREADABLE, HELD_OUT, TRAIN, VALIDATION = range(4)  # the side of a row
 REASONS = {UNREADABLE: "picture cannot be read", HELD_OUT: "copy of a picture that is held out"}
@@ -89,7 +89,7 @@ def _signed(path, records: Dataset, work: Path) -> tuple[np.ndarray, np.ndarray]
     """The keys and thumbnails of a set's pictures, in files whose name changes with the set's file."""
     def pictures(start: int) -> Iterator[str | bytes]:
         for row in _rows(records.select(range(start, len(records)))):
-            yield source(row.get("image") or row["image_path"])
+            yield picture_source(row.get("image") or row["image_path"])
 
     place = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
     return sign_all(pictures, len(records), work / f"{Path(path).stem}-{place}-{file_identity(path)}")
