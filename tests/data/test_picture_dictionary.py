@@ -305,6 +305,13 @@ def picture(seed: int) -> Image.Image:
     return render_svg(miniature.svg(seed))
 
 
+def test_processes_draw_what_one_process_draws(monkeypatch):
+    drawings = [miniature.svg(seed) for seed in range(30)] + ["not an SVG"]
+    alone = rasterise._draw_all(render_svg, drawings)
+    monkeypatch.setattr(rasterise, "FEW", 2)
+    assert rasterise._draw_all(render_svg, drawings) == alone and alone[-1] is None and None not in alone[:-1]
+
+
 def row(concept, artist="openmoji", kind="drawing", name=None):
     return {"concept": concept, "artist": artist, "kind": kind, "name_id": name or concept, "source": concept,
             "keywords_id": [], "has_text": False}  # fmt: skip

@@ -1,10 +1,12 @@
 """Drawings and cut-out photographs as square RGB pictures on white, kept in parts."""
 
+import functools
 import hashlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import loky
 import pyarrow
 import pyarrow.parquet
 import resvg_py
@@ -12,11 +14,12 @@ from datasets import Dataset, Features
 from PIL import Image
 from tqdm.auto import tqdm
 
-from clipid_utils.files import whole_file
+from clipid_utils.files import usable_cores, whole_file
 
 SIZE = 128  # pixels; more than any model of the course looks at
 MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
 PART = 400  # drawings kept at a time: an interrupted run draws at most these again
+FEW = 50  # drawings that one process draws alone
 
 
 def draw_rows(rows: list[dict], render: Callable[[str | Path], Image.Image], folder: Path, name: str) -> Iterator[dict]:
@@ -31,11 +34,19 @@ def draw_rows(rows: list[dict], render: Callable[[str | Path], Image.Image], fol
         named = "\n".join([render.__name__, *(row["source"] for row in part)])
         path = folder / f"{hashlib.sha256(named.encode()).hexdigest()[:12]}.parquet"
         if not path.exists():
-            table = pyarrow.table({"png": pyarrow.array([draw(render, row["drawing"]) for row in part], "binary")})
+            table = pyarrow.table({"png": pyarrow.array(_draw_all(render, [row["drawing"] for row in part]), "binary")})
             with whole_file(path) as file:
                 pyarrow.parquet.write_table(table, file)
         pngs = pyarrow.parquet.read_table(path)["png"].to_pylist()
         yield from (row | {"png": png} for row, png in zip(part, pngs, strict=True))
+
+
+def _draw_all(render: Callable[[str | Path], Image.Image], drawings: list[str | Path]) -> list[bytes | None]:
+    """The PNGs of some drawings: many are drawn on all cores, in processes, since resvg keeps Python's lock."""
+    if len(drawings) < FEW:  # to start processes would take longer
+        return [draw(render, drawing) for drawing in drawings]
+    pool = loky.get_reusable_executor(usable_cores())
+    return list(pool.map(functools.partial(draw, render), drawings, chunksize=20))
 
 
 def to_dataset(rows: list[dict], features: Features) -> Dataset:
