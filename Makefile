@@ -7,8 +7,7 @@ RUN := .venv/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=131072:glibc.malloc.arena_max=1
 # Unit tests compile hundreds of programs without optimizations (tests/conftest.py). XLA's older code for a CPU compiles
 # them in a third less time; it is slower for the notebooks' optimized programs. The notebooks share one cache of compiled
-# programs, and every test process reads the bytecode that the first one kept. There are three test processes on two
-# cores, because a third of a test's time is spent waiting for processes that it started.
+# programs, and every test process reads the bytecode that the first one kept.
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
 test: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
@@ -26,7 +25,7 @@ course: .venv/installed  ## run every notebook; the executed pages are in build/
 test: .venv/installed  ## ruff, the unit tests, and every notebook
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
-	$(QUICK_COMPILER) $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -p no:nbval
+	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval
 	rm -rf build/compiled
 	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 

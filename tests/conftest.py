@@ -16,7 +16,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import hypothesis
 import jax
 import matplotlib
-import pytest
 from jaxtyping import install_import_hook
 
 # Through jax.config, not XLA_FLAGS, which would reach the kernels that tests start.
@@ -34,13 +33,6 @@ install_import_hook("clipid_utils", "beartype.beartype")
 
 # JAX keeps millions of objects. To look through them often, and five times at the end, would take minutes.
 gc.set_threshold(200_000, 20, 100)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def memory():
-    """Modules share few programs; all of them together take gigabytes."""
-    yield
-    jax.clear_caches()
 
 
 def pytest_sessionfinish():
