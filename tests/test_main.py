@@ -249,7 +249,9 @@ def test_ctrl_c_is_one_line_at_any_moment(module, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     rest = [text for text in process.communicate(timeout=120)[0].splitlines() if not text.startswith("import time:")]
-    assert process.returncode == 130 and [text.split(":")[0] for text in rest if text] == ["stopped"], rest
+    # A shell shows 130 for both: Python ends itself by the signal if Ctrl-C came into code that `exec` runs
+    assert process.returncode in (130, -signal.SIGINT), rest
+    assert [text.split(":")[0] for text in rest if text] == ["stopped"]
 
 
 ABSENT = """
