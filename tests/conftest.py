@@ -35,5 +35,11 @@ install_import_hook("clipid_utils", "beartype.beartype")
 gc.set_threshold(200_000, 20, 100)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that at the end no test process waits for another."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish():
     gc.freeze()
