@@ -66,6 +66,42 @@ def test_about_half_are_mirrored():
     assert (mirrored ^ plain).all() and 160 < mirrored.sum() < 240
 
 
+def test_rotation_and_shear_are_drawn_apart():
+    def draw(key):
+        return draw_affine(key, jnp.array(False), only(degrees=7.0, shear=0.07)).matrix
+
+    matrices = np.asarray(jax.vmap(draw)(jax.random.split(KEY, 400)))
+    angle = np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0])
+    shear = np.cos(angle) * matrices[:, 0, 1] + np.sin(angle) * matrices[:, 1, 1]
+    assert 0.06 < np.abs(shear).max() <= 0.07 + 1e-6 and abs(np.corrcoef(angle, shear)[0, 1]) < 0.2
+
+
+def test_the_matrix_leads_from_the_output_to_the_input():
+    image = pictures(1)[0] / 255
+    quarter = Affine(jnp.array([[0.0, -1.0], [1.0, 0.0]]), jnp.zeros(2))  # column x, row y -> column -y, row x
+    np.testing.assert_allclose(warp(image, quarter, SIZE), np.rot90(image), atol=1e-5)
+
+
+def chroma(config):
+    """How 400 draws change a colour: the turns of its hue, as a share of a full turn, and its saturation's factor."""
+    image, to_iq = jnp.array([140, 128, 116], jnp.uint8), np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    out = apply(jnp.broadcast_to(image, (400, 2, 2, 3)), config)[:, 8, 8]
+    (i, q), (before_i, before_q) = to_iq @ out.T, to_iq @ (np.asarray(image) / 255)
+    ratio = (i + 1j * q) / (before_i + 1j * before_q)
+    return np.angle(ratio) / (2 * np.pi), np.abs(ratio)
+
+
+def test_hue_turns_up_to_its_share_of_a_full_turn():
+    turn, _ = chroma(only(hue=0.4))
+    assert 0.38 < turn.max() < 0.41 and -0.41 < turn.min() < -0.38
+
+
+def test_hue_and_saturation_are_drawn_apart():
+    turn, factor = chroma(only(hue=0.2, saturation=0.4))
+    assert 1.35 < factor.max() < 1.45 and 0.55 < factor.min() < 0.65
+    assert abs(np.corrcoef(turn, factor)[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize("name", [name for name in OFF if name != "flip"])
 def test_each_picture_has_its_own_draw_and_each_key_another(name):
     default = getattr(AugmentConfig(), name)
