@@ -82,6 +82,13 @@ def test_the_matrix_leads_from_the_output_to_the_input():
     np.testing.assert_allclose(warp(image, quarter, SIZE), np.rot90(image), atol=1e-5)
 
 
+def test_light_comes_from_every_side():
+    out = apply(jnp.full((60, SIZE, SIZE, 3), 60, jnp.uint8), only(shading=0.2)).mean(axis=-1)[:, 1:-1, 1:-1]
+    across, down = (np.diff(out.mean(axis=axis), axis=1).sum(axis=1) for axis in (1, 2))
+    assert np.abs(across).max() > 0.15 and np.abs(down).max() > 0.15
+    assert (np.hypot(across, down) > 2 * np.abs(across)).any() and (np.hypot(across, down) > 2 * np.abs(down)).any()
+
+
 def chroma(config):
     """How 400 draws change a colour: the turns of its hue, as a share of a full turn, and its saturation's factor."""
     image, to_iq = jnp.array([140, 128, 116], jnp.uint8), np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
