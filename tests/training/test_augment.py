@@ -89,6 +89,20 @@ def test_light_comes_from_every_side():
     assert (np.hypot(across, down) > 2 * np.abs(across)).any() and (np.hypot(across, down) > 2 * np.abs(down)).any()
 
 
+def test_a_full_colour_is_shaded_and_white_paper_is_not():
+    for colour, shaded in (((255, 0, 0), True), ((255, 255, 255), False)):
+        image = jnp.broadcast_to(jnp.array(colour, jnp.uint8), (8, SIZE, SIZE, 3))
+        change = np.abs(apply(image, only(shading=0.2)) - np.asarray(image) / 255)[:, 1:-1, 1:-1].max()
+        assert (change > 0.03) == shaded
+
+
+def test_moves_and_colours_are_drawn_apart():
+    """A smaller picture has more white around it; contrast makes its grey darker or lighter."""
+    out = apply(jnp.full((200, SIZE, SIZE, 3), 64, jnp.uint8), only(scale=(0.5, 1.0), contrast=0.25)).mean(axis=-1)
+    area, grey = (out < 0.9).sum(axis=(1, 2)), out[:, SIZE // 2, SIZE // 2]
+    assert area.std() > 20 and grey.std() > 0.02 and abs(np.corrcoef(area, grey)[0, 1]) < 0.25
+
+
 def chroma(config):
     """How 400 draws change a colour: the turns of its hue, as a share of a full turn, and its saturation's factor."""
     image, to_iq = jnp.array([140, 128, 116], jnp.uint8), np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
