@@ -148,7 +148,7 @@ def write_coco(path: Path, count: int) -> None:
 
 
 def write_coco_json(path: Path, count: int, flags: Sequence[str] = ()) -> None:
-    """The same as annotations, in a hundredth of which a flag, such as VizWiz has, is true."""
+    """The same as annotations. A flag, as VizWiz has them, is true in one annotation of a hundred."""
     pictures = count // 5
     images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in range(pictures)]
     rows = [{"id": number, "image_id": number * 7919 % pictures, "caption": caption,
@@ -205,7 +205,7 @@ def write_xm3600(path: Path, count: int) -> None:
 
 
 def write_unsplash(folder: Path, count: int) -> None:
-    """Nine keywords a photo, far apart, of which two fifths are sure; Lite has more, and so fewer photos."""
+    """Nine keywords a photo, far apart; two fifths of them are sure. Lite has more, and so fewer photos."""
     folder.mkdir()
     count_photos = count // 10
     with open(folder / "photos.tsv000", "w", newline="") as file:

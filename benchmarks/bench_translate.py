@@ -36,7 +36,7 @@ CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
     "activation_function": "swish", "scale_embedding": True, "pad_token_id": 54795, "eos_token_id": 0,
     "decoder_start_token_id": 54795, "forced_eos_token_id": 0,
 }
-PIECES = 32_000  # of each language: opus-mt's vocabulary is both languages' and what they share stands in it once
+PIECES = 32_000  # of each language: opus-mt's vocabulary has both languages; shared pieces are in it once
 CAPTIONS = 12_000_000
 CORE_HOUR = 0.04  # US dollars, about what clouds ask for a core of a large machine on demand; yours may differ
 GPU_HOUR = 4.0  # US dollars, about what clouds ask for an H100 or H200 on demand; yours may differ

@@ -272,7 +272,7 @@ def train_share(
     """One process's part of a run with captions records: all devices of all `count` processes are one mesh.
 
     `signals` says for a rank after which step it gets which signal; steps are slow from there on, so that the word can
-    go round. What it opened and how it ended stands in `notes`.
+    go round. `notes` says which files it opened and how it ended.
     """
     jax.distributed.initialize(f"localhost:{port}", count, rank)
     connect()
@@ -410,7 +410,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def last_notes(folder: Path) -> dict:
-    """What stands beside the arrays of the last checkpoint: place in the data, counts, best recall."""
+    """The notes beside the arrays of the last checkpoint: place in the data, counts, best recall."""
     return json.loads((folder / "checkpoints" / str(steps(folder)[-1]) / "run.json").read_text())
 
 

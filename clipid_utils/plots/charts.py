@@ -58,7 +58,7 @@ def caption_lengths(
 
 @styled
 def training_history(history: Sequence[Mapping], title: str = "") -> Figure:
-    """The lines that `fit` logs (`metrics.jsonl`), of which some have a loss and some the validation recall.
+    """The lines that `fit` logs (`metrics.jsonl`): some have a loss, and some the validation recall.
 
     The loss (thin: each step, thick: mean) with log(batch), the loss of a guess; beside it the recall, if there is any.
     """

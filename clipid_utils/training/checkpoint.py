@@ -25,7 +25,7 @@ from grain import DatasetIterator
 from clipid_utils.training.processes import from_all, from_first
 
 LOGGERS = ("absl", "asyncio")  # with messages about failed saves
-UNSEALED = "_CHECKPOINT_METADATA"  # Orbax's file with the times of a save, the last of which it adds at the end
+UNSEALED = "_CHECKPOINT_METADATA"  # Orbax's file with the times of a save; it adds the last one at the end
 
 
 def _named(tree) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def cache_features(
 ) -> Features:
     """Sends each picture and each different caption once through its tower, or reads the features from `folder`.
 
-    `data` is pictures in memory, at the model's size, for each of which `captions` captions are drawn; or it is
+    `data` is pictures in memory, at the model's size; `captions` captions are drawn for each. Or it is
     captions records, whose pictures are opened one batch at a time. An interrupted call loses at most 4,096 rows. A
     picture that cannot be read is counted in one line on stderr, and training leaves it out.
 

@@ -21,8 +21,8 @@ def test_each_class_has_names_of_its_own_and_a_description():
     assert not [text for text in texts if text != " ".join(text.split()) or "(" in text]
     for row in rows:
         assert 8 <= len(row["description"].split()) <= 20 and row["description"][-1] == "."
-        assert row["english"] and row["kind"] in ("own", "loan", "doubt")
-        assert set(row["also_in"]) <= {"FreeDict", "CLDR", "Tux Paint"}
+        assert row["english"]
+    assert Counter(row["kind"] for row in rows) == {"own": 690, "loan": 306, "doubt": 4}  # data/README.md says so
 
 
 def test_each_sample_photograph_has_captions_a_licence_and_a_credit():
