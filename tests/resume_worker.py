@@ -52,7 +52,7 @@ CONFIG = FitConfig(
 
 @contextmanager
 def cached_in(folder: Path):
-    """What `datasets` makes of records goes into this folder."""
+    """This folder gets the files that `datasets` makes of records."""
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
     yield
     datasets.config.HF_DATASETS_CACHE = before
@@ -357,7 +357,7 @@ class Process:
         return self.log.read_text() if self.log.is_file() else ""
 
     def ends(self, code: int, timeout: float = 600) -> str:
-        """What it printed, once it has ended, with this exit code."""
+        """Its output, once it has ended with this exit code."""
         self.process.join(timeout)  # no judgement of its speed: a process that hangs ends the test
         text = self.output()
         if self.process.exitcode != code:
@@ -379,7 +379,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def untimed(history: list[dict]) -> list[dict]:
-    """Without what the clock says, which is another one in each process."""
+    """Without the times, which differ in each process."""
     timed = ("examples_per_second", "data_wait_fraction")
     return [{key: value for key, value in line.items() if key not in timed}
             for line in history if line.get("alarm") != "data_wait"]

@@ -57,7 +57,7 @@ def ending(text: str) -> str:
 
 
 def faults(en: str, id_: str) -> list[str]:
-    """What is wrong with a pair, in words; nothing for a good one."""
+    """The fault of a pair, in words; nothing for a good one."""
     found = []
     for text in (en, id_):
         if not text or text != " ".join(text.split()) or unicodedata.normalize("NFC", text) != text:
@@ -146,7 +146,7 @@ def test_splits_are_far_apart(rows, column):
 
 
 def test_what_the_captions_cover(rows):
-    """A model that sees no "seekor" cannot learn it: each of these stands in training and is asked for in test."""
+    """A model that sees no "seekor" cannot learn it: each of these is in training and is asked for in the test."""
     for split in ("train", "test"):
         text = " ".join(f" {row[2].lower()} " for row in rows if row[0] == split)
         for word in "seekor seorang sebuah sehelai sedang yang di ke dari tanpa tidak dan gambar kartun kiri".split():

@@ -497,7 +497,7 @@ def test_of_an_animation_the_first_frame_is_kept():
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG with further scans, each of which would be decoded over the whole picture."""
+    """A progressive JPEG with many scans; each would be decoded over the whole picture."""
     Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG", progressive=True)
     start, end = file.getvalue()[:-2], file.getvalue()[-2:]
     return start + b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00" * (count - start.count(b"\xff\xda")) + end

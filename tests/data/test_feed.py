@@ -95,7 +95,7 @@ def assert_equal_batches(ones, others):
 
 
 def joined(shares):
-    """What several processes see, put together."""
+    """The rows that several processes see, put together."""
     return [{key: np.concatenate([batch[key] for batch in parts]) for key in parts[0]}
             for parts in zip(*shares, strict=True)]
 

@@ -38,7 +38,7 @@ def rows_of_pictures(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def copies(keys: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """Which rows are near copies [N, N], compared one by one, also in the mirror; rows of the same bytes too."""
+    """The rows that are near copies [N, N], compared one by one, also in the mirror; rows of the same bytes too."""
     seen, mirrored = Signatures(keys["hash"], thumbnails), Signatures(keys["mirrored"], thumbnails[:, :, ::-1])
     same = (keys["sha256"][:, None] == keys["sha256"]).all(2)
     return all_with_all(seen, seen) | all_with_all(mirrored, seen) | same

@@ -24,7 +24,7 @@ def tokenize(processor):
 
 
 def rows_of(batch, pairs):
-    """Which pictures a batch has; all of `tiny_pairs` differ."""
+    """The pictures of a batch; all of `tiny_pairs` differ."""
     number = {image.tobytes(): row for row, image in enumerate(pairs.images)}
     return [number[image.tobytes()] for image in batch["images"]]
 

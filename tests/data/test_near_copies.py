@@ -23,7 +23,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 
 def random_keys(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of which many are near copies of one another, half of these in the mirror, some just beyond a limit."""
+    """Pictures with many near copies among them, half of these mirrored, some just beyond a limit."""
     rng = np.random.default_rng(seed)
     origin = rng.integers(0, max(1, count // 3), count)
     base = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)

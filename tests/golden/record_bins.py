@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Tied(torch.nn.Module):
-    """What a masked language model has: one matrix under two names, a norm, a buffer of positions."""
+    """As in a masked language model: one matrix under two names, a norm, a buffer of positions."""
 
     def __init__(self):
         super().__init__()

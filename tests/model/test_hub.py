@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, a shipped name, or the hub, of which a server here has the format."""
+"""Where a checkpoint comes from: a folder, a shipped name, or the hub, here a local server in its format."""
 
 import hashlib
 import json

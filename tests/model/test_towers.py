@@ -82,7 +82,7 @@ def test_the_table_names_every_key_of_transformers_and_every_parameter_once(fold
 
 
 def test_two_towers_are_the_two_towers_of_the_whole(tmp_path, folders, towers):
-    """What from_towers reads of each is what load_clip reads of both."""
+    """from_towers reads the same from each tower as load_clip from both."""
     whole, _ = load_clip(folders["dual_clip_bert"])
     config, weights = config_of("dual_clip_bert"), weights_of("dual_clip_bert")
     parts = {side: write_folder(tmp_path / side, config[f"{side}_config"], {

@@ -254,7 +254,7 @@ def test_any_array_comes_back_exactly(tmp_path_factory, array, file, shift):
 @anew
 @given(st.data(), st.sampled_from(sorted(DTYPES)), st.booleans())
 def test_any_strides_and_offset_are_numpys(tmp_path_factory, data, kind, old):
-    """What numpy reaches within the storage comes back; what lies beyond it by one element is refused."""
+    """Everything within the storage can be read; one element beyond it is refused."""
     folder = tmp_path_factory.getbasetemp()
     shape = data.draw(st.lists(st.integers(0, 4), max_size=4), "shape")
     strides = data.draw(st.lists(st.integers(0, 6), min_size=len(shape), max_size=len(shape)), "strides")

@@ -57,7 +57,7 @@ def model_and_processor(bias: bool):
 
 
 def batch_of(number: int) -> dict:
-    """Pairs that share concepts, and one picture that stands in two devices' shares."""
+    """Pairs that share concepts, and one picture that is in the shares of two devices."""
     batch = tiny_batch(model_and_processor(False)[1], BATCH, seed=number)
     batch["images"][BATCH - 1] = batch["images"][0]
     return batch
@@ -214,7 +214,7 @@ def test_chunks_must_divide_a_devices_share():
 
 
 def bytes_per_device(tree) -> dict:
-    """What each device holds of a tree's arrays."""
+    """The parts of a tree's arrays that each device holds."""
     held = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -349,7 +349,7 @@ def test_what_is_placed_is_collected(form, sides, toy):
 @ways
 @meshes
 def test_a_state_on_disk_has_no_axis_of_devices_and_comes_back(form, sides, toy):
-    """Packed, all forms have the leaves of `init_state`: what one form has kept another can go on with."""
+    """Packed, all forms have the leaves of `init_state`: one form can continue from the state of a different one."""
     placed = FORMS[form](pull, make_mesh(*sides))
     packed = placed.pack(placed.place(toy))
     assert jax.tree.structure(packed) == jax.tree.structure(toy)

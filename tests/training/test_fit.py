@@ -59,7 +59,7 @@ def assert_equal_weights(one, other):
 
 
 def read_lines(folder):
-    """The lines of metrics.jsonl without alarms, of which these tiny runs raise some."""
+    """The lines of metrics.jsonl without alarms; these tiny runs raise some."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "alarm" not in line]
 

@@ -163,7 +163,7 @@ def test_another_adabelief_is_not_the_same(weights, other):
 
 
 def uneven(value: np.ndarray) -> np.ndarray:
-    """A matrix with the same directions, some of which are four times as strong as others."""
+    """A matrix with the same directions; some of them are four times as strong as others."""
     left, _, right = np.linalg.svd(value, full_matrices=False)
     return left @ np.diag(np.linspace(1.0, 0.25, len(right))) @ right
 
@@ -224,7 +224,7 @@ def test_the_schedule_is_a_line_and_half_a_cosine(rate, steps, warm, at):
     expected = rate * step / warmup if step < warmup else rate * 0.5 * (1 + math.cos(math.pi * part))
     assert float(schedule(step)) == pytest.approx(expected, rel=1e-4, abs=1e-5 * rate)
     assert float(schedule(0)) == 0 and float(schedule(warmup)) == pytest.approx(rate)
-    for end in (steps, steps + 1, 2 * steps):  # a run that goes on after its end does not learn again
+    for end in (steps, steps + 1, 2 * steps):  # a run that is continued after its end does not learn again
         assert float(schedule(end)) == pytest.approx(0, abs=1e-6 * rate)
 
 
