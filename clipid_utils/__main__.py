@@ -46,16 +46,21 @@ def command(function: Callable) -> Callable:
 
 @command
 def prepare() -> None:
-    """Fetch the picture dictionary and prepare it under data/cache."""
+    """Fetch the picture dictionary and the sample photographs and prepare them under data/cache."""
     from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.data.dictionary.fetch import FetchError
     from clipid_utils.data.dictionary.openclipart import load_openclipart
+    from clipid_utils.data.photographs import NAME, load_sample_photographs
 
     for split, rows in load_picture_dictionary().items():
         print(f"{split:16} {len(rows):5} pictures")
     try:
         print(f"{'openclipart':16} {len(load_openclipart()[0]):5} pictures, named in English")
     except FetchError as error:  # without apt-get notebook 02 translates the dictionary's own English
+        print(error)
+    try:
+        print(f"{NAME:16} {len(load_sample_photographs()):5} photographs to search: {CACHE / NAME}")
+    except FetchError as error:
         print(error)
 
 
