@@ -25,12 +25,14 @@ except KeyboardInterrupt:
 
 # The extra that a command needs
 EXTRAS = {"prepare": "data", "check": "data", "download": "download", "translate": "translate", "embed": "scale",
-          "train": "train", "evaluate": "data", "search": "data"}
+          "train": "train", "evaluate": "data", "search": "data", "demo": "demo"}
+MODEL = "mini"  # the model of search and demo
+SAMPLES = CACHE / "foto-contoh"  # where `load_sample_photographs` puts them
 COMMANDS = tyro.extras.SubcommandApp()
 
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Folder = Annotated[Positional[Path], arg(metavar="FOLDER")]
-Model = Annotated[str, arg(aliases=("-m",))]
+Model = Annotated[str, arg(aliases=("-m",), help="a shipped model by name, a run, a model's folder, or a hub id")]
 Ray = Annotated[tuple[str, ...] | None, arg(metavar="[ADDRESS]")]
 
 
@@ -162,7 +164,6 @@ def embed(
     Args:
         rows: Parquet shards with the column image or image_path: a file, a folder, or a glob
         folder: where shards of the same names go
-        model: a shipped model by name, a run, a model's folder, or a hub id
         ray: run on the cluster at ADDRESS, not on this machine; write it last
         workers: processes; by default as many as there is room for
         cores: cores of one process
@@ -229,29 +230,38 @@ def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini", *
 @command
 def search(
     folder: Folder, query: Annotated[Positional[str], arg(metavar="QUERY")] = "", *,
-    image: Annotated[Path | None, arg(aliases=("-i",))] = None, model: Model = "mini",
-    k: Annotated[int, arg(aliases=("-k",))] = 12,
+    image: Annotated[Path | None, arg(aliases=("-i",), metavar="PICTURE")] = None, model: Model = MODEL,
+    k: Annotated[int, arg(aliases=("-k",))] = 12, sheet: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
-    """Find pictures in a folder by words, by a picture, or by both.
+    """Find pictures in a folder by words, by a picture, or by both. Without a query, each line of stdin is one.
 
     Args:
         folder: folder of pictures, with its subfolders
         query: words, such as "kucing tidur"
         image: a picture to find similar ones
-        model: a shipped model by name, a run, a model's folder, or a hub id
         k: pictures to print, the best first
+        sheet: file for a contact sheet of the results: a web page (.html) or a figure (.png)
     """
-    if not query.strip() and image is None:
-        raise ValueError('give words, such as "kucing tidur", or a picture with --image')
-    from clipid_utils import load_clip
-    from clipid_utils.inference.index import build_index
-    from clipid_utils.inference.search import query_embeds, search
+    from clipid_utils.inference.command import search_folder
 
-    model, processor = load_clip(model)
-    index = build_index(model, processor, folder, cache=CACHE / "search")
-    scores, rows = search(index, query_embeds(model, processor, query or None, image), k)
-    for score, row in zip(scores[0], rows[0], strict=True):
-        print(f"{score:.3f}  {folder / index.keys[row]}")
+    search_folder(folder, query, image, model=model, k=k, sheet=sheet)
+
+
+@command
+def demo(folder: Folder = SAMPLES, *, model: Model = MODEL, port: int = 7860) -> None:
+    """Search a folder of pictures in the browser.
+
+    Args:
+        folder: folder of pictures, with its subfolders; by default the sample photographs
+        port: the page is at http://127.0.0.1:PORT
+    """
+    from clipid_utils.inference.demo import serve
+
+    if folder == SAMPLES and not folder.is_dir():
+        from clipid_utils.data.photographs import load_sample_photographs
+
+        load_sample_photographs()
+    serve(folder, model=model, port=port)
 
 
 def parse(arguments: list[str]) -> Callable[[], None]:

@@ -1,10 +1,13 @@
 """The command `clipid`: the same conventions for every command."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,11 +15,15 @@ from PIL import Image
 from tiny import tiny_clip
 
 import clipid_utils
-from clipid_utils.__main__ import EXTRAS, main, short
+from clipid_utils.__main__ import EXTRAS, MODEL, main, short
+from clipid_utils.data import photographs
 from clipid_utils.data.download import download
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation import on_ray, translate
+from clipid_utils.inference import command as searching
 from clipid_utils.inference import evaluate
+from clipid_utils.inference.index import build_index
+from clipid_utils.inference.search import query_embeds
 from clipid_utils.paths import CHECKPOINTS
 from clipid_utils.training import command as training
 
@@ -113,7 +120,7 @@ def test_a_box_in_colour_is_read_too():
     ("check {0}", "no file here ends in"), ("download nowhere {0}/out", "nowhere: no such file"),
     ("translate nowhere {0}/out", "nowhere: no such file"), ("embed nowhere {0}/out", "nowhere: no such file"),
     ("translate {0}/in {0}/out --ray a b", "--ray takes one address"), ("evaluate no/where", "no/where"),
-    ("search nowhere kucing", "nowhere"), ("search {0}", "--image"),
+    ("search nowhere kucing", "nowhere is not a folder"), ("search {0}", "no pictures in"),
     ("train mini -o {0}/run --train {0}/a.jsonl", "learns its tokenizer from the picture dictionary"),
     ("train indobert-base -o {0}/run --train {0}/a.jsonl --image-column jpg", "--caption-column are for tars"),
 ])
@@ -201,10 +208,9 @@ def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypat
     assert "run/model cannot be written to: name a file elsewhere with --out" in status
 
 
-def test_search_prints_scores_and_paths_the_best_first(tmp_path, monkeypatch, capsys):
-    from clipid_utils.inference.index import build_index
-    from clipid_utils.inference.search import query_embeds
-
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A model's folder and a folder with three pictures and a broken one; gives "FOLDER -m MODEL" and the index."""
     model, processor = tiny_clip()
     clipid_utils.save_clip(model, processor, tmp_path / "model")
     pictures = tmp_path / "pictures"
@@ -212,15 +218,101 @@ def test_search_prints_scores_and_paths_the_best_first(tmp_path, monkeypatch, ca
     for name, colour in zip("abc", ("red", "green", "blue"), strict=True):
         Image.new("RGB", (30, 20), colour).save(pictures / f"{name}.png")
     (pictures / "d.png").write_bytes(b"not a picture")
-    monkeypatch.setattr(clipid_utils.paths, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sys.modules["clipid_utils.__main__"], "CACHE", tmp_path / "cache")
-    for query in ("kucing", f"-i {pictures}/b.png"):
-        status, out, err = run(f"search {pictures} {query} -m {tmp_path}/model -k 2", capsys)
-        asked = {"image": pictures / "b.png"} if "-i" in query else {"text": query}
-        index = build_index(model, processor, pictures, progress=False)
-        scores = index.embeds @ query_embeds(model, processor, **asked)[0]
-        expected = [f"{scores[row]:.3f}  {pictures / index.keys[row]}" for row in np.argsort(-scores)[:2]]
-        assert status == 0 and out.splitlines() == expected and "d.png" in err
+    monkeypatch.setattr(searching, "CACHE", tmp_path / "cache")
+    index = build_index(model, processor, pictures, progress=False)
+
+    def expected(k, **query):
+        scores = index.embeds @ query_embeds(model, processor, **query)[0]
+        return [f"{scores[row]:.3f}  {pictures / index.keys[row]}" for row in np.argsort(-scores)[:k]]
+
+    return f"{pictures} -m {tmp_path}/model", expected
+
+
+def test_search_prints_scores_and_paths_the_best_first(searched, tmp_path, capsys):
+    line, expected = searched
+    picture = tmp_path / "pictures" / "b.png"
+    for query, asked in (("kucing", {"text": "kucing"}), (f"-i {picture}", {"image": picture}),
+                         (f"kucing -i {picture}", {"text": "kucing", "image": picture})):
+        status, out, err = run(f"search {line} {query} -k 2", capsys)
+        assert status == 0 and out.splitlines() == expected(2, **asked)
+        assert "1 of 4 pictures could not be read: d.png" in err
+
+
+def test_without_a_query_each_line_is_one(searched, tmp_path, monkeypatch, capsys):
+    """An empty line is no query, and one that cannot be answered does not end the command."""
+    line, expected = searched
+    picture = tmp_path / "pictures" / "b.png"
+    lines = f"kucing\n\n  \nk\udcff\ngambar: nowhere.png\n Gambar :{picture} \nanjing laut"  # the last without its end
+    typed = io.TextIOWrapper(io.BytesIO(lines.encode(errors="surrogateescape")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    status, out, err = run(f"search {line} -k 2 --sheet {tmp_path}/a.html", capsys)
+    answers = [{"text": "kucing"}, {"image": picture}, {"text": "anjing laut"}]
+    assert status == 0 and out.split("\n\n") == ["\n".join(expected(2, **asked)) for asked in answers] + [""]
+    said = err[err.index("one query a line"):].splitlines()
+    assert len(said) == 3 and "gambar: foto.jpg" in said[0]
+    assert "not valid Unicode" in said[1] and "nowhere.png: no such picture" in said[2]
+    assert "<h1>anjing laut</h1>" in (tmp_path / "a.html").read_text()
+
+
+def test_a_sheet_that_cannot_be_written_does_not_end_the_prompt(searched, tmp_path, monkeypatch, capsys):
+    line, expected = searched
+    monkeypatch.setattr(sys, "stdin", io.StringIO("kucing\nanjing"))
+    (tmp_path / "a.html").mkdir()
+    status, out, err = run(f"search {line} -k 2 --sheet {tmp_path}/a.html", capsys)
+    assert status == 0 and err.count("clipid search: ") == 2
+    assert out.splitlines() == expected(2, text="kucing") + expected(2, text="anjing")
+
+
+def test_nothing_is_indexed_for_a_query_or_a_sheet_that_is_wrong(searched, tmp_path, monkeypatch, capsys):
+    line, _ = searched
+    monkeypatch.setattr(searching, "build_index", None)
+    for options, words in (
+        ("kucing --sheet a.gif", "a.gif: a sheet ends in .html or .png, not in '.gif'"),
+        ("k\udcff", "'k\\udcff' is not valid Unicode"),
+        (f"kucing --sheet {tmp_path}/no/a.png", "no is not a folder"), ("kucing -k 0", "-k must be 1 or more, not 0"),
+        (f"kucing --sheet {tmp_path}/pictures/a.png", "is inside"), ("-i nowhere.jpg", "nowhere.jpg: no such picture"),
+    ):
+        status, out, _ = run(f"search {line} {options}", capsys)
+        assert isinstance(status, str) and status.startswith("clipid search: ") and words in status and not out
+
+
+def test_a_terminal_has_a_prompt_that_ctrl_c_and_ctrl_d_end():
+    pty = pytest.importorskip("pty")  # Windows has none
+    code = ("import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C there is for this process\n"
+            "from clipid_utils import __main__\nfrom clipid_utils.inference import command\n"
+            "__main__.parse = lambda words: lambda: [print(query) for query in command._queries()]\n"
+            "for _ in range(2):\n"
+            "    try:\n        __main__.main(['search'])\n"
+            "    except SystemExit as stop:\n        print('status', stop.code)\n")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs,
+                               start_new_session=True)
+    os.close(theirs)
+    seen = b""
+    with open(ours, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # Linux's end of a terminal
+        for count, keys in enumerate((b"kucing\n", b"\x03", b"anjing\n", b"\x04"), 1):
+            while seen.count(b"cari> ") < count and (more := screen.read(1024)):
+                seen += more
+            os.write(ours, keys)
+        while more := screen.read(1024):
+            seen += more
+    assert process.wait(timeout=60) == 0, seen
+    said = [line for line in seen.decode().splitlines() if line and not line.startswith("cari> ")]
+    assert said == ["('kucing', None)", "stopped: run the same command to continue", "status 130", "('anjing', None)"]
+
+
+@pytest.mark.parametrize("line, there, fetched", [("", True, 0), ("", False, 1), ("{0}/mine", False, 0)])
+def test_demo_fetches_the_sample_photographs_only_if_it_needs_them(line, there, fetched, tmp_path, monkeypatch, capsys):
+    calls, samples = [], tmp_path / "foto-contoh"
+    monkeypatch.setitem(sys.modules, "clipid_utils.inference.demo", mock.Mock(
+        serve=lambda folder, **options: calls.append((folder, options))))
+    monkeypatch.setattr(photographs, "load_sample_photographs", lambda: calls.append("fetched"))
+    monkeypatch.setattr(sys.modules["clipid_utils.__main__"], "SAMPLES", samples)
+    if there:
+        samples.mkdir()
+    folder = tmp_path / "mine" if line else samples
+    assert run(f"demo {line.format(tmp_path) or samples} --port 7000", capsys)[0] == 0
+    assert calls == ["fetched"] * fetched + [(folder, {"model": MODEL, "port": 7000})]
 
 
 def test_a_warning_is_one_line(monkeypatch, capsys):

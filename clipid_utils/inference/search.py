@@ -39,12 +39,15 @@ def query_embeds(
     A query by both is unit(text_weight * text + (1 - text_weight) * picture) of the two unit vectors: 1 is the text
     alone and 0 the picture alone. Pictures are closer to each other than to texts (the modality gap, Liang et al.
     2022), so the picture mostly wins at 0.5; 0.6 to 0.8 gives the words a say. Warns if the tokenizer knows no part of
-    the text. Raises ValueError if both are missing, the text is empty, or the weight is not between 0 and 1.
+    the text. Raises ValueError if both are missing, the text is empty or no Unicode, or the weight is not between 0
+    and 1.
     """
     if text is None and image is None:
         raise ValueError("a query needs a text, an image, or both")
     if text is not None and not text.strip():
         raise ValueError('the query is empty: write what the picture shows, for example "kucing tidur"')
+    if text is not None and any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's sign of a wrong byte
+        raise ValueError(f"the query {text!r} is not valid Unicode: write it in UTF-8")
     if not 0 <= text_weight <= 1:
         raise ValueError(f"text_weight must be between 0 (the picture alone) and 1 (the text alone), not {text_weight}")
     total = np.zeros((1, model.config.embed_dim), np.float32)
@@ -126,13 +129,24 @@ def search_figure(
     image: Image.Image | str | Path | None = None, text_weight: float | int = 0.5, k: int = 10, columns: int = 5,
 ) -> "Figure":
     """A figure of one query (see `query_embeds`) and its k best pictures with their labels and similarities."""
+    (scores,), (rows,) = search(index, query_embeds(model, processor, text, image, text_weight), k)
+    return found_figure(index, scores, rows, text, image, columns)
+
+
+def found_figure(
+    index: PictureIndex, scores: Float[np.ndarray, " k"], rows: Int[np.ndarray, " k"], text: str | None = None,
+    image: Image.Image | str | Path | None = None, columns: int = 5,
+) -> "Figure":
+    """A figure of a query and the pictures that it found: rows of the index, with their similarities."""
     from clipid_utils.plots import search_grid
 
-    scores, rows = search(index, query_embeds(model, processor, text, image, text_weight), k)
-    pictures, labels = [index.picture(i) for i in rows[0]], [index.labels[i] for i in rows[0]]
-    example = None if image is None else open_picture(image, short_side=SHOWN_SIDE)
+    def plain(words: str) -> str:  # matplotlib reads words between two $ as a formula
+        return words.replace("$", r"\$")
+
+    pictures, labels = [index.picture(i) for i in rows], [plain(index.labels[i]) for i in rows]
+    example, text = None if image is None else open_picture(image, short_side=SHOWN_SIDE), text and plain(text)
     query = text if example is None else example if text is None else (text, example)
-    return search_grid(query, pictures, scores[0], labels, columns=columns)
+    return search_grid(query, pictures, scores, labels, columns=columns)
 
 
 def search_widget(

@@ -1,5 +1,6 @@
 """Picture search: queries, exact and approximate search, and the search box."""
 
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -64,6 +65,7 @@ def test_a_query_picture_has_the_pixels_of_the_index(clip, index):
 @pytest.mark.parametrize(("query", "message"), [
     ({}, "a text, an image, or both"), ({"text": "merah", "text_weight": 2}, "text_weight"),
     ({"text": "merah", "text_weight": -0.1}, "text_weight"), ({"text": " "}, "the query is empty"),
+    ({"text": "merah \udcff"}, r"'merah \\udcff' is not valid Unicode"),
 ])
 def test_query_errors(clip, query, message):
     with pytest.raises(ValueError, match=message):
@@ -138,6 +140,14 @@ def test_results_as_a_figure_where_widgets_do_not_run(clip, index):
     titles = [axis.get_title() for axis in figure.axes]
     assert all("biru.PNG" in title for title in titles[1:])  # at 0.5 it would be merah
     assert isinstance(searching.search_widget(index, *clip, query="biru", k=4), Figure)
+
+
+def test_a_dollar_in_a_figure_is_no_formula(clip, index):
+    labels = [f"$x^$ {label}" for label in index.labels]
+    scores, rows = np.ones(2, np.float32), np.array([0, 1])
+    figure = searching.found_figure(dataclasses.replace(index, labels=labels), scores, rows, "merah $x^$")
+    assert searching._png(figure)  # to draw a broken formula is an error
+    assert all(axis.title.get_text().count(r"\$") == 2 for axis in figure.axes)
 
 
 def test_the_widget_answers_and_shows_its_warnings_and_errors(clip, index):
