@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clipid_utils.model.config import CLIPConfig
+from clipid_utils.model.config import CLIPConfig, EfficientNetConfig
+from clipid_utils.model.efficientnet import EfficientNetLite
 from clipid_utils.model.layers import Arrays
+from clipid_utils.model.ops import normalize
 from clipid_utils.model.pretrained.parameters import join_towers
 from clipid_utils.model.text import TextEncoder
 from clipid_utils.model.vision import VisionTransformer
@@ -29,12 +31,6 @@ class CLIPOutput(NamedTuple):
     text_embeds: Float[Array, "T E"]
 
 
-def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-    """Vectors of unit length, in float32; a zero vector stays zero."""
-    features = features.astype(jnp.float32)
-    return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)
-
-
 class HybridCLIP(nnx.Module):
     """An image tower and a text tower with a learned scale between them.
 
@@ -43,7 +39,8 @@ class HybridCLIP(nnx.Module):
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.vision = VisionTransformer(config.vision, config.embed_dim, dtype=dtype, rngs=rngs)
+        tower = EfficientNetLite if isinstance(config.vision, EfficientNetConfig) else VisionTransformer
+        self.vision = tower(config.vision, config.embed_dim, dtype=dtype, rngs=rngs)
         self.text = TextEncoder(config.text, config.embed_dim, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale, jnp.float32))
         self.logit_bias = None if config.logit_bias is None else nnx.Param(jnp.asarray(config.logit_bias, jnp.float32))
@@ -67,8 +64,8 @@ class HybridCLIP(nnx.Module):
         return normalize(self.text(input_ids, attention_mask, **training))
 
     def encode_patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P E"]:
-        """Unit vectors of every patch, row by row: last tokens, projected like the class token (Zhou et al. 2022)."""
-        return normalize(self.vision.projection(self.vision.pool(self.vision.tokens(pixel_values)[:, 1:])))
+        """Unit vectors of every patch or cell, row by row, projected like the whole picture (Zhou et al. 2022)."""
+        return normalize(self.vision.projection(self.vision.patches(pixel_values)))
 
     def scale(self) -> Float[Array, ""]:
         """exp(logit_scale), at most 100."""

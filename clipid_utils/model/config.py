@@ -1,7 +1,7 @@
 """The configs of a hybrid CLIP, frozen dataclasses, and the presets of the course."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5
 
@@ -28,6 +28,56 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
+# EfficientNet-Lite0's stages: repeats, kernel, stride, expansion, channels in, channels out (Tan & Le 2019, table 1)
+LITE_STAGES = (
+    (1, 3, 1, 1, 32, 16), (2, 3, 2, 6, 16, 24), (2, 5, 2, 6, 24, 40), (3, 3, 2, 6, 40, 80),
+    (3, 5, 1, 6, 80, 112), (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EfficientNetConfig:
+    """Sizes of an EfficientNet-Lite image tower with its classifier; the defaults are Lite0's.
+
+    `class_scale` multiplies the classifier's logits before the softmax: below 1 more classes take part.
+    """
+
+    image_size: int = 224
+    width_factor: float = 1.0
+    depth_factor: float = 1.0
+    width: int = 1280
+    classes: int = 1000
+    class_scale: float = 1.0
+    stem: int = 32
+
+    @property
+    def grid(self) -> int:
+        """Cells of the last feature map along one side."""
+        return -(-self.image_size // 32)
+
+    @property
+    def blocks(self) -> list[tuple[int, int, int, int, int]]:
+        """Kernel, stride, expansion, channels in and channels out of each block."""
+        blocks, last = [], len(LITE_STAGES) - 1
+        for stage, (repeats, kernel, stride, expansion, d_in, d_out) in enumerate(LITE_STAGES):
+            d_in, d_out = (self.stem if stage == 0 else self._channels(d_in)), self._channels(d_out)
+            repeats = repeats if stage in (0, last) else math.ceil(repeats * self.depth_factor)
+            blocks.append((kernel, stride, expansion, d_in, d_out))
+            blocks += [(kernel, 1, expansion, d_out, d_out)] * (repeats - 1)
+        return blocks
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def _channels(self, count: int) -> int:
+        """The scaled number of channels: a multiple of 8, and not more than a tenth too small."""
+        scaled = count * self.width_factor
+        rounded = max(8, int(scaled + 4) // 8 * 8)
+        return rounded if rounded >= 0.9 * scaled else rounded + 8
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Sizes of the text tower; field names and defaults are IndoBERT base's (`indobenchmark/indobert-base-p2`)."""
@@ -43,6 +93,10 @@ class TextConfig:
     token_types: int = 2
     position_offset: int = 0  # 2 for RoBERTa: it counts positions from its padding's id + 1, and skips padding
     pooling: str = "pooler"  # tanh(linear) of the first token, or "mean" over the tokens that are not padding
+    # Not in the repr, which is part of a model's fingerprint, so that older models keep theirs
+    normalize_pooled: bool = field(default=False, repr=False)  # unit length before the projection, like e5
+    classes: int = field(default=0, repr=False)  # if not 0, the projection goes through classes (layers.ClassMixture)
+    class_scale: float = field(default=1.0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +106,7 @@ class CLIPConfig:
     Training starts with `logit_scale`, which stays at most `max_logit_scale`.
     """
 
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | EfficientNetConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = 512
     logit_scale: float = math.log(1 / 0.07)
@@ -62,7 +116,9 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "CLIPConfig":
         values = dict(values)
-        return cls(vision=VisionConfig(**values.pop("vision")), text=TextConfig(**values.pop("text")), **values)
+        vision = values.pop("vision")
+        tower = EfficientNetConfig if "classes" in vision else VisionConfig
+        return cls(vision=tower(**vision), text=TextConfig(**values.pop("text")), **values)
 
 
 PRESETS = {

@@ -1,6 +1,6 @@
 """The layers that both towers are made of: linear layers, layer norms, attention, MLPs and transformer blocks.
 
-Letters in shapes: B batch, L tokens, D width, M outputs.
+Letters in shapes: B batch, L tokens, D width, M outputs, E embedding.
 """
 
 import jax
@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipid_utils.model import ops
-from clipid_utils.model.config import TextConfig, VisionConfig
+from clipid_utils.model.config import EfficientNetConfig, TextConfig, VisionConfig
 
 Arrays = Array | np.ndarray  # the processor's arrays can be used as they are
-_module_list = getattr(nnx, "List", list)  # flax 0.11, which Colab has, takes plain lists
+module_list = getattr(nnx, "List", list)  # flax 0.11, which Colab has, takes plain lists
 
 
 class Linear(nnx.Linear):
@@ -39,6 +39,30 @@ def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = 
 
 def _residual_std(config: VisionConfig | TextConfig) -> float:
     return (2 * config.width * config.layers) ** -0.5
+
+
+class ClassMixture(nnx.Module):
+    """Class vectors mixed by probability: a projection through a set of classes, such as ImageNet's 1,000.
+
+    The classifier gives the classes' probabilities, after its logits were multiplied by `scale`; row k of
+    `class_vectors` belongs to class k. This is ConSE (Norouzi et al. 2014), which places a picture among texts by the
+    vectors of class names. Here texts can have classes too: the classifier then compares a text with their names.
+    """
+
+    def __init__(self, width: int, classes: int, embed_dim: int, *, scale: float, dtype, rngs: nnx.Rngs):
+        self.scale = scale
+        self.classifier = linear(width, classes, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.normal(embed_dim**-0.5)
+        self.class_vectors = nnx.Param(init(rngs.params(), (classes, embed_dim)))
+
+    def __call__(self, features: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        chances = jax.nn.softmax(self.scale * self.classifier(features).astype(jnp.float32))
+        return chances.astype(features.dtype) @ self.class_vectors[...].astype(features.dtype)
+
+
+def class_mixture(config: EfficientNetConfig | TextConfig, embed_dim: int, *, dtype, rngs: nnx.Rngs) -> ClassMixture:
+    """The class mixture of a tower."""
+    return ClassMixture(config.width, config.classes, embed_dim, scale=config.class_scale, dtype=dtype, rngs=rngs)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -118,13 +142,13 @@ def survivals(keys: Array | None, drop_path: float, layers: int, dtype) -> list:
 
 def blocks_of(config: VisionConfig | TextConfig, *, pre_norm: bool, dtype, rngs: nnx.Rngs):
     """The blocks of a tower."""
-    return _module_list([Block(config, pre_norm=pre_norm, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+    return module_list([Block(config, pre_norm=pre_norm, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
 
 
-def through_blocks(blocks, x, mask, keys, drop_path: float, remat: bool) -> Float[Array, "B L D"]:
-    """Block after block; `keys`, `drop_path` and `remat` are those of the towers' `tokens`."""
+def through_blocks(blocks, x, beside: tuple, keys, drop_path: float, remat: bool) -> Array:
+    """Block after block, each called with x, `beside` and its branch scales; the others are options of `tokens`."""
     for block, survive in zip(blocks, survivals(keys, drop_path, len(blocks), x.dtype), strict=True):
-        x = jax.checkpoint(block.__call__)(x, mask, survive) if remat else block(x, mask, survive)
+        x = (jax.checkpoint(block.__call__) if remat else block)(x, *beside, survive)
     return x
 
 

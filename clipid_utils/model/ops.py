@@ -122,3 +122,9 @@ gelu = _with_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form, like
 quick_gelu = _with_slope(_quick_gelu)  # x * sigmoid(1.702 x), like OpenAI's CLIP
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # by their names in Hugging Face configs
+
+
+def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+    """Vectors of unit length, in float32; a zero vector stays zero."""
+    features = features.astype(jnp.float32)
+    return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-12)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from clipid_utils.model import layers
 from clipid_utils.model.config import TextConfig
 from clipid_utils.model.layers import Arrays
+from clipid_utils.model.ops import normalize
 
 
 class TextEncoder(nnx.Module):
@@ -30,7 +31,10 @@ class TextEncoder(nnx.Module):
         self.blocks = layers.blocks_of(config, pre_norm=False, dtype=dtype, rngs=rngs)
         pooler = layers.check_pooling(config, "pooler", "mean") == "pooler"
         self.pooler = layers.linear(config.width, config.width, dtype=dtype, rngs=rngs) if pooler else None
-        self.projection = layers.linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+        if config.classes:
+            self.projection = layers.class_mixture(config, embed_dim, dtype=dtype, rngs=rngs)
+        else:
+            self.projection = layers.linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=False)
 
     def positions(self, input_ids: Int[Arrays, "B L"]) -> Int[Array, "#B L"]:
         """Position ids: 0, 1, 2, … for BERT; RoBERTa counts only the tokens that are not padding, from its offset."""
@@ -62,7 +66,7 @@ class TextEncoder(nnx.Module):
         self._check_ids(input_ids)
         x = self.embeddings(input_ids)
         mask = jnp.asarray(attention_mask, bool)[:, None, :]  # [B, 1, L]
-        return layers.through_blocks(self.blocks, x, mask, keys, drop_path, remat)
+        return layers.through_blocks(self.blocks, x, (mask,), keys, drop_path, remat)
 
     def _check_ids(self, input_ids: Int[Arrays, "B L"]) -> None:
         """JAX itself would take the last row of the table for an id that is too large."""
@@ -81,8 +85,10 @@ class TextEncoder(nnx.Module):
         x = self.tokens(input_ids, attention_mask, **training)  # [B, L, D]
         if self.pooler is None:  # in float32: bfloat16 counts only to 256 tokens
             weight = jnp.asarray(attention_mask)[..., None].astype(jnp.float32)
-            return ((x.astype(jnp.float32) * weight).sum(1) / weight.sum(1)).astype(x.dtype)
-        return jnp.tanh(self.pooler(x[:, 0]))
+            pooled = ((x.astype(jnp.float32) * weight).sum(1) / weight.sum(1)).astype(x.dtype)
+        else:
+            pooled = jnp.tanh(self.pooler(x[:, 0]))
+        return normalize(pooled).astype(x.dtype) if self.config.normalize_pooled else pooled
 
     def __call__(
         self, input_ids: Int[Arrays, "B L"], attention_mask: Int[Arrays, "B L"], **training

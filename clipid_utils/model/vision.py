@@ -72,12 +72,16 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([first, x], axis=1)  # [B, 1 + P, D]
         x = x if self.ln_pre is None else self.ln_pre(x)
         keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        return layers.through_blocks(self.blocks, x, None, keys, drop_path, remat)
+        return layers.through_blocks(self.blocks, x, (None,), keys, drop_path, remat)
 
     def pool(self, tokens: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """The output of `tokens`, each on its own, normalised and through the pooler if there is one."""
         x = self.ln_post(tokens)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+    def patches(self, pixel_values: Float[Arrays, "B H W 3"]) -> Float[Array, "B P D"]:
+        """One vector for each patch, row by row, before the projection."""
+        return self.pool(self.tokens(pixel_values)[:, 1:])
 
     def pooled(self, pixel_values: Float[Arrays, "B H W 3"], **training) -> Float[Array, "B D"]:
         """One vector for each picture, before the projection. `training` has the options of `tokens`."""

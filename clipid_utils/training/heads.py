@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from clipid_utils.model.clip import HybridCLIP, normalize
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.ops import normalize
 from clipid_utils.training.features import Features
 from clipid_utils.training.fit import FitResult, TrainingConfig
 from clipid_utils.training.loop import Loop, fitting_batch

@@ -101,7 +101,7 @@ def rate_factors(
         block = re.match(r"(\w+)\.blocks\.(\d+)\.", name)
         if block is not None:
             return group * layer_decay ** (layers[block[1]] - int(block[2]))
-        first = re.match(r"(\w+)\.(\w+_embedding|ln_pre|ln)\b", name)
+        first = re.match(r"(\w+)\.(\w+_embedding|stem|ln_pre|ln)\b", name)
         return group * (1.0 if first is None else layer_decay ** (layers[first[1]] + 1))
 
     return jax.tree_util.tree_map_with_path(factor, params)

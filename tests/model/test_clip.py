@@ -11,7 +11,8 @@ from flax import nnx
 from hypothesis import given, settings
 from tiny import CONFIG, SIZE, tiny_batch, tiny_clip, tiny_processor
 
-from clipid_utils.model.clip import HybridCLIP, normalize
+from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.ops import normalize
 from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS, CLIPConfig, VisionConfig
 from clipid_utils.model.text import TextEncoder
 from clipid_utils.model.vision import VisionTransformer

@@ -6,7 +6,7 @@ import optax
 import pytest
 from tiny import CONFIG, short_clip
 
-from clipid_utils.model.clip import normalize
+from clipid_utils.model.ops import normalize
 from clipid_utils.training import heads as module
 from clipid_utils.training.features import Features
 from clipid_utils.training.heads import Heads, ProjectionConfig, feature_batches, make_head_update, train_projections

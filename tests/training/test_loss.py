@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from clipid_utils.model.clip import normalize
+from clipid_utils.model.ops import normalize
 from clipid_utils.training.loss import clip_loss, image_image_loss, positive_pairs, same_concept, siglip_loss
 
 

@@ -242,6 +242,9 @@ def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = Tr
 def to_hf_config(config: CLIPConfig) -> dict:
     """The config.json of a VisionTextDualEncoderModel; raises ValueError for a model that it cannot represent."""
     vision, text = config.vision, config.text
+    if not isinstance(vision, VisionConfig) or text.normalize_pooled or text.classes:
+        raise ValueError("VisionTextDualEncoderModel has no EfficientNet and only a matrix after the text tower's "
+                         "pooler: save this model as format='native'")
     if text.pooling != "pooler" or config.logit_bias is not None:
         raise ValueError("VisionTextDualEncoderModel has a pooler and no logit_bias; this model has "
                          f"pooling={text.pooling!r} and logit_bias={config.logit_bias}: save it as format='native'")

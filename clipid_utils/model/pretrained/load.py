@@ -11,7 +11,7 @@ from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import CLIPConfig
 from clipid_utils.model.pretrained.families import ConfigError, Key, clip_config, key_table
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
-from clipid_utils.model.pretrained.parameters import Leaf, Source, fill, naming, read_config
+from clipid_utils.model.pretrained.parameters import SCALE, Leaf, Source, fill, naming, read_config
 from clipid_utils.model.pretrained.processor_files import MODEL_TYPE
 from clipid_utils.model.processor import CLIPProcessor
 
@@ -39,7 +39,7 @@ def load_clip(
     with naming(folder):
         if kind == MODEL_TYPE:
             source, config = Source(folder), CLIPConfig.from_dict(values)
-            leaves = source.take([Key(name, name, "same") for name in source.names])
+            leaves = source.take([Key(name, name, "same") for name in source.names if not name.endswith(SCALE)])
         elif kind in WHOLE_MODELS:
             source = Source(folder, "vision", "text")
             config = clip_config(values, source.names.keys(), own_positions=kind != "hybrid-clip")

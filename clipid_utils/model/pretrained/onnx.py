@@ -50,6 +50,9 @@ def export_onnx(model: HybridCLIP, folder: str | os.PathLike, processor: CLIPPro
     different model's processor.
     """
     folder = Path(folder).expanduser()
+    text = model.config.text
+    if not isinstance(model.config.vision, VisionConfig) or text.classes or text.normalize_pooled:
+        raise ValueError("EfficientNet-Lite, and a text tower with classes or normalize_pooled, cannot be exported")
     if processor.image_size != model.config.vision.image_size:
         raise ValueError(f"the processor makes pictures of {processor.image_size} px and the model takes "
                          f"{model.config.vision.image_size}: give export_onnx the model's own processor")

@@ -27,6 +27,7 @@ from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.pretrained.processor_files import read_json
 from clipid_utils.model.pretrained.weights import read_weights
 
+SCALE = ":scale"  # after the name of an int8 array: the name of the factors for its numbers
 FLOAT32 = ("logit_scale", "logit_bias")  # whatever param_dtype is: bfloat16 would round a scale of 27.23 to 27
 
 
@@ -64,7 +65,7 @@ class Source:
 
     def _leaf(self, key: Key) -> Leaf:
         name, flax = self.names.pop(key.hf_name)
-        make, transform = self.weights.data.pop(name), TRANSFORMS[key.transform]
+        make, transform = self._dequantized(name), TRANSFORMS[key.transform]
         change = transform.from_flax if flax else transform.from_torch
 
         def array() -> np.ndarray:
@@ -74,6 +75,14 @@ class Source:
                 return make()
 
         return Leaf(name, array)
+
+    def _dequantized(self, name: str) -> Callable[[], np.ndarray]:
+        """Makes the array, multiplied by its scales if the file has them."""
+        make = self.weights.data.pop(name)
+        if name + SCALE not in self.names:
+            return make
+        scale = self.weights.data.pop(self.names.pop(name + SCALE)[0])
+        return lambda: make().astype(np.float32) * scale()
 
     def unknown(self, config: CLIPConfig) -> list[str]:
         """The file's keys that were not taken and are not listed as unused."""

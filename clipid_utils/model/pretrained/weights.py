@@ -55,6 +55,11 @@ def read_weights(folder: Path) -> Weights:
                             "name the folder that save_pretrained wrote, or fetch the model again")
 
 
+def read_torch(path: Path) -> Weights:
+    """The tensors of one file of torch, with any name, as `read_weights` reads `pytorch_model.bin`."""
+    return Weights(_read(path, _torch))
+
+
 def _read(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
     """Turns all that a bad file makes its reader raise into a ValueError that names the file."""
     try:
