@@ -363,7 +363,7 @@ def test_simple_shapes_of_other_colours_are_no_copies():
 
 # The true dictionary, where it is prepared (`make test` does so first).
 
-PREPARED = CACHE / f"picture_dictionary-{recipe_number('sources.json', 'groups.json', 'stamp_kinds.json')}"
+PREPARED = CACHE / f"picture_dictionary-{recipe_number('groups.json', 'stamp_kinds.json')}"
 true_one = pytest.mark.skipif(not PREPARED.is_dir(), reason="the true dictionary is not prepared: make test does so")
 
 

@@ -15,7 +15,7 @@ from clipid_utils.training import recipes
 from clipid_utils.training.fit import FitConfig
 
 MINI = CHECKPOINTS / "mini"
-PREPARED = CACHE / f"picture_dictionary-{recipe_number('sources.json', 'groups.json', 'stamp_kinds.json')}"
+PREPARED = CACHE / f"picture_dictionary-{recipe_number('groups.json', 'stamp_kinds.json')}"
 
 
 def test_a_new_mini_cuts_texts_as_its_training_does():

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_picture_dictionary(cache: Path | None = None) -> DatasetDict:
     missing; each call then prints one line about it. Raises FetchError.
     """
     cache = Path(cache or CACHE)
-    number = recipe_number("sources.json", "groups.json", "stamp_kinds.json")
+    number = recipe_number("groups.json", "stamp_kinds.json")
     prepared = prepare_once(cache / f"picture_dictionary-{number}", partial(prepare, cache=cache))
     missing = read_json(prepared / "missing.json")
     if missing:
@@ -58,8 +59,10 @@ def load_picture_dictionary(cache: Path | None = None) -> DatasetDict:
 
 
 def recipe_number(*names: str) -> str:
-    """A short number that changes with RECIPE and with the named files of the data folder."""
-    digest = hashlib.sha256(str(RECIPE).encode())
+    """A short number that changes with RECIPE, the dictionary's sources and the named files of the data folder."""
+    sources = read_json(DATA / "sources.json")
+    own = [sources[part] for part in ("npm", "debian", "artists")]  # the others are of other collections
+    digest = hashlib.sha256(f"{RECIPE} {json.dumps(own)}".encode())
     for name in names:
         digest.update((DATA / name).read_bytes())
     return digest.hexdigest()[:12]
@@ -71,7 +74,7 @@ def prepare(folder: Path, cache: Path) -> None:
     packages = fetch_packages(sources, cache)
     rows = []
     for artist, drawings in groupby(list_rows(packages, groups, sources["artists"]), lambda row: row["artist"]):
-        kept = cache / "pictures" / f"{artist}-{recipe_number('sources.json')}"
+        kept = cache / "pictures" / f"{artist}-{recipe_number()}"
         for row in rasterise.draw_rows(list(drawings), RENDER.get(artist, rasterise.render_svg), kept, artist):
             if row["png"] is None:
                 raise ValueError(f"{artist}: {row['source']}: an empty drawing, or not a drawing")
