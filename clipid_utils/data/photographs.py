@@ -1,4 +1,4 @@
-"""`foto contoh`: 90 free photographs with Indonesian captions, to search and to test on.
+"""`foto contoh`: 89 free photographs with Indonesian captions, to search and to test on.
 
 82 lie in archives of the children's program GCompris, the others in the wheels of scikit-image and scikit-learn.
 `data/sample_photographs.jsonl` has the captions, which were written for this project, and each licence and credit.

@@ -221,12 +221,12 @@ def test_a_second_call_asks_no_client_and_another_recipe_prepares_again(world, m
 
 def test_without_apt_or_without_pip_the_rest_is_there_and_one_line_says_what_is_missing(world, capsys, monkeypatch):
     (world.bin / "apt-get").rename(world.bin / "hidden")
-    assert len(load_sample_photographs(world.cache)) == 8
+    assert len(load_sample_photographs(world.cache)) == 7
     said = capsys.readouterr().out
     assert "gcompris-qt-data is left out: there is no apt-get here" in said
     load_sample_photographs(world.cache)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "foto-contoh has 8 of 90 photographs: gcompris-qt-data could not be fetched" in line
+    assert "foto-contoh has 7 of 89 photographs: gcompris-qt-data could not be fetched" in line
     (world.bin / "hidden").rename(world.bin / "apt-get")
     monkeypatch.setattr(fetch.sys, "executable", "/bin/false")  # a Python without pip
     for folder in (world.cache / "packages").glob("scikit*"):
@@ -235,7 +235,7 @@ def test_without_apt_or_without_pip_the_rest_is_there_and_one_line_says_what_is_
     assert len(load_sample_photographs(world.cache)) == 82
     *said, line = capsys.readouterr().out.splitlines()
     assert [text.partition(" is left out: pip could not fetch")[0] for text in said] == ["scikit-image", "scikit-learn"]
-    assert "82 of 90 photographs: scikit-image and scikit-learn could not be fetched" in line
+    assert "82 of 89 photographs: scikit-image and scikit-learn could not be fetched" in line
 
 
 def test_without_any_package_it_is_an_error_and_nothing_is_left(world):
@@ -261,9 +261,9 @@ def test_a_wheel_with_a_wrong_checksum_is_an_error_and_leaves_nothing(world):
 @pytest.mark.skipif(not (CACHE / "foto-contoh").is_dir(), reason="foto contoh is not prepared: make test does so")
 def test_the_true_photographs_open_and_are_whole():
     found = load_sample_photographs()
-    if len(found) < 90:
+    if len(found) < 89:
         pytest.skip("prepared without Debian's package or without PyPI's")
     for row in found:
         assert row["image"].mode == "RGB" and min(row["image"].size) >= 300 and np.std(np.asarray(row["image"])) > 10
         assert len(row["captions"]) == 2 and row["name_en"] and row["licence"] and row["credit"]
-    assert len(read_captions(CACHE / "foto-contoh")) == 90
+    assert len(read_captions(CACHE / "foto-contoh")) == 89
