@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parent / "data" / "benchmarks.json"
-LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "ctranslate2", "grain", "pillow", "faiss-cpu")
+LIBRARIES = ("jax", "flax", "numpy", "torch", "transformers", "ctranslate2", "grain", "pillow", "faiss-cpu",
+             "milvus-lite")
 SCRIPTS = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
 
 

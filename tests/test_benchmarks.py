@@ -72,3 +72,14 @@ def test_the_wait_for_a_batch_is_measured_beside_the_step_under_jit(monkeypatch)
     monkeypatch.setattr(bench_loader, "ours", lambda workers: Batches())
     found = bench_loader.waiting(0, steps=3)
     assert 0 <= found["data_wait_fraction"] <= 1 and steps == [("jit_form", "vit_b32_bert_base")] * 5
+
+
+def test_milvus_and_faiss_are_measured_beside_exact_search(tmp_path):
+    pytest.importorskip("milvus_lite")
+    import bench_milvus
+
+    found = bench_milvus.measure(2000, 16, rounds=1, address=None, folder=tmp_path)
+    assert [found[name]["recall"] for name in found if "PQ" not in name and "HNSW" not in name] == [1.0] * 4
+    assert found["faiss HNSW"]["recall"] > 0.9 and 0 < found["faiss IVF-PQ"]["recall"] < 1
+    assert found["Milvus (embedded)"]["bytes"] > found["exact (top_k)"]["bytes"] == 2000 * 16 * 4
+    assert all(found[name]["milliseconds"]["alone"] > 0 for name in found)
