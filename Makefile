@@ -37,8 +37,14 @@ train-mini: .venv/installed  ## train data/checkpoints/mini again, by the recipe
 	cp runs/mini/model/* data/checkpoints/mini/
 	rm -f data/checkpoints/mini/metrics.json
 
-evaluate: .venv/installed  ## measure data/checkpoints/mini again into its metrics.json
+train-photo: .venv/installed  ## make data/checkpoints/photo again from the packages, by the recipe that made it
+	$(RUN) -m clipid_utils train photo --out runs/photo
+	cp runs/photo/model/* data/checkpoints/photo/
+	rm -f data/checkpoints/photo/metrics.json
+
+evaluate: .venv/installed  ## measure both shipped models again into their metrics.json
 	$(RUN) -m clipid_utils evaluate data/checkpoints/mini
+	$(RUN) -m clipid_utils evaluate data/checkpoints/photo
 
 bench: .venv-bench/installed  ## examples per second beside torch, in turns; installs torch and Ray into .venv-bench
 	JAX_PLATFORMS=cpu .venv-bench/bin/python benchmarks/run.py
@@ -110,6 +116,6 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test lab train-mini evaluate bench parity test-scale test-colab test-wheel mutants notebooks constraints \
-	test-constraints clean
+.PHONY: help course test lab train-mini train-photo evaluate bench parity test-scale test-colab test-wheel mutants \
+	notebooks constraints test-constraints clean
 .DELETE_ON_ERROR:

@@ -26,7 +26,7 @@ except KeyboardInterrupt:
 # The extra that a command needs
 EXTRAS = {"prepare": "data", "check": "data", "download": "download", "translate": "translate", "embed": "scale",
           "train": "train", "evaluate": "data", "search": "data", "demo": "demo"}
-MODEL = "mini"  # the model of search and demo
+MODEL = "photo"  # the model of search and demo
 SAMPLES = CACHE / "foto-contoh"  # where `load_sample_photographs` puts them
 COMMANDS = tyro.extras.SubcommandApp()
 

@@ -175,7 +175,7 @@ class CLIPProcessor:
                 (folder / name).unlink(missing_ok=True)
         else:
             with whole_file(folder / "tokenizer.json") as file:
-                file.write(self.tokenizer.to_str(pretty=True).encode())
+                file.write(self.tokenizer.to_str().encode())
             write_json(folder / "tokenizer_config.json", {
                 "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
                 "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self.special_tokens,

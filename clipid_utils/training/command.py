@@ -36,6 +36,7 @@ from clipid_utils.training.heads import ProjectionConfig, train_projections
 from clipid_utils.training.log import RunLog
 from clipid_utils.training.loop import fitting_batch
 from clipid_utils.training.optimizers import adabelief, adamw, muon
+from clipid_utils.training.photo import PhotoRecipe, run_photo
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini, pairs_checksum
 from clipid_utils.training.run_folder import check_same
 
@@ -154,6 +155,8 @@ def _recipe(name: str, tower: str, words: str, **settings) -> tuple[str, tuple[s
 _ANCESTOR_WORDS = "the run of 2021: ViT-B/32 and {}; first the projections, then the towers"
 _TODAY_WORDS = "today: ViT-B/32 and {}; first cached features, then the towers, in large batches"
 RECIPES = dict((  # by name: a description, and the settings
+    ("photo", ("the shipped model for photographs: frozen towers from packages, and heads; half an hour on 2 cores",
+               PhotoRecipe())),
     _recipe("mini", "indobert-base", "the shipped model: mini on the picture dictionary, from random weights",
             vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
     *(_recipe(f"ancestor-{tower}", tower, _ANCESTOR_WORDS, logit_scale=20.0, stages=ANCESTOR)
@@ -311,7 +314,7 @@ def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, dat
                 "train_sha256": pairs_checksum(data), "validation_sha256": pairs_checksum(validation)})
 
 
-def run(recipe: Recipe) -> bool:
+def run(recipe: Recipe | PhotoRecipe) -> bool:
     """Trains stage after stage, each in `out/stage-…`, and writes the model to `out/model`; False if it was stopped.
 
     The folder also gets `recipe.json`; a resumed run must have the same settings (`SAME_ON_RESUME`). With
@@ -320,6 +323,8 @@ def run(recipe: Recipe) -> bool:
     again, in minutes, to the same weights. Raises ValueError for options that do not fit together, and what `fit`
     raises.
     """
+    if isinstance(recipe, PhotoRecipe):
+        return run_photo(recipe)
     check_options(recipe)
     if recipe.hosts:
         jax.distributed.initialize()

@@ -86,7 +86,7 @@ def cache_features(
                                  "their folders where they were?")
             embed_resumably(
                 texts, np.arange(len(different)),
-                lambda rows: _text_batches(model, processor, [different[row] for row in rows], 4 * batch_size),
+                lambda rows: text_batches(model, processor, [different[row] for row in rows], 4 * batch_size),
                 folder / "chunks" / "texts", chunk=CHUNK, unit="texts", progress=progress)
             images.flush()
             texts.flush()
@@ -171,7 +171,8 @@ def _text_settings(processor: CLIPProcessor) -> str:
     return hashlib.sha256((settings + json.dumps(tokenizer, sort_keys=True)).encode()).hexdigest()
 
 
-def _text_batches(model: HybridCLIP, processor: CLIPProcessor, texts: list[str], size: int) -> Batches:
+def text_batches(model: HybridCLIP, processor: CLIPProcessor, texts: list[str], size: int) -> Batches:
+    """Outputs of the text tower before its projection, `size` texts at a time."""
     encode = encoder(model.text, "pooled")
     for start in range(0, len(texts), size):
         part = texts[start : start + size]

@@ -36,11 +36,33 @@ Params = dict[str, np.ndarray]
 def read_lite(path: Path, config: EfficientNetConfig) -> Params:
     """The parameters of an EfficientNet-Lite by their names in `EfficientNetLite`, with folded batch norms.
 
-    The projection's `class_vectors` are not among them: they are new. Raises ValueError for a file that cannot be
-    read, and KeyError or ValueError where it is not of this size.
+    The projection's `class_vectors` are not among them: they are new. Raises ValueError that names the file if it
+    cannot be read or is not of this size.
     """
-    weights = read_torch(path)
+    weights, shapes = read_torch(path), _lite_shapes(config)
+    try:
+        params = _folded(weights, config)
+        different = [f"{name} {params[name].shape}, not {shape}" for name, shape in shapes.items()
+                     if params[name].shape != shape]
+    except (KeyError, IndexError, ValueError) as error:
+        different = [str(error)]
+    if different:
+        raise ValueError(f"{path} does not fit {config}; missing or different: {', '.join(different)}")
+    return params
 
+
+def _lite_shapes(config: EfficientNetConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {"stem.kernel": (3, 3, 3, config.stem), "head.kernel": (config.blocks[-1][-1], config.width),
+              "projection.classifier.kernel": (config.width, config.classes)}
+    for number, (size, _, expansion, d_in, d_out) in enumerate(config.blocks):
+        inner = expansion * d_in
+        shapes |= {f"blocks.{number}.depthwise.kernel": (size, size, inner),
+                   f"blocks.{number}.narrow.kernel": (inner, d_out)}
+        shapes |= {f"blocks.{number}.expand.kernel": (d_in, inner)} if expansion != 1 else {}
+    return shapes
+
+
+def _folded(weights: Weights, config: EfficientNetConfig) -> Params:
     def folded(convolution: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
         """The kernel [out, in, k, k] and the bias of a convolution with the batch norm after it."""
         scale, shift, mean, variance = (
@@ -95,7 +117,7 @@ class E5:
                 params[f"blocks.{number}.{ours}.bias"] = tensors[f"l{number}.{theirs}.b"]
         return params
 
-    def tokenizer(self, kept: Iterable[int]) -> Tokenizer:
+    def tokenizer(self, kept: Iterable[int] | Int[np.ndarray, " kept"]) -> Tokenizer:
         """The tokenizer with these pieces: Unigram (Kudo 2018), the best way to cut a text into pieces.
 
         A text whose pieces are all kept is cut as before; other texts are cut into smaller pieces.

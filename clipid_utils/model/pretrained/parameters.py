@@ -51,7 +51,7 @@ class Source:
     """A folder's weights under the names of `key_table`; without `sides`, under their own names."""
 
     def __init__(self, folder: Path, *sides: str):
-        self.sides, self.weights = sides, read_weights(folder)
+        self.folder, self.sides, self.weights = folder, sides, read_weights(folder)
         self.names: dict[str, tuple[str, bool]] = {}  # by the table's name: the file's, and whether Flax wrote it
         for name in self.weights:
             known_as, flax = families.canonical(name, sides) if sides else (name, False)
@@ -77,11 +77,16 @@ class Source:
         return Leaf(name, array)
 
     def _dequantized(self, name: str) -> Callable[[], np.ndarray]:
-        """Makes the array, multiplied by its scales if the file has them."""
-        make = self.weights.data.pop(name)
-        if name + SCALE not in self.names:
+        """Makes the array, multiplied by its scales if it is int8. Raises ValueError if they do not fit it."""
+        make, stored = self.weights.data.pop(name), self.names.pop(name + SCALE, None)
+        scale = None if stored is None else self.weights.data.pop(stored[0])
+        if scale is None and make().dtype != np.int8:
             return make
-        scale = self.weights.data.pop(self.names.pop(name + SCALE)[0])
+        shape, fits = make().shape, scale is not None and scale().ndim == make().ndim
+        if not fits or any(n not in (1, m) for n, m in zip(scale().shape, shape, strict=True)):
+            found = "missing" if scale is None else f"of shape {scale().shape}"
+            raise ValueError(f"{self.folder} has {name!r} of shape {shape} as int8, and {name + SCALE!r} is {found}: "
+                             "save or fetch the checkpoint again")
         return lambda: make().astype(np.float32) * scale()
 
     def unknown(self, config: CLIPConfig) -> list[str]:
