@@ -272,8 +272,8 @@ def stamps_recall(
 def run_photo(recipe: PhotoRecipe) -> bool:
     """Makes the model and writes it to `out/model`; False if it was stopped. The features stay in `out/features`.
 
-    It needs the packages of data/sources.json, `photo` (a network, the first time) and takes about half an hour on 2
-    cores. Raises FetchError, and FileExistsError for a folder that has a model already.
+    It needs the packages of data/sources.json, `photo` (a network, the first time) and takes about a quarter of an hour
+    on 2 cores. Raises FetchError, and FileExistsError for a folder that has a model already.
     """
     if (recipe.out / "model").exists() or (recipe.out / "features").exists() and not recipe.resume:
         raise FileExistsError(f"{recipe.out} has a run already: continue it with --resume, delete its folder model, or "
