@@ -155,7 +155,7 @@ def _recipe(name: str, tower: str, words: str, **settings) -> tuple[str, tuple[s
 _ANCESTOR_WORDS = "the run of 2021: ViT-B/32 and {}; first the projections, then the towers"
 _TODAY_WORDS = "today: ViT-B/32 and {}; first cached features, then the towers, in large batches"
 RECIPES = dict((  # by name: a description, and the settings
-    ("photo", ("the shipped model for photographs: frozen towers from packages, and heads; a quarter of an hour on 2 cores",
+    ("photo", ("the shipped model for photographs: two frozen towers from packages, and heads that are trained",
                PhotoRecipe())),
     _recipe("mini", "indobert-base", "the shipped model: mini on the picture dictionary, from random weights",
             vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
