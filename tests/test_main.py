@@ -278,7 +278,8 @@ def test_nothing_is_indexed_for_a_query_or_a_sheet_that_is_wrong(searched, tmp_p
 
 def test_a_terminal_has_a_prompt_that_ctrl_c_and_ctrl_d_end():
     pty = pytest.importorskip("pty")  # Windows has none
-    code = ("import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C there is for this process\n"
+    code = ("import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C there is for this process\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it\n"
             "from clipid_utils import __main__\nfrom clipid_utils.inference import command\n"
             "__main__.parse = lambda words: lambda: [print(query) for query in command._queries()]\n"
             "for _ in range(2):\n"

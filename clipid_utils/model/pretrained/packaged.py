@@ -63,6 +63,8 @@ def _lite_shapes(config: EfficientNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _folded(weights: Weights, config: EfficientNetConfig) -> Params:
+    """The parameters of `read_lite`, whatever their shapes are."""
+
     def folded(convolution: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
         """The kernel [out, in, k, k] and the bias of a convolution with the batch norm after it."""
         scale, shift, mean, variance = (

@@ -47,6 +47,13 @@ class Leaf(NamedTuple):
     array: Callable[[], np.ndarray]
 
 
+class OneKey(nnx.Rngs):
+    """Gives each parameter the same key. For shapes alone that is enough; counting keys takes seconds under a trace."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 class Source:
     """A folder's weights under the names of `key_table`; without `sides`, under their own names."""
 
@@ -121,7 +128,7 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
 
     Raises ValueError that lists missing and unknown keys and wrong shapes.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model_class(config, dtype=dtype, rngs=OneKey(0))))
     flat = nnx.to_flat_state(state)
     wanted = {dotted(path): leaf.shape for path, leaf in flat}
     names = {} if native else {key.nnx_path: key.hf_name for key in key_table(config)}
