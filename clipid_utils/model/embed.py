@@ -1,6 +1,7 @@
 """Whole collections through the model: in batches, compiled once, with progress; pictures also with a cache."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from clipid_utils.files import file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import TextConfig
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.pictures import PictureError, picture_source
 
@@ -100,7 +102,7 @@ def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | N
     """
     parts = [getattr(model, name, None) for name in ("vision", "text")]
     dtypes = [str(getattr(part, "dtype", None)) for part in (model, *parts)]
-    digest = hashlib.sha256(f"{RULES} {getattr(model, 'config', '')} {dtypes}".encode())
+    digest = hashlib.sha256(f"{RULES} {getattr(model, 'config', '')}{_later_settings(model)} {dtypes}".encode())
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if path[0] != without:
             digest.update(f"{path} {leaf[...].dtype} {leaf[...].shape}".encode())
@@ -108,6 +110,15 @@ def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | N
     probe = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 30, 3))
     digest.update(processor.normalize(processor.decoder(probe)[None]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _later_settings(model: nnx.Module) -> str:
+    """The settings of the text tower that its repr leaves out, where they are not the defaults."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "text", config)
+    fields = dataclasses.fields(text) if isinstance(text, TextConfig) else ()
+    later = {field.name: getattr(text, field.name) for field in fields if not field.repr}
+    return "".join(f" {name}={later[name]}" for name in later if later[name] != getattr(TextConfig, name))
 
 
 def picture_identity(picture: object) -> str:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from tiny import CONFIG, SIZE, tiny_batch, tiny_clip, tiny_processor
 
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.ops import normalize
 from clipid_utils.model.config import MAX_LOGIT_SCALE, PRESETS, CLIPConfig, VisionConfig
+from clipid_utils.model.ops import normalize
 from clipid_utils.model.text import TextEncoder
 from clipid_utils.model.vision import VisionTransformer
 

@@ -1,5 +1,6 @@
 """Whole collections through a tower: the same vectors as one by one, in their order, and nothing embedded twice."""
 
+import dataclasses
 import io
 import os
 import threading
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from PIL import Image
 from tiny import NAMES, SIZE, tiny_clip, tiny_pairs
 
+from clipid_utils import HybridCLIP
 from clipid_utils.model import embed
 from clipid_utils.model.embed import (
     embed_images,
@@ -267,3 +269,12 @@ def test_an_identity_changes_with_the_picture(tmp_path):
     assert picture_identity(b"a") == picture_identity({"bytes": b"a", "path": str(path)})
     assert len({first, picture_identity(other), picture_identity(tmp_path / "c.bmp"), *contents}) == 7
     assert embed.HEAD < path.stat().st_size
+
+
+def test_a_fingerprint_knows_settings_that_the_repr_leaves_out(clip):
+    model, processor = clip
+    before = fingerprint(model, processor)
+    later = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, normalize_pooled=True))
+    other = HybridCLIP(later, rngs=nnx.Rngs(0))
+    nnx.update(other, nnx.state(model))
+    assert repr(later) == repr(model.config) and fingerprint(other, processor) != before
