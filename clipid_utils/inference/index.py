@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -75,13 +76,20 @@ def build_index(
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
-        identities=np.array([picture_identity(content) for content in contents], "S20"), progress=progress)
+        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=_batch_size(model),
+        progress=progress)
     if len(skipped) == len(keys):
         raise ValueError(f"none of {len(keys)} pictures in {source} can be read; the first is {keys[0]}: {skipped[0]}")
     rows = [row for row in range(len(keys)) if row not in skipped]
     return PictureIndex(
         embeds=embeds[rows], keys=[keys[row] for row in rows], labels=[str(labels[row]) for row in rows],
         fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()])
+
+
+def _batch_size(model: nnx.Module) -> int:
+    """Pictures that are encoded at once: 64, or on a CPU fewer large ones, whose activations would need a gigabyte."""
+    side = model.config.vision.image_size
+    return 64 if jax.default_backend() != "cpu" else min(64, max(8, 16 * 224**2 // side**2))
 
 
 def _picture_files(folder: Path) -> list[str]:
