@@ -91,7 +91,7 @@ def rate_factors(
     It is the product of two: the factor of the first pattern in `rates` that fits (1 if none does), and `layer_decay`
     once for each layer between the leaf and its tower's end (Clark et al. 2020, ELECTRA). So embeddings learn slowest;
     the parameters after the last block, and the scale, have the full rate. `layers` is the number of blocks of each
-    tower, of which some may be frozen and not in `params`. Raises ValueError for a pattern that fits nothing.
+    tower, frozen ones too, which are not in `params`. Raises ValueError for a pattern that fits nothing.
     """
     check_patterns(params, rates)
 

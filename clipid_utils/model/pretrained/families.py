@@ -100,7 +100,7 @@ _UNUSED = (
     (r"cls\..*|lm_head\..*|classifier\..*|decoder\..*|qa_outputs\..*", "the head of a different task"),
     (r"vision_model\.embeddings\.mask_token", "for masked pictures only"),
 )
-_FOREIGN = {  # in a whole model of which one tower is used
+_FOREIGN = {  # in a whole model, when only one tower is used
     "vision": (r"(text_model|text_projection)\..*|logit_scale", "of the text tower, which is not used"),
     "text": (r"(vision_model|visual_projection)\..*|logit_scale", "of the image tower, which is not used"),
 }

