@@ -52,6 +52,7 @@ bench: .venv-bench/installed  ## examples per second beside torch, in turns; ins
 
 parity: .venv-bench/installed  ## outputs, gradients and exports beside torch's at true sizes; the translator's recipe
 	.venv-bench/bin/python scripts/parity.py
+	.venv-bench/bin/python scripts/parity_families.py
 	.venv-bench/bin/python -m clipid_utils prepare
 	.venv-bench/bin/python -m pytest tests/test_train_translator.py
 

@@ -31,7 +31,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import RobertaProcessing
 
 from clipid_utils import CLIPProcessor, HybridCLIP, load_clip, save_clip
-from clipid_utils.model.pretrained.families import TRANSFORMS, key_table
+from clipid_utils.model.pretrained.keys import TRANSFORMS, key_table
 from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.model.processor import train_wordpiece
 from clipid_utils.training.loss import clip_loss

@@ -17,7 +17,7 @@ from clipid_utils.model.config import CLIPConfig, EfficientNetConfig
 from clipid_utils.model.efficientnet import EfficientNetLite
 from clipid_utils.model.layers import Arrays
 from clipid_utils.model.ops import normalize
-from clipid_utils.model.pretrained.parameters import join_towers
+from clipid_utils.model.pretrained.towers import join_towers
 from clipid_utils.model.text import TextEncoder
 from clipid_utils.model.vision import VisionTransformer
 
@@ -69,7 +69,8 @@ class HybridCLIP(nnx.Module):
 
     def scale(self) -> Float[Array, ""]:
         """exp(logit_scale), at most 100."""
-        return jnp.exp(jnp.minimum(self.logit_scale[...], self.config.max_logit_scale))
+        scale, largest = self.logit_scale[...], self.config.max_logit_scale
+        return jnp.exp(jnp.where(scale > largest, largest, scale))  # at the limit, minimum would halve the gradient
 
     def __call__(
         self, pixel_values: Float[Arrays, "B H W 3"], input_ids: Int[Arrays, "T L"], attention_mask: Int[Arrays, "T L"]

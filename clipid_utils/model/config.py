@@ -20,7 +20,11 @@ class VisionConfig:
     norm_eps: float = 1e-5
     ln_pre: bool = True  # these three are CLIP's; ViT has no norm before its blocks, a bias in its patches, a pooler
     patch_bias: bool = False
-    pooling: str = "class"  # the class token after ln_post, or "pooler": tanh(linear) of that
+    pooling: str = "class"  # the class token after ln_post; "pooler": tanh(linear) of that; "attention": SigLIP's head
+    # Not in the repr, which is part of a model's fingerprint, so that older models keep theirs
+    class_token: bool = field(default=True, repr=False)
+    layer_scale: bool = field(default=False, repr=False)  # DINOv2 multiplies the output of each branch by a vector
+    projection: str = field(default="linear", repr=False)  # a form of layers.projection
 
     @property
     def grid(self) -> int:
@@ -79,6 +83,20 @@ class EfficientNetConfig:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """ModernBERT's positions and attention (Warner et al. 2024), in place of a table of positions.
+
+    Layer k attends to all tokens if `layers[k]` is "global", and to at most `window` tokens on each side if it is
+    "local". `global_theta` and `local_theta` are the bases of the two kinds' wavelengths (Su et al. 2021).
+    """
+
+    layers: tuple[str, ...]
+    window: int = 64
+    global_theta: float = 160_000.0
+    local_theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Sizes of the text tower; field names and defaults are IndoBERT base's (`indobenchmark/indobert-base-p2`)."""
 
@@ -92,11 +110,18 @@ class TextConfig:
     norm_eps: float = 1e-12
     token_types: int = 2
     position_offset: int = 0  # 2 for RoBERTa: it counts positions from its padding's id + 1, and skips padding
-    pooling: str = "pooler"  # tanh(linear) of the first token, or "mean" over the tokens that are not padding
-    # Not in the repr, which is part of a model's fingerprint, so that older models keep theirs
+    # "pooler": tanh(linear) of the first token; "first" token; "last" place; "mean" of the tokens that are not padding;
+    # "end": the first place with the id `end_id`, or with the text's largest id if that is None
+    pooling: str = "pooler"
+    # Not in the repr, as above
     normalize_pooled: bool = field(default=False, repr=False)  # unit length before the projection, like e5
     classes: int = field(default=0, repr=False)  # if not 0, the projection goes through classes (layers.ClassMixture)
     class_scale: float = field(default=1.0, repr=False)
+    pre_norm: bool = field(default=False, repr=False)  # CLIP and SigLIP: norms before each part, and one at the end
+    mask: str = field(default="padding", repr=False)  # "causal" hides later tokens too; "none" hides nothing: texts
+    end_id: int | None = field(default=None, repr=False)  # have exactly `max_length` tokens then, with padding
+    projection: str = field(default="linear", repr=False)
+    rotary: Rotary | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +143,10 @@ class CLIPConfig:
         values = dict(values)
         vision = values.pop("vision")
         tower = EfficientNetConfig if "classes" in vision else VisionConfig
-        return cls(vision=tower(**vision), text=TextConfig(**values.pop("text")), **values)
+        text = dict(values.pop("text"))
+        if rotary := text.get("rotary"):
+            text["rotary"] = Rotary(**{**rotary, "layers": tuple(rotary["layers"])})
+        return cls(vision=tower(**vision), text=TextConfig(**text), **values)
 
 
 PRESETS = {

@@ -71,7 +71,7 @@ class EfficientNetLite(nnx.Module):
         self.blocks = layers.module_list(
             [InvertedBottleneck(*block, dtype=dtype, rngs=rngs) for block in config.blocks])
         self.head = layers.linear(config.blocks[-1][-1], config.width, dtype=dtype, rngs=rngs)
-        self.projection = layers.class_mixture(config, embed_dim, dtype=dtype, rngs=rngs)
+        self.projection = layers.projection(config, embed_dim, dtype=dtype, rngs=rngs)
 
     def feature_map(
         self, pixel_values: Float[Arrays, "B H W 3"], *, keys: Key[Array, " B"] | None = None, drop_path: float = 0.0,

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from clipid_utils.files import file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
-from clipid_utils.model.config import TextConfig
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.pictures import PictureError, picture_source
 
@@ -113,12 +112,13 @@ def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | N
 
 
 def _later_settings(model: nnx.Module) -> str:
-    """The settings of the text tower that its repr leaves out, where they are not the defaults."""
+    """The settings of the towers that their repr leaves out, where they are not the defaults."""
     config = getattr(model, "config", None)
-    text = getattr(config, "text", config)
-    fields = dataclasses.fields(text) if isinstance(text, TextConfig) else ()
-    later = {field.name: getattr(text, field.name) for field in fields if not field.repr}
-    return "".join(f" {name}={later[name]}" for name in later if later[name] != getattr(TextConfig, name))
+    towers = [getattr(config, side) for side in ("text", "vision") if hasattr(config, side)] or [config]
+    towers = [tower for tower in towers if dataclasses.is_dataclass(tower)]
+    fields = [(tower, field) for tower in towers for field in dataclasses.fields(tower)]
+    return "".join(f" {field.name}={getattr(tower, field.name)}" for tower, field in fields
+                   if not field.repr and getattr(tower, field.name) != field.default)
 
 
 def picture_identity(picture: object) -> str:

@@ -37,7 +37,7 @@ def linear(d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs, std: float | None = 
     return Linear(d_in, d_out, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
-def _residual_std(config: VisionConfig | TextConfig) -> float:
+def residual_std(config: VisionConfig | TextConfig) -> float:
     return (2 * config.width * config.layers) ** -0.5
 
 
@@ -60,16 +60,46 @@ class ClassMixture(nnx.Module):
         return chances.astype(features.dtype) @ self.class_vectors[...].astype(features.dtype)
 
 
-def class_mixture(config: EfficientNetConfig | TextConfig, embed_dim: int, *, dtype, rngs: nnx.Rngs) -> ClassMixture:
-    """The class mixture of a tower."""
-    return ClassMixture(config.width, config.classes, embed_dim, scale=config.class_scale, dtype=dtype, rngs=rngs)
+class MLPProjection(nnx.Module):
+    """Two linear layers with a GELU between them, open_clip's projection after a text tower of Hugging Face."""
+
+    def __init__(self, width: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
+        middle = (width + embed_dim) // 2
+        self.fc1 = linear(width, middle, dtype=dtype, rngs=rngs, bias=False)
+        self.fc2 = linear(middle, embed_dim, dtype=dtype, rngs=rngs, bias=False)
+
+    def __call__(self, features: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        return self.fc2(ops.gelu(self.fc1(features)))
+
+
+class NoProjection(nnx.Module):
+    """For towers whose features are the embedding."""
+
+    def __call__(self, features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+        return features
+
+
+def projection(config: EfficientNetConfig | VisionConfig | TextConfig, embed_dim: int, *, dtype, rngs: nnx.Rngs):
+    """From a tower's features to the common space: through classes, or in one of the forms "linear" (a matrix),
+    "affine" (with a bias), "mlp" and "none". Raises ValueError for a different form."""
+    if getattr(config, "classes", 0):
+        return ClassMixture(config.width, config.classes, embed_dim, scale=config.class_scale, dtype=dtype, rngs=rngs)
+    if config.projection in ("linear", "affine"):
+        return linear(config.width, embed_dim, dtype=dtype, rngs=rngs, bias=config.projection == "affine")
+    if config.projection == "mlp":
+        return MLPProjection(config.width, embed_dim, dtype=dtype, rngs=rngs)
+    if config.projection != "none" or config.width != embed_dim:
+        raise ValueError(f"{type(config).__name__} has projection {config.projection!r} and width {config.width}, and "
+                         f"the embedding has {embed_dim}: use linear, affine or mlp, or none if both are the same")
+    return NoProjection()
 
 
 class LayerNorm(nnx.LayerNorm):
     """nnx.LayerNorm, computed by `ops.layer_norm`, in float32."""
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        x, scale, bias = (part.astype(jnp.float32) for part in (x, self.scale[...], self.bias[...]))
+        x, scale = (part.astype(jnp.float32) for part in (x, self.scale[...]))
+        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...].astype(jnp.float32)
         return ops.layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
@@ -81,12 +111,17 @@ class Attention(nnx.Module):
         self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = linear(width, width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.out_proj = linear(width, width, std=residual_std(config), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B #L M"] | None = None,  # noqa: F821
+        among: Float[Array, "B M D"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Each token of `x` attends to those of `among`, which are its own tokens by default."""
+        among = x if among is None else among
         q, k, v = (
-            project(x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, K]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(tokens).reshape(*tokens.shape[:2], self.heads, -1)  # [B, L or M, H, K]
+            for project, tokens in ((self.q_proj, x), (self.k_proj, among), (self.v_proj, among))
         )
         return self.out_proj(ops.attention(q, k, v, mask).reshape(x.shape))  # [B, L, D]
 
@@ -96,7 +131,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: VisionConfig | TextConfig, *, dtype, rngs: nnx.Rngs):
         self.fc1 = linear(config.width, config.mlp_dim, std=(2 * config.width) ** -0.5, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(config.mlp_dim, config.width, std=_residual_std(config), dtype=dtype, rngs=rngs)
+        self.fc2 = linear(config.mlp_dim, config.width, std=residual_std(config), dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -112,18 +147,37 @@ class Block(nnx.Module):
         self.ln_1 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.ln_2 = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        scaled = getattr(config, "layer_scale", False)
+        self.scale_1, self.scale_2 = (nnx.Param(jnp.ones(config.width)) if scaled else None for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 L"] | None = None,
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B #L L"] | None = None,  # noqa: F821
         survive: Float[Array, "2 B 1 1"] | None = None,
     ) -> Float[Array, "B L D"]:
         """`survive` scales the two residual branches: 0 drops a branch, 1/p keeps its mean (stochastic depth)."""
         scale_1, scale_2 = (1.0, 1.0) if survive is None else survive
+        if self.scale_1 is not None:
+            scale_1, scale_2 = scale_1 * self.scale_1[...].astype(x.dtype), scale_2 * self.scale_2[...].astype(x.dtype)
         if self.pre_norm:
             x = x + scale_1 * self.attn(self.ln_1(x), mask)
             return x + scale_2 * self.mlp(self.ln_2(x))
         x = self.ln_1(x + scale_1 * self.attn(x, mask))
         return self.ln_2(x + scale_2 * self.mlp(x))
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's head (Zhai et al. 2023): a learned probe attends to all patches, and an MLP follows."""
+
+    def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
+        self.probe = nnx.Param(nnx.initializers.normal(config.width**-0.5)(rngs.params(), (config.width,)))
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.ln = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        probe = jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+        x = self.attn(probe, among=tokens)
+        return (x + self.mlp(self.ln(x)))[:, 0]
 
 
 def survivals(keys: Array | None, drop_path: float, layers: int, dtype) -> list:

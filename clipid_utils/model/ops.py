@@ -118,10 +118,18 @@ def _quick_gelu(x):
     return x * gate, gate * (1.0 + 1.702 * x * (1.0 - gate))
 
 
+def _gelu_tanh(x):
+    factor = math.sqrt(2.0 / math.pi)
+    wave = jnp.tanh(factor * (x + 0.044715 * x * x * x))
+    half = 0.5 * (1.0 + wave)
+    return x * half, half + 0.5 * x * (1.0 - wave * wave) * factor * (1.0 + 3 * 0.044715 * x * x)
+
+
 gelu = _with_slope(_gelu)  # Hendrycks & Gimpel 2016, the exact (erf) form, like BERT
 quick_gelu = _with_slope(_quick_gelu)  # x * sigmoid(1.702 x), like OpenAI's CLIP
+gelu_tanh = _with_slope(_gelu_tanh)  # the same paper's approximation, like SigLIP
 
-ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}  # by their names in Hugging Face configs
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}  # as in Hugging Face configs
 
 
 def normalize(features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from clipid_utils.files import whole_file, write_json
 from clipid_utils.model.pretrained import processor_files
-from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, TOKENIZER_FILES
+from clipid_utils.model.pretrained.processor_files import IMAGE_MEAN, IMAGE_STD, NO_RULES, TOKENIZER_FILES, TextRules
 from clipid_utils.pictures import decode_square
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -57,7 +57,8 @@ class CLIPProcessor:
 
     `tokenizer` is one of `tokenizers` (with its `special_tokens` if they are not BERT's), one of transformers, which
     knows its special tokens, or None: then texts raise ValueError. `truncated` counts the texts that were cut to
-    `max_length` tokens; the first cut warns. `resize` and `resample` are those of `pictures.decode_square`.
+    `max_length` tokens; the first cut warns. With `fixed_length` all texts are padded to `max_length`, as a text tower
+    without a mask needs it (SigLIP). `resize` and `resample` are those of `pictures.decode_square`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CLIPProcessor:
         image_mean: Sequence[float] = IMAGE_MEAN, image_std: Sequence[float] = IMAGE_STD, *,
         resize: int | tuple[int, int] | None = None, resample: int = Image.Resampling.BICUBIC,
         special_tokens: dict[str, str] | None = None, padding_side: str = "right", truncation_side: str = "right",
+        fixed_length: bool = False,
     ):
         if hasattr(tokenizer, "backend_tokenizer"):  # transformers
             special_tokens = special_tokens or {
@@ -75,7 +77,7 @@ class CLIPProcessor:
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.resize, self.resample = image_size if resize is None else resize, resample
         self.special_tokens = special_tokens or {token[1:-1].lower() + "_token": token for token in SPECIAL_TOKENS}
-        self.padding_side, self.truncation_side = padding_side, truncation_side
+        self.padding_side, self.truncation_side, self.fixed_length = padding_side, truncation_side, fixed_length
         self.tokenizer = tokenizer
         self.truncated = 0
         if tokenizer is None:
@@ -126,6 +128,7 @@ class CLIPProcessor:
     ) -> dict[str, Int[np.ndarray, "B L"] | Bool[np.ndarray, " B"]]:
         """Token ids and mask, padded to the longest text, rounded up to a `multiple`, or to `length`.
 
+        With `fixed_length` they have `max_length` tokens whatever `length` and `multiple` are.
         The ids, the padding and the cuts are AutoTokenizer's. An empty text raises ValueError. With `mark_truncated` a
         third array, `truncated`, is True for the texts that were cut.
         """
@@ -136,6 +139,7 @@ class CLIPProcessor:
         for row, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"text[{row}] is {text!r}: an empty caption matches nothing; drop it or write one")
+        length = self.max_length if self.fixed_length else length
         limit = min(self.max_length, length or self.max_length)
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
@@ -193,12 +197,13 @@ class CLIPProcessor:
     @classmethod
     def load(
         cls, folder: Path, text_folder: Path | None = None, *, image_size: int | None = None, max_length: int = 10**6,
-        needs_tokenizer: bool = True,
+        needs_tokenizer: bool = True, fixed_length: bool = False, rules: TextRules = NO_RULES,
     ) -> "CLIPProcessor":
         """The processor of a checkpoint folder, of this project or of transformers.
 
         `text_folder` has the tokenizer if it is in a different folder. Without preprocessor_config.json, pictures are
-        prepared like CLIP's, at `image_size`; texts have at most `max_length` tokens. Raises FileNotFoundError for a
+        prepared like CLIP's, at `image_size`; texts have at most `max_length` tokens. Further `rules` for texts become
+        part of the tokenizer. Raises FileNotFoundError for a
         missing file and ValueError for an unsupported one, with its name. If there is no tokenizer and
         `needs_tokenizer` is False, the processor takes pictures only.
         """
@@ -206,4 +211,5 @@ class CLIPProcessor:
         pictures = processor_files.read_preprocessor(folder, image_size)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
             return cls(None, max_length=max_length, **pictures)
-        return cls(**processor_files.read_tokenizer(text_folder, max_length), **pictures)
+        return cls(**processor_files.read_tokenizer(text_folder, max_length, rules), **pictures,
+                   fixed_length=fixed_length)

@@ -39,6 +39,7 @@ from clipid_utils.training.optimizers import adabelief, adamw, muon
 from clipid_utils.training.photo import PhotoRecipe, run_photo
 from clipid_utils.training.recipes import MINI, SOURCE_SIZE, new_mini, pairs_checksum
 from clipid_utils.training.run_folder import check_same
+from clipid_utils.training.tune import TuneRecipe, run_tune
 
 FORMS = {"jit": jit_form, "shard_map": shard_map_form, "pmap": pmap_form}
 OPTIMIZERS = {"adamw": adamw, "adabelief": adabelief, "muon": muon}
@@ -155,6 +156,7 @@ def _recipe(name: str, tower: str, words: str, **settings) -> tuple[str, tuple[s
 _ANCESTOR_WORDS = "the run of 2021: ViT-B/32 and {}; first the projections, then the towers"
 _TODAY_WORDS = "today: ViT-B/32 and {}; first cached features, then the towers, in large batches"
 RECIPES = dict((  # by name: a description, and the settings
+    ("tune", ("fine-tuning: a model that works already, on pictures and captions of your own", TuneRecipe())),
     ("photo", ("the shipped model for photographs: two frozen towers from packages, and heads that are trained",
                PhotoRecipe())),
     _recipe("mini", "indobert-base", "the shipped model: mini on the picture dictionary, from random weights",
@@ -314,7 +316,7 @@ def save_result(recipe: Recipe, model: HybridCLIP, processor: CLIPProcessor, dat
                 "train_sha256": pairs_checksum(data), "validation_sha256": pairs_checksum(validation)})
 
 
-def run(recipe: Recipe | PhotoRecipe) -> bool:
+def run(recipe: Recipe | PhotoRecipe | TuneRecipe) -> bool:
     """Trains stage after stage, each in `out/stage-…`, and writes the model to `out/model`; False if it was stopped.
 
     The folder also gets `recipe.json`; a resumed run must have the same settings (`SAME_ON_RESUME`). With
@@ -325,6 +327,8 @@ def run(recipe: Recipe | PhotoRecipe) -> bool:
     """
     if isinstance(recipe, PhotoRecipe):
         return run_photo(recipe)
+    if isinstance(recipe, TuneRecipe):
+        return run_tune(recipe)
     check_options(recipe)
     if recipe.hosts:
         jax.distributed.initialize()

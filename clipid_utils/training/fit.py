@@ -20,7 +20,7 @@ from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.training.alarms import Alarms, check_finite
 from clipid_utils.training.augment import AugmentConfig
 from clipid_utils.training.distributed import Placed, jit_form, make_mesh
-from clipid_utils.training.loop import Loop, fitting_batch
+from clipid_utils.training.loop import Loop, fitting_batch, no_progress
 from clipid_utils.training.loss import clip_loss, siglip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine, with_rates
 from clipid_utils.training.processes import from_all, say
@@ -112,7 +112,7 @@ def fit(
     config: FitConfig, *, seed: int, out: Path | None = None, loss: Callable = clip_loss, optimizer: Callable = adamw,
     form: Callable = jit_form, mesh: Mesh | None = None, resume: bool = False, overwrite: bool = False,
     samples: Sequence[str] = (), sinks: dict | None = None, on_log: Callable[[list[dict]], None] | None = None,
-    progress: bool = True,
+    progress: bool = True, score: Callable[[HybridCLIP], float] | None = None, start: float = -math.inf,
 ) -> FitResult:
     """Trains on all devices and returns the best averaged weights; `model` itself does not change.
 
@@ -128,6 +128,9 @@ def fit(
     one, if there is one, to the same weights as a run that was never stopped. Ctrl-C and SIGTERM end the run after the
     current step: its state is kept, and its weights are in `out/last`. `overwrite` deletes an earlier run in `out`.
 
+    With a `score`, higher is better, it is measured in place of the recall. The best model is kept, `model` itself if
+    none has more than its own score `start`, and the run ends when several evaluations in a row are not better.
+
     Raises ValueError for a batch of one pair, validation pictures of a different size, an empty caption, or a config
     that changed before resuming; FileExistsError if `out` has an earlier run; FloatingPointError if the loss is not
     finite.
@@ -139,11 +142,17 @@ def fit(
     schedule = warmup_cosine(config.learning_rate, steps, round(config.warmup * steps))
     graph, state, placed = _compiled(model, processor, config, seed, schedule, optimizer, loss, form, mesh)
     folder = RunFolder(out, dataclasses.asdict(config) | {"seed": seed}, processor, model.vision.dtype, resume=resume,
-                       keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks)
+                       keeps_states=bool(config.checkpoint_every), overwrite=overwrite, sinks=sinks, score=score)
+    if score is not None and folder.start is None:
+        folder.keep(model, start)
     if validation is None:
         say("no validation pictures (--validation): recall is not measured, and the last weights are kept")
     alarms = Alarms(steps, round(config.warmup * steps), chance_is_log_batch=loss is clip_loss)
-    evaluate = functools.partial(folder.evaluate, validation, samples)
+
+    def evaluate(model: HybridCLIP, line: dict) -> bool:
+        folder.evaluate(validation, samples, model, line)
+        return score is not None and no_progress(folder.lines.history, start)
+
     state = placed.place(state)  # the same name: a second reference would keep the first state's memory to the end
     try:
         last, done, stopped = _train(folder, graph, placed, state, feed, steps, config, schedule, alarms, evaluate,

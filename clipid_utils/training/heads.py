@@ -18,11 +18,11 @@ from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.ops import normalize
 from clipid_utils.training.features import Features
 from clipid_utils.training.fit import FitResult, TrainingConfig
-from clipid_utils.training.loop import Loop, fitting_batch
+from clipid_utils.training.loop import Loop, fitting_batch, no_progress
 from clipid_utils.training.loss import clip_loss
 from clipid_utils.training.optimizers import adamw, warmup_cosine
 from clipid_utils.training.processes import say
-from clipid_utils.training.step import assemble, contrastive_update, init_state
+from clipid_utils.training.step import TrainState, assemble, contrastive_update, init_state
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,14 @@ def feature_batches(features: Features, batch_size: int, *, seed: int, epoch: in
 def train_projections(
     model: HybridCLIP, features: Features, config: ProjectionConfig = ProjectionConfig(), *, seed: int,
     loss: Callable = clip_loss, optimizer: Callable = adamw, on_log: Callable[[list[dict]], None] | None = None,
-    progress: bool = True,
+    progress: bool = True, score: Callable[[HybridCLIP], float] | None = None, start: float = -math.inf,
 ) -> FitResult:
     """Trains the projections and the scale on the towers' features, and returns the model with them.
 
     All other weights are those of `model`, which does not change. `loss` and `optimizer` are called as `clip_loss` and
-    `adamw` are. Every `log_every` steps `on_log(history)` is called, as in `fit`. Ctrl-C ends the run after the current
-    step and returns the weights so far. Raises ValueError for a batch of one pair, and FloatingPointError if the loss
+    `adamw` are. Every `log_every` steps `on_log(history)` is called, as in `fit`, and `score` and `start` choose the
+    best model and end the run as in `fit`. Ctrl-C ends the run after the current step and returns the weights so far.
+    Raises ValueError for a batch of one pair, and FloatingPointError if the loss
     is not finite.
     """
     usable, history = int(np.isfinite(features.images[:, 0]).sum()), []
@@ -102,12 +103,25 @@ def train_projections(
         if on_log is not None:
             on_log(history)
 
+    best, highest = model, start
+
+    def evaluate(state: TrainState, line: dict) -> bool:
+        nonlocal best, highest
+        now = _with_heads(model, assemble(graph, state, averaged=False))
+        log(line | {"score": score(now)})
+        if history[-1]["score"] > highest:
+            copied = jax.tree.map(jnp.copy, nnx.state(now, nnx.Param))  # the next step takes the state's arrays
+            best, highest = nnx.merge(nnx.graphdef(now), copied), history[-1]["score"]
+        return no_progress(history, start)
+
     batches = (batch for epoch in itertools.count()
                for batch in feature_batches(features, batch_size, seed=seed, epoch=epoch))
-    loop = Loop(steps, batch_size, per_epoch, rate, config.log_every, log, title="stage 1", progress=progress)
+    loop = Loop(steps, batch_size, per_epoch, rate, config.log_every, log, title="stage 1", progress=progress,
+                evaluate=None if score is None else evaluate, evaluate_every=config.log_every)
     update = jax.jit(make_head_update(graph, transform, loss), donate_argnums=0)
     state, _, interrupted = loop.run(update, state, batches)
-    return FitResult(_with_heads(model, assemble(graph, state, averaged=False)), history, interrupted)
+    last = _with_heads(model, assemble(graph, state, averaged=False))
+    return FitResult(last if score is None else best, history, interrupted)
 
 
 def _with_heads(model: HybridCLIP, heads: Heads) -> HybridCLIP:

@@ -28,7 +28,8 @@ class Loop:
     learning_rate: Callable[[int], Any]  # the schedule, for the log
     log_every: int  # steps
     log: Callable[[dict], None] = print  # gets a line of metrics
-    evaluate: Callable[[Any, dict], None] | None = None  # gets the state, and a line with step and epoch
+    # Gets the state, and a line with step and epoch; True ends the run
+    evaluate: Callable[[Any, dict], bool | None] | None = None
     evaluate_every: int = 0  # steps; the last step is always evaluated
     save: Callable[[Any, dict], None] | None = None  # gets the state, and where the loop is; None: no checkpoints
     save_every: int = 0  # steps; the last step, and the one at which a run is stopped, are always saved
@@ -47,13 +48,13 @@ class Loop:
         """
         if self.steps < 1:
             raise ValueError("epochs or steps is 0, so there is nothing to train: choose at least 1")
-        done, stop, values, clock = start, False, {}, Clock()
+        done, stop, ended, values, clock = start, False, False, {}, Clock()
         running: deque[jax.Array] = deque(maxlen=2)
         bar = tqdm(total=self.steps, initial=start, desc="compiling", unit=" steps", disable=not self.progress)
         with bar, interruptible() as asked:
             if evaluation_due and self.evaluate is not None:
-                self.evaluate(state, self._line(done, {}))
-            while done < self.steps and not stop:
+                ended = bool(self.evaluate(state, self._line(done, {})))
+            while done < self.steps and not stop and not ended:
                 batch = clock.next(batches, running[-1] if running else None, self.batch_size)
                 if done == start and jax.process_count() == 1 and asked(done):
                     return state, done, True
@@ -77,7 +78,7 @@ class Loop:
                     self._line(done, values)  # raises an error if a value is not finite
                 with clock.pause():
                     if due and not stop:
-                        self.evaluate(state, self._line(done, {}))
+                        ended = bool(self.evaluate(state, self._line(done, {})))
                     if kept:
                         self.save(state, {"step": done, "evaluation_due": bool(due and stop)})
         return state, done, stop
@@ -148,6 +149,15 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own, which Python cannot set
+
+
+PATIENCE = 5  # evaluations
+
+
+def no_progress(history: list[dict], start: float) -> bool:
+    """Whether the last `PATIENCE` scores in a run's log are not above the best before them, which began at `start`."""
+    scores = [start, *(line["score"] for line in history if "score" in line)]
+    return len(scores) > PATIENCE and max(scores[-PATIENCE:]) <= max(scores[:-PATIENCE])
 
 
 def fitting_batch(batch_size: int, count: int, *, multiple: int = 1, things: str = "pictures") -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,7 +35,9 @@ class RunFolder:
     def __init__(
         self, path: Path | None, settings: dict, processor: CLIPProcessor, dtype, *, keeps_states: bool = False,
         resume: bool = False, overwrite: bool = False, sinks: dict | None = None,
+        score: Callable[[HybridCLIP], float] | None = None,
     ):
+        self.score = score
         self.path, self.processor, self.dtype = None if path is None else Path(path), processor, dtype
         self.best: HybridCLIP | None = None
         self.best_recall = -math.inf
@@ -108,10 +110,13 @@ class RunFolder:
     ) -> None:
         """Logs the validation recall, and keeps `model` if text to picture R@1 is the best so far (ties: the later).
 
-        The first process measures, and tells the others.
+        With a `score` that is logged, and `model` is kept if it is the best (ties: the earlier). The first process
+        measures, and tells the others.
         """
         recall, figure = {}, None
-        if validation is not None and jax.process_index() == 0:
+        if self.score is not None and jax.process_index() == 0:
+            recall = {"score": self.score(model)}
+        elif validation is not None and jax.process_index() == 0:
             embeds = embed_pictures(model, self.processor, validation.images, progress=False)[0]
             recall = validation_recall(model, self.processor, validation, embeds)
             if samples and self.path is not None:
@@ -122,10 +127,14 @@ class RunFolder:
             self.lines.log(line)
         if figure is not None:
             self.lines.picture(figure, line["step"])
-        first = line.get("text_to_picture_R@1", self.best_recall)
-        if first >= self.best_recall:
-            self.best_recall, self.best = first, model
-            self.save_weights("best", model)
+        first = line.get("score", line.get("text_to_picture_R@1", self.best_recall))
+        if first > self.best_recall or first == self.best_recall and self.score is None:
+            self.keep(model, first)
+
+    def keep(self, model: HybridCLIP, recall: float) -> None:
+        """Makes a model the best one."""
+        self.best_recall, self.best = recall, model
+        self.save_weights("best", model)
 
 
 def check_same(path: Path, settings: dict) -> None:

@@ -156,6 +156,14 @@ def test_scale_is_the_exponential_and_never_above_100(clip):
     assert pytest.approx(np.log(100.0)) == MAX_LOGIT_SCALE
 
 
+def test_a_scale_at_its_limit_has_its_whole_gradient():
+    """Published models are often stored at the limit; jnp.minimum gives half of the gradient there."""
+    model, _ = tiny_clip(logit_scale=MAX_LOGIT_SCALE)
+    graph, state = nnx.split(model)
+    slope = jax.grad(lambda state: nnx.merge(graph, state).scale())(state)["logit_scale"][...]
+    assert float(slope) == pytest.approx(100.0, rel=1e-5)
+
+
 def test_a_bias_is_added_to_the_logits(batch):
     plain, _ = tiny_clip()
     biased, _ = tiny_clip(logit_bias=-10.0)

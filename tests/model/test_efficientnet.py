@@ -150,7 +150,7 @@ def test_a_depthwise_convolution_is_xlas(kernel, stride, height, width):
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_class_vectors_are_mixed_like_conse(scale):
-    layer = noisy(layers.class_mixture(dataclasses.replace(LITE, class_scale=scale), 24, dtype=jnp.float32,
+    layer = noisy(layers.projection(dataclasses.replace(LITE, class_scale=scale), 24, dtype=jnp.float32,
                                        rngs=nnx.Rngs(0)))
     features = np.random.default_rng(1).normal(size=(2, 3, LITE.width)).astype(np.float32)
     params = {name: np.asarray(value, np.float64) for name, value in flatten_params(nnx.state(layer)).items()}
@@ -299,7 +299,7 @@ def test_a_config_comes_back_from_its_dict(vision):
     assert again == config and type(again.vision) is type(vision)
 
 
-@pytest.mark.parametrize("changes", [{}, {"classes": 7}, {"normalize_pooled": True}])
+@pytest.mark.parametrize("changes", [{}, {"classes": 7}])
 def test_an_export_to_onnx_is_refused(tmp_path, changes):
     """For this tower, and for texts that a transformer's graph does not fit."""
     model, processor = tiny_clip(text=dataclasses.replace(CONFIG.text, **changes)) if changes else tiny_photo(tmp_path)

@@ -14,12 +14,16 @@ from flax import nnx
 from tiny import CONFIG, SIZE, tiny_clip, tiny_processor
 
 from clipid_utils import CLIPProcessor, load_clip
+from clipid_utils.model.config import Rotary
 from clipid_utils.model.ops import ACTIVATIONS
 from clipid_utils.model.pretrained import onnx as onnx_export
 from clipid_utils.model.pretrained.onnx import export_onnx
 from clipid_utils.paths import CHECKPOINTS
 
 TOLERANCE = 1e-4
+SIGLIP = {"class_token": False, "pooling": "attention", "ln_pre": False, "patch_bias": True, "projection": "none",
+          "activation": "gelu_pytorch_tanh", "width": CONFIG.embed_dim}
+CLIP_TEXT = {"pre_norm": True, "mask": "causal", "pooling": "end", "token_types": 0}
 VISION = {
     "CLIP": {},
     "gelu": {"activation": "gelu"},
@@ -29,6 +33,9 @@ VISION = {
     "ViT": {"ln_pre": False, "patch_bias": True, "pooling": "pooler", "activation": "gelu", "norm_eps": 1e-12},
     "one patch": {"patch_size": SIZE},
     "four heads, no square of patches": {"heads": 4, "patch_size": 4, "layers": 1, "mlp_dim": 48},
+    "SigLIP": SIGLIP,
+    "SigLIP with a rest": SIGLIP | {"image_size": SIZE + 5},
+    "DINOv2": {"ln_pre": False, "patch_bias": True, "layer_scale": True, "activation": "gelu"},
 }
 TEXT = {
     "BERT": {},
@@ -38,6 +45,17 @@ TEXT = {
     "RoBERTa, mean": {"position_offset": 2, "token_types": 1, "pooling": "mean"},
     "padding is token 0": {"position_offset": 1},
     "four heads": {"heads": 4, "layers": 1, "mlp_dim": 48},
+    "DistilBERT": {"token_types": 0, "pooling": "mean"},
+    "the first token": {"pooling": "first"},
+    "e5": {"pooling": "mean", "normalize_pooled": True},
+    "M-CLIP": {"pooling": "mean", "projection": "affine"},
+    "open_clip": {"pooling": "mean", "projection": "mlp"},
+    "CLIP": CLIP_TEXT | {"end_id": 7},
+    "CLIP of before 2023": CLIP_TEXT,
+    "SigLIP": {"pre_norm": True, "mask": "none", "pooling": "last", "projection": "affine", "token_types": 0,
+               "activation": "gelu_pytorch_tanh"},
+    "ModernBERT": {"pre_norm": True, "token_types": 0, "pooling": "mean", "layers": 3,
+                   "rotary": Rotary(("global", "local", "local"), window=3)},
 }
 
 
@@ -80,7 +98,8 @@ def texts(count, length, side, config=CONFIG.text, seed=0):
 def assert_text_tower_agrees(model, path):
     runs = session(path)
     for side in ("right", "left", "none"):
-        for count, length in ((1, 1), (3, 7), (2, model.config.text.max_length)):
+        longest = model.config.text.max_length
+        for count, length in ((1, 1), (3, 7), (2, longest)) if model.config.text.mask != "none" else ((2, longest),):
             ids, mask = texts(count, length, side, model.config.text)
             ours = np.asarray(model.encode_text(ids.astype(np.int32), mask.astype(np.int32)))
             theirs = runs.run(None, {"input_ids": ids, "attention_mask": mask})[0]
@@ -253,7 +272,7 @@ def test_a_processor_of_another_model(tmp_path):
 
 def test_an_activation_without_a_node(tmp_path):
     model = noisy(text=dataclasses.replace(CONFIG.text, activation="relu"))
-    with pytest.raises(ValueError, match=r"TextConfig\.activation is 'relu'.*gelu and quick_gelu only"):
+    with pytest.raises(ValueError, match=r"activation is 'relu'.*gelu_pytorch_tanh and quick_gelu only"):
         export(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -1,168 +1,29 @@
-"""The families of Hugging Face models that fit the towers: their configs and their keys, here and there.
+"""The families of towers: from the configs of transformers and open_clip to ours, and back.
 
-One table, `key_table`, has every weight: its name in transformers' VisionTextDualEncoderModel, its nnx path here, and
-how one array becomes the other. A tower on its own, with a head, of an older version or of Flax has the same names with
-different prefixes and suffixes; `canonical` brings them to those of the table.
+A family is a row of `VISION` or `TEXT`: the sizes under its own names, and what sets it apart. The names of its weights
+are in `keys.py`.
 """
 
-import re
-from collections.abc import Callable, Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from clipid_utils.files import import_transformers
 from clipid_utils.model import ops
-from clipid_utils.model.config import CLIPConfig, TextConfig, VisionConfig
+from clipid_utils.model.config import CLIPConfig, Rotary, TextConfig, VisionConfig
 from clipid_utils.model.pretrained.processor_files import model_type, part
 
-# Weights
-
-class Key(NamedTuple):
-    """A weight: its name in VisionTextDualEncoderModel, its path in HybridCLIP, the name of its transform."""
-
-    hf_name: str
-    nnx_path: str
-    transform: str
-
-
-class Transform(NamedTuple):
-    """From torch's array and from Flax's to ours, and from ours to torch's; `vision` has the size of a patch."""
-
-    from_torch: Callable[[np.ndarray], np.ndarray]
-    from_flax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray, VisionConfig], np.ndarray]
-
-
-def _same(array: np.ndarray, vision: VisionConfig | None = None) -> np.ndarray:
-    return array
-
-
-def _to_convolution(kernel: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    side = vision.patch_size
-    return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
-
-
-TRANSFORMS = {
-    "same": Transform(_same, _same, _same),
-    "transpose": Transform(lambda x: x.T, _same, lambda x, vision: x.T),  # torch's linear layers are [out, in]
-    # the convolution over patches, torch's [D, 3, rows, columns], is a linear layer over (row, column, channel)
-    "patches": Transform(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-                         lambda x: x.reshape(-1, x.shape[-1]), _to_convolution),
-    # ViT keeps axes for the batch: [1, 1, D] and [1, 1 + P, D]
-    "batch axes": Transform(np.squeeze, np.squeeze, lambda x, vision: x.reshape(1, -1, x.shape[-1])),
-}
-# The arrays of a part: suffix in torch, suffix here, transform
-_PARTS = {
-    "linear": ((".weight", ".kernel", "transpose"), (".bias", ".bias", "same")),
-    "norm": ((".weight", ".scale", "same"), (".bias", ".bias", "same")),
-    "table": ((".weight", "", "same"),),
-    "array": (("", "", "same"),),
-    "batched": (("", "", "batch axes"),),
-    "patches": ((".weight", ".kernel", "patches"),),
-    "patches+": ((".weight", ".kernel", "patches"), (".bias", ".bias", "same")),
-}
-# Outside the layers, whose place is #: the family, transformers' name of a part, our name, and its arrays in _PARTS
-_OUTER = """
-    clip  embeddings.class_embedding              class_embedding       array
-    clip  embeddings.position_embedding           position_embedding    table
-    clip  embeddings.patch_embedding              patch_embedding       patches
-    clip  pre_layrnorm                            ln_pre                norm
-    clip  #                                       #                     #
-    clip  post_layernorm                          ln_post               norm
-    vit   embeddings.cls_token                    class_embedding       batched
-    vit   embeddings.position_embeddings          position_embedding    batched
-    vit   embeddings.patch_embeddings.projection  patch_embedding       patches+
-    vit   #                                       #                     #
-    vit   layernorm                               ln_post               norm
-    vit   pooler.dense                            pooler                linear
-    bert  embeddings.word_embeddings              word_embedding        table
-    bert  embeddings.position_embeddings          position_embedding    table
-    bert  embeddings.token_type_embeddings        token_type_embedding  table
-    bert  embeddings.LayerNorm                    ln                    norm
-    bert  #                                       #                     #
-    bert  pooler.dense                            pooler                linear
-"""
-# In each layer: our name of a part, its arrays, and transformers' name in CLIP, ViT and BERT
-_LAYER = """
-    attn.q_proj    linear  self_attn.q_proj    attention.attention.query  attention.self.query
-    attn.k_proj    linear  self_attn.k_proj    attention.attention.key    attention.self.key
-    attn.v_proj    linear  self_attn.v_proj    attention.attention.value  attention.self.value
-    attn.out_proj  linear  self_attn.out_proj  attention.output.dense     attention.output.dense
-    ln_1           norm    layer_norm1         layernorm_before           attention.output.LayerNorm
-    mlp.fc1        linear  mlp.fc1             intermediate.dense         intermediate.dense
-    mlp.fc2        linear  mlp.fc2             output.dense               output.dense
-    ln_2           norm    layer_norm2         layernorm_after            output.LayerNorm
-"""
-# Source keys that no model here uses
-_UNUSED = (
-    (r".*\.position_ids|text_model\.embeddings\.token_type_ids", "a buffer that counts 0, 1, 2, …"),
-    (r"cls\..*|lm_head\..*|classifier\..*|decoder\..*|qa_outputs\..*", "the head of a different task"),
-    (r"vision_model\.embeddings\.mask_token", "for masked pictures only"),
-)
-_FOREIGN = {  # in a whole model, when only one tower is used
-    "vision": (r"(text_model|text_projection)\..*|logit_scale", "of the text tower, which is not used"),
-    "text": (r"(vision_model|visual_projection)\..*|logit_scale", "of the image tower, which is not used"),
-}
-_PREFIXES = {"vision": ("vision_model.vision_model.", "vision_model.", "vit."),
-             "text": ("text_model.", "bert.", "roberta.")}
-_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}  # of the first BERTs, converted from TensorFlow
-_FLAX_SUFFIXES = {".kernel": ".weight", ".scale": ".weight", ".embedding": ".weight"}
-
-
-def key_table(config: CLIPConfig) -> list[Key]:
-    """Every weight of a model, in the order of the forward pass."""
-    vit = not config.vision.ln_pre
-    keys = [
-        *_tower("vision", "vit" if vit else "clip", config.vision.layers, config.vision.pooling == "pooler"),
-        Key("visual_projection.weight", "vision.projection.kernel", "transpose"),
-        *_tower("text", "bert", config.text.layers, config.text.pooling == "pooler"),
-        Key("text_projection.weight", "text.projection.kernel", "transpose"),
-        Key("logit_scale", "logit_scale", "same"),
-    ]
-    return keys if config.logit_bias is None else [*keys, Key("logit_bias", "logit_bias", "same")]
-
-
-def _tower(side: str, family: str, layers: int, pooler: bool) -> list[Key]:
-    column, stack = ("clip", "vit", "bert").index(family) + 2, "layers" if family == "clip" else "layer"
-    layer = [line.split() for line in _LAYER.strip().splitlines()]
-    inner = [(f"encoder.{stack}.{number}.{row[column]}", f"blocks.{number}.{row[0]}", row[1])
-             for number in range(layers) for row in layer]
-    outer = [line.split()[1:] for line in _OUTER.strip().splitlines() if line.split()[0] == family]
-    rows = [row for part in outer for row in (inner if part[0] == "#" else [part]) if pooler or row[1] != "pooler"]
-    return [Key(f"{side}_model.{theirs}{hf_suffix}", f"{side}.{ours}{suffix}", transform)
-            for theirs, ours, part in rows for hf_suffix, suffix, transform in _PARTS[part]]
-
-
-def canonical(name: str, sides: tuple[str, ...] = ("vision", "text")) -> tuple[str, bool]:
-    """A source key under its name in `key_table`, and whether its array has Flax's layout.
-
-    `sides` are the towers that the source may have. The keys of a single tower have its own prefix or none.
-    """
-    flax = False
-    for old, new in (_SUFFIXES | _FLAX_SUFFIXES).items():
-        if name.endswith(old):
-            name, flax = name.removesuffix(old) + new, old in _FLAX_SUFFIXES
-    for side in sides:
-        for prefix in _PREFIXES[side]:
-            if name.startswith(prefix):
-                return f"{side}_model.{name.removeprefix(prefix)}", flax
-    bare = len(sides) == 1 and re.match(r"(embeddings|encoder|pooler|layernorm|pre_layrnorm|post_layernorm)\.", name)
-    return (f"{sides[0]}_model.{name}" if bare else name), flax
-
-
-def unused(name: str, config: CLIPConfig, sides: tuple[str, ...] = ("vision", "text")) -> str | None:
-    """Why a source key, named as in the table, is known to be unused; None if it is not known."""
-    reasons = [*_UNUSED, *(_FOREIGN[side] for side in sides if len(sides) == 1)]
-    if config.text.pooling == "mean":
-        reasons.append((r"text_model\.pooler\..*", "pooling by the mean needs no pooler"))
-    return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
-
-
-# Configs
 
 class ConfigError(ValueError):
     """A config that the towers do not support; the message begins with the field."""
+
+
+class Tower(NamedTuple):
+    """A family's name in `keys.ROWS`, its names of sizes where they are not BERT's, and its own settings of ours."""
+
+    family: str
+    names: Mapping[str, str] = {}
+    settings: Mapping[str, Any] = {}
 
 
 # Our field: Hugging Face's
@@ -171,95 +32,288 @@ _SIZES = {
     "mlp_dim": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps",
 }
 _VISION = _SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
-_TEXT = _SIZES | {"vocab_size": "vocab_size", "token_types": "type_vocab_size"}
+_TEXT = _SIZES | {"vocab_size": "vocab_size", "token_types": "type_vocab_size", "max_length": "max_position_embeddings"}
+_VIT = {"ln_pre": False, "patch_bias": True}
+_SIGLIP_VISION = _VIT | {"class_token": False, "pooling": "attention", "projection": "none"}
+_CLIP_TEXT = {"pre_norm": True, "mask": "causal", "pooling": "end", "token_types": 0}
+_SIGLIP_TEXT = {"pre_norm": True, "mask": "none", "pooling": "last", "projection": "affine", "token_types": 0}
+_DISTILBERT = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "mlp_dim": "hidden_dim",
+               "activation": "activation"}
+_MODERNBERT = {"activation": "hidden_activation", "norm_eps": "norm_eps"}
+# By model_type
+VISION = {
+    "clip_vision_model": Tower("clip"),
+    "metaclip_2_vision_model": Tower("clip"),
+    "siglip_vision_model": Tower("siglip", settings=_SIGLIP_VISION),
+    "vit": Tower("vit", settings=_VIT),
+    "dinov2": Tower("dinov2", settings=_VIT | {"layer_scale": True}),
+}
+TEXT = {
+    "bert": Tower("bert"),
+    "roberta": Tower("bert"),
+    "xlm-roberta": Tower("bert"),
+    "distilbert": Tower("distilbert", _DISTILBERT, {"norm_eps": 1e-12, "token_types": 0, "pooling": "mean"}),
+    "modernbert": Tower("modernbert", _MODERNBERT, {"pre_norm": True, "token_types": 0, "pooling": "mean"}),
+    "clip_text_model": Tower("clip", settings=_CLIP_TEXT),
+    "metaclip_2_text_model": Tower("clip", settings=_CLIP_TEXT),
+    "siglip_text_model": Tower("siglip", settings=_SIGLIP_TEXT),
+}
+# Whole models of transformers with one config for each tower: those of their towers where they have no model_type
+WHOLE = {"clip": "clip", "metaclip_2": "metaclip_2", "siglip": "siglip"}
+_REFUSED = {
+    "siglip2": "SigLIP 2 with NaFlex takes pictures of any shape: use its version of one resolution, such as "
+               "google/siglip2-base-patch16-224",
+    "dinov2_with_registers": "use the version without registers, such as facebook/dinov2-base",
+}
 
 
-def _settings(values: dict, kind: str) -> Any:
+def refuse(values: Mapping[str, Any], kind: str | None) -> None:
+    """Raises ConfigError, with a model to use instead, for a kind that is known and does not fit."""
+    if values.get("auto_map"):
+        raise ConfigError("auto_map names code of the repository, which is not run here: use a model of a family that "
+                          "transformers itself has")
+    for known, remedy in _REFUSED.items():
+        if kind and kind.removesuffix("_vision_model").removesuffix("_text_model") == known:
+            raise ConfigError(f"model_type is {kind!r}: {remedy}")
+    for field in ("is_decoder", "is_encoder_decoder"):
+        if values.get(field):
+            raise ConfigError(f"{field} is {values[field]!r}, with model_type {kind!r}: use an encoder, such as one of "
+                              "model_type xlm-roberta or bert")
+
+
+def _settings(values: dict, kind: str, tower: Tower) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     import_transformers()
     from transformers import AutoConfig
 
-    fields = (*_VISION.values(), *_TEXT.values(), "max_position_embeddings", "pad_token_id")
+    fields = {*(_VISION | _TEXT | tower.names).values(), "pad_token_id", "eos_token_id", "projection_size", "mlp_ratio",
+              "layer_types", "rope_parameters", "global_attn_every_n_layers", "local_attention", "global_rope_theta",
+              "local_rope_theta"}
     settings = AutoConfig.for_model(kind, **{key: values[key] for key in fields if values.get(key) is not None})
-    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "is_decoder": False,
-                          "position_embedding_type": "absolute", "pooler_output_size": settings.hidden_size}.items():
+    for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "vision_use_head": True,
+                          "use_swiglu_ffn": False, "position_embedding_type": "absolute", "norm_bias": False,
+                          "mlp_bias": False, "attention_bias": False,
+                          "pooler_output_size": settings.hidden_size}.items():
         if values.get(field) not in (wanted, None):
             raise ConfigError(f"{field} is {values[field]!r}, and the towers here support {wanted!r} only")
     if settings.hidden_size % settings.num_attention_heads:
         raise ConfigError(f"hidden_size {settings.hidden_size} is not a multiple of num_attention_heads "
                           f"{settings.num_attention_heads}")
-    if settings.hidden_act not in ops.ACTIVATIONS:
-        raise ConfigError(f"hidden_act is {settings.hidden_act!r}, not one of {', '.join(ops.ACTIVATIONS)}")
     return settings
 
 
-def vision_config(values: dict, pooler: bool) -> VisionConfig:
-    """An image tower's config from CLIP's, CLIP vision model's or ViT's; `pooler` says whether the weights have one.
+def _sizes(settings: Any, names: Mapping[str, str], tower: Tower) -> dict[str, Any]:
+    """Our fields, from the family's and from its own settings. Raises ConfigError for an activation not known here."""
+    names = names | tower.names
+    found = {ours: getattr(settings, theirs) for ours, theirs in names.items() if ours not in tower.settings}
+    same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same approximation
+    found["activation"] = same.get(found["activation"], found["activation"])
+    if found["activation"] not in ops.ACTIVATIONS:
+        raise ConfigError(f"{names['activation']} is {found['activation']!r}, not one of {', '.join(ops.ACTIVATIONS)}")
+    return found | dict(tower.settings)
 
-    A whole CLIP's config is accepted in place of its vision part. Raises ConfigError.
-    """
+
+def inner(values: dict, side: str) -> tuple[dict, str | None]:
+    """A tower's own values and its model_type, from its config or from that of a whole model."""
     kind = model_type(values)
-    while inner := part(values, "vision"):
-        values, kind = inner, model_type(inner) or "clip_vision_model"
-    if kind not in ("clip", "clip_vision_model", "vit"):
-        raise ConfigError(f"model_type of the image tower is {kind!r}; supported are clip, clip_vision_model and vit")
-    vit = kind == "vit"
-    settings = _settings(values, "vit" if vit else "clip_vision_model")
+    while own := part(values, side):
+        whole = WHOLE.get(kind or "", "clip")
+        values, kind = own, model_type(own) or f"{whole}_{side}_model"
+    return values, f"{kind}_{side}_model" if kind in WHOLE else kind
+
+
+def vision_config(values: dict, pooler: bool) -> VisionConfig:
+    """An image tower's config from that of its family; `pooler` says whether a ViT's weights have one.
+
+    A whole model's config is accepted in place of its vision part. Raises ConfigError.
+    """
+    values, kind = inner(values, "vision")
+    refuse(values, kind)
+    if kind not in VISION:
+        raise ConfigError(f"model_type of the image tower is {kind!r}; supported are {', '.join(VISION)}")
+    tower = VISION[kind]
+    settings = _settings(values, kind, tower)
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
-    return VisionConfig(**{ours: getattr(settings, theirs) for ours, theirs in _VISION.items()},
-                        ln_pre=not vit, patch_bias=vit, pooling="pooler" if vit and pooler else "class")
+    names = _VISION
+    if kind == "dinov2":
+        settings.intermediate_size = int(settings.hidden_size * settings.mlp_ratio)
+    config = VisionConfig(**_sizes(settings, names, tower))
+    return dataclasses.replace(config, pooling="pooler") if kind == "vit" and pooler else config
 
 
 def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
-    """A text tower's config from BERT's, RoBERTa's or XLM-RoBERTa's. Raises ConfigError.
+    """A text tower's config from that of its family. Raises ConfigError.
 
     RoBERTa counts positions from its padding's id + 1; a model trained with positions 0, 1, 2, … has
     `own_positions=False`.
     """
-    kind = model_type(values)
-    if kind not in ("bert", "roberta", "xlm-roberta"):
-        raise ConfigError(f"model_type of the text tower is {kind!r}; supported are bert, roberta and xlm-roberta")
-    settings = _settings(values, kind)
-    offset = settings.pad_token_id + 1 if own_positions and kind != "bert" else 0
-    return TextConfig(**{ours: getattr(settings, theirs) for ours, theirs in _TEXT.items()},
-                      max_length=settings.max_position_embeddings - offset, position_offset=offset)
+    values, kind = inner(values, "text")
+    refuse(values, kind)
+    if kind not in TEXT:
+        raise ConfigError(f"model_type of the text tower is {kind!r}; supported are {', '.join(TEXT)}")
+    tower = TEXT[kind]
+    settings = _settings(values, kind, tower)
+    found = _sizes(settings, _TEXT, tower)
+    if kind in ("roberta", "xlm-roberta") and own_positions:
+        found["position_offset"] = settings.pad_token_id + 1
+        found["max_length"] -= settings.pad_token_id + 1
+    if found.get("pooling") == "end" and not (kind == "clip_text_model" and settings.eos_token_id == 2):
+        found["end_id"] = settings.eos_token_id  # CLIPs of before 2023 say 2 and pool the largest id
+    if kind == "modernbert":
+        found["rotary"] = _rotary(settings)
+    return TextConfig(**found)
 
 
-def clip_config(values: dict, keys: Collection[str], *, own_positions: bool = True) -> CLIPConfig:
-    """A whole model's config from VisionTextDualEncoder's or a hybrid-clip's of 2021; `keys` are its weights' names.
+def _rotary(settings: Any) -> Rotary:
+    bases = settings.rope_parameters
+    for name, values in bases.items():
+        if values.get("rope_type", "default") != "default":
+            raise ConfigError(f"rope_parameters of {name} have rope_type {values['rope_type']!r}: only 'default' is "
+                              "supported")
+    kinds = {"full_attention": "global", "sliding_attention": "local"}
+    return Rotary(layers=tuple(kinds[kind] for kind in settings.layer_types), window=settings.local_attention // 2,
+                  global_theta=float(bases["full_attention"]["rope_theta"]),
+                  local_theta=float(bases["sliding_attention"]["rope_theta"]))
+
+
+def clip_config(values: dict, keys: Collection[str], kind: str, *, own_positions: bool = True) -> CLIPConfig:
+    """A whole model's config from VisionTextDualEncoder's, a hybrid-clip's of 2021, CLIP's, Meta CLIP 2's or SigLIP's;
+    `kind` is its model_type and `keys` are its weights' names.
 
     `own_positions` is as in `text_config`: 2021's hybrid-clip gave RoBERTa the positions 0, 1, 2, …
     """
-    return CLIPConfig(
-        vision=vision_config(values.get("vision_config") or {}, "vision_model.pooler.dense.weight" in keys),
-        text=text_config(values.get("text_config") or {}, own_positions=own_positions),
-        embed_dim=values.get("projection_dim") or 512,
-        logit_scale=values.get("logit_scale_init_value", 2.6592),
-    )
+    refuse(values, kind)
+    sides = {}
+    for side in ("vision", "text"):
+        sides[side] = dict(part(values, side) or {})
+        if kind in WHOLE:
+            sides[side].setdefault("model_type", f"{kind}_{side}_model")
+    vision = vision_config(sides["vision"], "vision_model.pooler.dense.weight" in keys)
+    text = text_config(sides["text"], own_positions=own_positions)
+    if kind == "siglip":
+        bias = {"logit_bias": -10.0}  # as at the start of its training; the file has the learned one
+        return CLIPConfig(vision=vision, text=text, embed_dim=vision.width, **bias)
+    return CLIPConfig(vision=vision, text=text, embed_dim=values.get("projection_dim") or 512,
+                      logit_scale=values.get("logit_scale_init_value", 2.6592))
 
+
+# open_clip
+
+_POOLERS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "first"}
+_OPEN_CLIP_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
+_OPEN_CLIP_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "hf_tokenizer_name",
+                   "tokenizer_kwargs", "no_causal_mask"}
+_HARMLESS = {  # settings whose only values that fit are these
+    "ls_init_value": None, "attentional_pool": False, "attn_pooler_queries": 256, "attn_pooler_heads": 8,
+    "patch_dropout": 0.0, "no_ln_pre": False, "pos_embed_type": "learnable", "final_ln_after_pool": False,
+    "pool_type": ("tok", "argmax"), "output_tokens": False, "act_kwargs": None, "norm_kwargs": None, "embed_cls": False,
+    "pad_id": 0, "proj_bias": False, "proj_type": "linear", "no_causal_mask": False, "correct_cls_mask": False,
+    "hf_model_pretrained": (True, False), "timm_model_pretrained": (True, False), "timm_drop_path": None,
+    "global_average_pool": False, "input_patchnorm": False,
+}
+
+
+def open_clip_config(model: dict, hf_text: dict | None) -> CLIPConfig:
+    """From the `model_cfg` of open_clip_config.json; `hf_text` is the config of its text tower of transformers, if it
+    has one. Raises ConfigError."""
+    vision, text = dict(model.get("vision_cfg") or {}), dict(model.get("text_cfg") or {})
+    if "timm_model_name" in vision or not isinstance(vision.get("layers"), int):
+        raise ConfigError("vision_cfg is not open_clip's own vision transformer: use one with layers and a patch_size, "
+                          "or the same model in transformers' format (SigLIP: google/siglip-base-patch16-224)")
+    hf_fields = {"hf_model_name", "hf_pooler_type", "pooler_type", "proj", "hf_proj_type"} if hf_text else set()
+    for name, values, known in (("vision_cfg", vision, _OPEN_CLIP_VISION),
+                                ("text_cfg", text, _OPEN_CLIP_TEXT | hf_fields)):
+        for field, value in values.items():
+            fits = _HARMLESS.get(field, ())
+            if field not in known and not (value == fits or isinstance(fits, tuple) and value in fits):
+                raise ConfigError(f"{name} has {field} = {value!r}, which the towers here do not support: use a model "
+                                  "of a different architecture, or the same one in transformers' format")
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    width, embed_dim = vision.get("width", 768), model["embed_dim"]
+    vision_tower = VisionConfig(
+        image_size=vision.get("image_size", 224), patch_size=vision.get("patch_size", 16), width=width,
+        layers=vision["layers"], heads=width // vision.get("head_width", 64),
+        mlp_dim=int(width * vision.get("mlp_ratio", 4.0)), activation=activation)
+    if hf_text:
+        pooler = text.get("hf_pooler_type") or text.get("pooler_type") or "mean_pooler"
+        if pooler not in _POOLERS:
+            raise ConfigError(f"text_cfg has hf_pooler_type = {pooler!r}; supported are {', '.join(_POOLERS)}")
+        projection = text.get("hf_proj_type") or text.get("proj")
+        tower = dataclasses.replace(text_config(hf_text), pooling=_POOLERS[pooler], projection=projection or "none")
+    else:
+        width = text.get("width", 512)
+        tower = TextConfig(vocab_size=text.get("vocab_size", 49408), max_length=text.get("context_length", 77),
+                           width=width, layers=text.get("layers", 12), heads=text.get("heads", 8),
+                           mlp_dim=int(width * text.get("mlp_ratio", 4.0)), activation=activation, norm_eps=1e-5,
+                           **_CLIP_TEXT)
+    bias = model.get("init_logit_bias")
+    return CLIPConfig(vision=vision_tower, text=tower, embed_dim=embed_dim, logit_bias=bias,
+                      logit_scale=model.get("init_logit_scale") or CLIPConfig.logit_scale)
+
+
+# The way back
 
 def to_hf_config(config: CLIPConfig) -> dict:
-    """The config.json of a VisionTextDualEncoderModel; raises ValueError for a model that it cannot represent."""
+    """The config.json of the class of transformers that fits: VisionTextDualEncoderModel, CLIPModel, MetaClip2Model or
+    SiglipModel. Raises ValueError for a model that none of them can represent."""
     vision, text = config.vision, config.text
     if not isinstance(vision, VisionConfig) or text.normalize_pooled or text.classes:
-        raise ValueError("VisionTextDualEncoderModel has no EfficientNet and only a matrix after the text tower's "
-                         "pooler: save this model as format='native'")
-    if text.pooling != "pooler" or config.logit_bias is not None:
-        raise ValueError("VisionTextDualEncoderModel has a pooler and no logit_bias; this model has "
-                         f"pooling={text.pooling!r} and logit_bias={config.logit_bias}: save it as format='native'")
-    clip, vit = (True, False, "class"), (False, True, "pooler")
-    form = (vision.ln_pre, vision.patch_bias, vision.pooling)
-    if form not in (clip, vit):
-        raise ValueError(f"VisionTextDualEncoderModel supports CLIP's image tower and ViT's; this one has ln_pre, "
-                         f"patch_bias, pooling = {form}: save it as format='native'")
-    hf_vision = {"model_type": "vit", **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()}}
-    if form == clip:
-        hf_vision |= {"model_type": "clip_vision_model", "projection_dim": config.embed_dim}
-    hf_text = {"model_type": "bert", **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
+        raise ValueError("no class of transformers has an EfficientNet here, or more than a matrix after the text "
+                         "tower's pooling: save this model as format='native'")
+    image_kind, text_kind = _kind(vision, VISION), _kind(text, TEXT)
+    if image_kind == "clip_vision_model" and text_kind == "clip_text_model" and config.logit_bias is None:
+        whole = "metaclip_2" if text.end_id == 2 else "clip"
+    elif (image_kind, text_kind) == ("siglip_vision_model", "siglip_text_model") and config.logit_bias is not None:
+        whole = "siglip"
+    elif (image_kind == "clip_vision_model" or image_kind == "vit" and vision.pooling == "pooler") and (
+            text_kind in ("bert", "roberta") and config.logit_bias is None):
+        whole = "vision-text-dual-encoder"
+    else:
+        towers = f"{image_kind or 'a different image tower'}, {text_kind or 'a different text tower'}"
+        raise ValueError("VisionTextDualEncoderModel has CLIP's image tower or ViT's, BERT or RoBERTa with a pooler, "
+                         "and no logit_bias; CLIPModel, MetaClip2Model and SiglipModel have their own towers. This "
+                         f"model has {towers}, pooling={text.pooling!r}, logit_bias={config.logit_bias}: save it as "
+                         "format='native'")
+    hf_vision = {"model_type": image_kind, **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()}}
+    if image_kind == "clip_vision_model":
+        hf_vision |= {"projection_dim": config.embed_dim}
+    hf_text = {"model_type": text_kind, **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
                "max_position_embeddings": text.max_length + text.position_offset}
     if text.position_offset:
-        hf_text |= {"model_type": "roberta", "pad_token_id": text.position_offset - 1}
-    return {"architectures": ["VisionTextDualEncoderModel"], "model_type": "vision-text-dual-encoder",
-            "projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale, "dtype": "float32",
+        hf_text |= {"pad_token_id": text.position_offset - 1}
+    if whole != "vision-text-dual-encoder":
+        hf_text.pop("type_vocab_size")
+    if text.pooling == "end":
+        hf_text |= {"eos_token_id": 2 if text.end_id is None else text.end_id, "projection_dim": config.embed_dim}
+    if whole == "siglip":
+        hf_text |= {"projection_size": config.embed_dim}
+    else:
+        hf_vision["model_type"], hf_text["model_type"] = (
+            kind.replace("clip", whole) if kind.startswith("clip") and whole == "metaclip_2" else kind
+            for kind in (image_kind, text_kind))
+    names = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel",
+             "vision-text-dual-encoder": "VisionTextDualEncoderModel"}
+    sizes = {"projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale}
+    sizes = {} if whole == "siglip" else sizes
+    return {"architectures": [names[whole]], "model_type": whole, **sizes, "dtype": "float32",
             "vision_config": hf_vision, "text_config": hf_text}
+
+
+def _kind(config: VisionConfig | TextConfig, towers: Mapping[str, Tower]) -> str | None:
+    """The model_type in whose form a tower is, if there is one."""
+    if isinstance(config, TextConfig) and config.position_offset:
+        return "roberta" if dataclasses.replace(config, position_offset=0) == _formed(config, {}) else None
+    for kind, tower in towers.items():
+        if config == _formed(config, tower.settings):
+            return kind
+    return None
+
+
+def _formed(config: VisionConfig | TextConfig, settings: Mapping[str, Any]):
+    """The config with its own sizes and everything else as `settings` and the defaults have it."""
+    sizes = set(_VISION if isinstance(config, VisionConfig) else _TEXT) | {"end_id"}
+    own = {name: getattr(config, name) for name in sizes if name in type(config).__dataclass_fields__}
+    vit = isinstance(config, VisionConfig) and not config.ln_pre and config.pooling == "pooler"
+    poolers = {"pooling": "pooler"} if vit else {}
+    return type(config)(**{**own, **settings, **poolers})

@@ -14,14 +14,20 @@ from clipid_utils.paths import CHECKPOINTS
 SMALL_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "open_clip_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*/*.json", "[0-9]_*/vocab.txt",
+    "[0-9]_*/merges.txt", "[0-9]_*/*.model",
 )
+DENSE = ("[0-9]_Dense/model.safetensors", "[0-9]_Dense/pytorch_model.bin")  # of sentence-transformers: small
+CONFIGS = ("config.json", "open_clip_config.json", "modules.json")  # one of them makes a folder a checkpoint
 WEIGHTS = (  # in the order of read_weights, each with its shards
     ("model.safetensors",),
     ("model.safetensors.index.json", "model-*.safetensors"),
     ("flax_model.msgpack",),
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    ("open_clip_model.safetensors",),
+    ("open_clip_pytorch_model.bin",),
 )
 
 
@@ -42,21 +48,26 @@ def fetch_checkpoint(path_or_id: str | os.PathLike, *, revision: str | None = No
         return folder
     if not isinstance(path_or_id, str):
         raise FileNotFoundError(f"{name!r} is not a folder: correct the path")
-    for form in WEIGHTS if weights else [("config.json",)]:
-        folder = snapshot(name, revision, [*SMALL_FILES, *form])
-        if not (folder / "config.json").is_file():
+    for form in WEIGHTS if weights else [()]:
+        inside = [f"0_*/{file}" for file in form]  # where sentence-transformers has a folder for the transformer
+        folder = snapshot(name, revision, [*SMALL_FILES, *form, *inside, *(DENSE if form else ())])
+        if not _has_config(folder):
             raise FileNotFoundError(f"the hub's {name!r} has no config.json at revision {revision or 'main'!r}: name "
                                     "a different revision or repository, or a folder that save_pretrained wrote")
-        if (folder / form[0]).is_file():
+        if not form or (folder / form[0]).is_file() or any(folder.glob(f"0_*/{form[0]}")):
             return folder
     raise FileNotFoundError(f"the hub's {name!r} has no {' or '.join(form[0] for form in WEIGHTS)} at revision "
                             f"{revision or 'main'!r}: name a different revision or repository")
 
 
+def _has_config(folder: Path) -> bool:
+    return any((folder / config).is_file() for config in CONFIGS)
+
+
 def _local(path: Path, name: str) -> Path | None:
     shipped = [CHECKPOINTS / name] if Path(name).name == name else []
     for folder in (path, path / "model", *shipped):
-        if (folder / "config.json").is_file():
+        if _has_config(folder):
             return folder
     return path if path.is_dir() else None
 

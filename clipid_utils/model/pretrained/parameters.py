@@ -1,14 +1,12 @@
 """Parameters on their way from files into a model: each one is used, is new, or is named in an error.
 
-    Source: a folder's weights under the names of `families.key_table`
+    Source: a folder's weights under the names of `keys.key_table`
     Leaf: one array for one parameter; made when it is needed, so that only one is in memory twice
     fill: a model of the config with all its leaves
 """
 
 import contextlib
 import dataclasses
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +18,8 @@ from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 
 from clipid_utils.model.config import CLIPConfig
-from clipid_utils.model.layers import linear
-from clipid_utils.model.pretrained import families
-from clipid_utils.model.pretrained.families import TRANSFORMS, Key, key_table
-from clipid_utils.model.pretrained.hub import fetch_checkpoint
+from clipid_utils.model.pretrained import families, keys
+from clipid_utils.model.pretrained.keys import TRANSFORMS, Key, key_table
 from clipid_utils.model.pretrained.processor_files import read_json
 from clipid_utils.model.pretrained.weights import read_weights
 
@@ -61,18 +57,20 @@ class Source:
         self.folder, self.sides, self.weights = folder, sides, read_weights(folder)
         self.names: dict[str, tuple[str, bool]] = {}  # by the table's name: the file's, and whether Flax wrote it
         for name in self.weights:
-            known_as, flax = families.canonical(name, sides) if sides else (name, False)
+            known_as, flax = keys.canonical(name, sides) if sides else (name, False)
             if known_as in self.names:
                 raise ValueError(f"{folder} has {known_as!r} twice, as {self.names[known_as][0]!r} and {name!r}")
             self.names[known_as] = (name, flax)
 
     def take(self, table: Iterable[Key]) -> dict[str, Leaf]:
         """The table's weights that are here, by nnx path. They are not here any more then."""
-        return {key.nnx_path: self._leaf(key) for key in table if key.hf_name in self.names}
+        found = [key for key in table if key.hf_name in self.names]
+        stored = {name: self.names.pop(name) for name in dict.fromkeys(key.hf_name for key in found)}
+        made = {name: self._dequantized(stored[name][0]) for name in stored}  # one array can have several parameters
+        return {key.nnx_path: self._leaf(*stored[key.hf_name], made[key.hf_name], TRANSFORMS[key.transform])
+                for key in found}
 
-    def _leaf(self, key: Key) -> Leaf:
-        name, flax = self.names.pop(key.hf_name)
-        make, transform = self._dequantized(name), TRANSFORMS[key.transform]
+    def _leaf(self, name: str, flax: bool, make: Callable[[], np.ndarray], transform: keys.Transform) -> Leaf:
         change = transform.from_flax if flax else transform.from_torch
 
         def array() -> np.ndarray:
@@ -99,11 +97,11 @@ class Source:
     def unknown(self, config: CLIPConfig) -> list[str]:
         """The file's keys that were not taken and are not listed as unused."""
         return [name for known_as, (name, _) in self.names.items()
-                if not families.unused(known_as, config, self.sides)]
+                if not keys.unused(known_as, config, self.sides)]
 
 
-def read_config(folder: Path) -> dict:
-    file = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict:
+    file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: name a folder written by save_clip, or by transformers' "
                                 "save_pretrained")
@@ -111,14 +109,14 @@ def read_config(folder: Path) -> dict:
 
 
 @contextlib.contextmanager
-def naming(folder: Path) -> Iterator[None]:
+def naming(folder: Path, name: str = "config.json") -> Iterator[None]:
     """Adds the config's file to errors about its values."""
     try:
         yield
     except families.ConfigError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{folder / name}: {error}") from error
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read ({error}): fetch or save the checkpoint again"
+        raise ValueError(f"{folder / name} cannot be read ({error}): fetch or save the checkpoint again"
                          ) from error
 
 
@@ -148,41 +146,18 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def join_towers(
-    model_class: type, vision: str | os.PathLike, text: str | os.PathLike, *, embed_dim: int | None = None,
-    pooling: str = "pooler", dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None,
-):
-    """A model of two pretrained towers; `load.load_towers` describes the options."""
-    folders = {"vision": fetch_checkpoint(vision), "text": fetch_checkpoint(text)}
-    sources = {side: Source(folder, side) for side, folder in folders.items()}
-    with naming(folders["vision"]):
-        has_pooler = "vision_model.pooler.dense.weight" in sources["vision"].names
-        vision_tower = families.vision_config(read_config(folders["vision"]), has_pooler)
-    with naming(folders["text"]):
-        text_tower = dataclasses.replace(families.text_config(read_config(folders["text"])), pooling=pooling)
-    leaves = sources["vision"].take([Key("visual_projection.weight", "vision.projection.kernel", "transpose")])
-    own_dim = next((leaf.array().shape[1] for leaf in leaves.values()), None)
-    config = CLIPConfig(vision=vision_tower, text=text_tower, embed_dim=embed_dim or own_dim or CLIPConfig.embed_dim)
-    if own_dim != config.embed_dim:
-        leaves.clear()
-    for side, source in sources.items():
-        leaves |= source.take(key for key in key_table(config) if key.hf_name.startswith(f"{side}_model."))
-    unknown = [name for source in sources.values() for name in source.unknown(config)]
-    new_pooler = pooling == "pooler" and not leaves.keys() & {"text.pooler.kernel", "text.pooler.bias"}
-    if new_pooler:
-        warnings.warn(f"{folders['text']} has no pooler, like every masked language model. A new one is initialised "
-                      "and must be trained; or use pooling='mean'", stacklevel=3)
-    leaves = _new_leaves(config, nnx.Rngs(0) if rngs is None else rngs, new_pooler) | leaves
-    return fill(model_class, config, leaves, unknown, " or ".join(map(str, folders.values())), dtype, param_dtype)
+def with_scale(config: CLIPConfig, leaves: dict[str, Leaf], *, linear_scale: bool) -> CLIPConfig:
+    """The config with a limit that the stored scale does not pass.
 
-
-def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs, pooler: bool) -> dict[str, Leaf]:
-    """Initial values of what two towers lack: projections, a pooler and the scale."""
-    layers = {"text.projection": linear(config.text.width, config.embed_dim, dtype=None, rngs=rngs, bias=False),
-              "vision.projection": linear(config.vision.width, config.embed_dim, dtype=None, rngs=rngs, bias=False)}
-    if pooler:
-        layers["text.pooler"] = linear(config.text.width, config.text.width, dtype=None, rngs=rngs)
-    arrays = {f"{name}.{part}": np.asarray(value) for name, layer in layers.items()
-              for part, value in flatten_params(nnx.state(layer)).items()}
-    arrays["logit_scale"] = np.float32(config.logit_scale)
-    return {path: Leaf(path, lambda array=array: array) for path, array in arrays.items()}
+    The scale of 2021's hybrid-clip is linear, and a twentieth of the one that it used.
+    """
+    if "logit_scale" not in leaves or leaves["logit_scale"].array().size != 1:
+        return config  # `fill` reports it
+    name, array = leaves["logit_scale"]
+    value = array().reshape(())
+    if linear_scale:
+        value = np.log(20 * np.asarray(value, np.float64)).astype(np.float32)
+        config = dataclasses.replace(config, logit_scale=float(value))
+    leaves["logit_scale"] = Leaf(name, lambda: value)
+    above = float(value) > config.max_logit_scale + 1e-6  # ln 100 itself may be rounded up
+    return dataclasses.replace(config, max_logit_scale=float(value)) if above else config

@@ -1,14 +1,16 @@
-"""Reads how a checkpoint folder, of this project or of transformers, prepares pictures and texts.
+"""Reads how a checkpoint folder, of this project, of transformers or of open_clip, prepares pictures and texts.
 
-The results are CLIPProcessor's arguments. Known are CLIP's and ViT's preprocessor_config.json, new and old, and the
-tokenizers of BERT, RoBERTa and XLM-RoBERTa.
+The results are CLIPProcessor's arguments. Known are the image processors of CLIP, ViT, DINOv2 and SigLIP, new and old,
+and the tokenizers that transformers has as one of `tokenizers`, and SigLIP's.
 """
 
 import re
+import string
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from clipid_utils import files
 
@@ -16,8 +18,22 @@ from clipid_utils import files
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MODEL_TYPE = "clip-indonesian"  # in the config.json of this project's own checkpoints
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+OPEN_CLIP = "open_clip_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
+                   "tokenizer.model")
 NO_SIDES = (0, 0)
+
+
+class TextRules(NamedTuple):
+    """How texts are prepared beside a tokenizer's own files; `folder` is that of the tokenizer."""
+
+    folder: Path | None = None
+    prefix: str = ""
+    max_length: int | None = None
+    lower: bool = False
+
+
+NO_RULES = TextRules()
 
 
 def read_preprocessor(folder: Path, image_size: int | None) -> dict:
@@ -29,6 +45,8 @@ def read_preprocessor(folder: Path, image_size: int | None) -> dict:
     images = read_json(path)
     if not images and (images := read_json(newest).get("image_processor") or {}):
         path = newest
+    if not images and (images := _open_clip_pictures(read_json(folder / OPEN_CLIP), image_size)):
+        path = folder / OPEN_CLIP
     if not images and image_size is None:
         raise FileNotFoundError(f"{path} is missing: is {folder} a checkpoint?")
     if not images:
@@ -36,8 +54,8 @@ def read_preprocessor(folder: Path, image_size: int | None) -> dict:
     # null means not stated, except for do_…, where it means false
     images = {name: value for name, value in images.items() if value is not None or name.startswith("do_")}
     kind = images.get("image_processor_type") or images.get("feature_extractor_type") or ""
-    crops = images.get("do_center_crop", "crop_size" in images or "CLIP" in kind)
-    like_clip = "CLIP" in kind or (not kind and crops)  # the defaults are CLIP's or ViT's
+    crops = images.get("do_center_crop", "crop_size" in images or "CLIP" in kind or "Bit" in kind)
+    like_clip = "CLIP" in kind or "Bit" in kind or (not kind and crops)  # the defaults are CLIP's or ViT's
     resize, crop = images.get("size", 224), images.get("crop_size", 224)
     if isinstance(resize, int) and not like_clip:
         resize = (resize, resize)
@@ -57,19 +75,38 @@ def read_preprocessor(folder: Path, image_size: int | None) -> dict:
     # CLIPProcessor divides by 255; a different factor in the file goes into the mean and the deviation
     scale = 255 * (images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1)
     means, stds = (tuple(float(value) / scale for value in np.broadcast_to(values, 3)) for values in (means, stds))
-    return {"image_size": made[0], "resize": resize, "resample": images.get("resample", 3 if like_clip else 2),
+    bicubic = like_clip or "Siglip" in kind
+    return {"image_size": made[0], "resize": resize, "resample": images.get("resample", 3 if bicubic else 2),
             "image_mean": means, "image_std": stds}
+
+
+def _open_clip_pictures(values: dict, image_size: int | None) -> dict:
+    """open_clip's preprocess_cfg in the form of CLIPImageProcessor's config; {} if there is none."""
+    settings = values.get("preprocess_cfg")
+    if settings is None or image_size is None:
+        return {}
+    size = settings.get("size", image_size)
+    side = size if isinstance(size, int) else size[0]
+    sides = {"height": side, "width": side}
+    modes = {"shortest": {"shortest_edge": side}, "squash": sides}
+    resize = modes.get(settings.get("resize_mode", "shortest"))
+    if resize is None:
+        raise ValueError(f"{OPEN_CLIP}: resize_mode is {settings['resize_mode']!r}, not one of {', '.join(modes)}")
+    resample = {"bicubic": 3, "bilinear": 2, "random": 3}[settings.get("interpolation", "bicubic")]
+    return {"image_processor_type": "CLIPImageProcessor", "size": resize, "crop_size": sides, "resample": resample,
+            "image_mean": settings.get("mean"), "image_std": settings.get("std")}
 
 
 def _sides(size: dict) -> tuple[int, int]:
     return (size["height"], size["width"]) if {"height", "width"} <= set(size) else NO_SIDES
 
 
-def read_tokenizer(folder: Path, max_length: int) -> dict:
+def read_tokenizer(folder: Path, max_length: int, rules: TextRules = NO_RULES) -> dict:
     """The tokenizer, opened by AutoTokenizer if it is not this project's own, and how many tokens a text may have.
 
-    That number is the file's model_max_length, or `max_length` if it is less. Raises FileNotFoundError for missing
-    files and ValueError for files that cannot be read.
+    That number is the file's model_max_length, or `max_length` if it is less. The rules' prefix and lower-casing become
+    part of the tokenizer. SigLIP 2 was trained on lower-cased texts, so its tokenizer lower-cases always. Raises
+    FileNotFoundError for missing files and ValueError for files that cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: is {folder} a checkpoint?")
@@ -77,24 +114,68 @@ def read_tokenizer(folder: Path, max_length: int) -> dict:
     if not settings and not config:
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
     tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
+    named = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    siglip = str(config.get("model_type")).removesuffix("_text_model") == "siglip" or named == "SiglipTokenizer"
     ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
     try:
         if ours and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:  # importing transformers takes seconds
             found = {side: settings[side] for side in ("padding_side", "truncation_side") if side in settings}
             found |= {"tokenizer": Tokenizer.from_file(str(folder / "tokenizer.json")), "special_tokens": tokens}
             stated = settings.get("model_max_length")
+        elif siglip and (folder / "spiece.model").is_file():
+            found, stated = siglip_tokenizer(folder / "spiece.model", settings), None
         else:
             files.import_transformers()
             from transformers import AutoTokenizer
 
             # if config.json has two towers, AutoTokenizer must be told the text tower's type
             kind = None if "tokenizer_class" in settings else model_type(part(config, "text") or {})
-            named = {} if kind is None else {"tokenizer_type": kind}
+            named = {} if kind not in ("bert", "roberta", "xlm-roberta") else {"tokenizer_type": kind}
             found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **named)}
             stated = found["tokenizer"].model_max_length
+            if siglip:
+                rules, stated = rules._replace(lower=True), None
     except Exception as error:  # the two libraries raise anything for a broken file
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}): fetch the checkpoint again") from error
-    return {**found, "max_length": int(min(stated or max_length, max_length))}
+    return {**found, "tokenizer": _with_rules(found["tokenizer"], rules),
+            "max_length": int(min(stated or max_length, max_length))}
+
+
+def _with_rules(tokenizer: Any, rules: TextRules) -> Any:
+    """The tokenizer with the rules' lower-casing and prefix before its own normaliser."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    own = backend.normalizer
+    first = [normalizers.Prepend(rules.prefix)] if rules.prefix else []
+    first += [normalizers.Lowercase()] if rules.lower and "Lowercase()" not in str(own) else []
+    if first:
+        backend.normalizer = normalizers.Sequence([*first, *([] if own is None else [own])])
+    return tokenizer
+
+
+def siglip_tokenizer(path: Path, settings: dict) -> dict:
+    """SigLIP's tokenizer, which transformers has without one of `tokenizers`: texts are lower-cased and lose their
+    punctuation, and T5's pieces follow."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, pieces.unk_id(), proto.trainer_spec.byte_fallback))
+    chars = proto.normalizer_spec.precompiled_charsmap
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Lowercase(), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+        normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
+        *([normalizers.Precompiled(chars), normalizers.Strip(left=False)] if chars else []),
+        normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    end = "</s>"
+    tokenizer.add_special_tokens([AddedToken(end, normalized=False, special=True)])
+    ends = [(end, pieces.piece_to_id(end))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", special_tokens=ends)
+    tokens = {"eos_token": end, "unk_token": "<unk>", "pad_token": end}
+    tokens |= {name: value for name, value in settings.items() if name in tokens and isinstance(value, str)}
+    return {"tokenizer": tokenizer, "special_tokens": tokens}
 
 
 def model_type(config: dict) -> str | None:

@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from clipid_utils.files import whole_file, write_json
+from clipid_utils.model.adapters import merge_adapters
 from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import CLIPConfig
-from clipid_utils.model.pretrained.families import TRANSFORMS, key_table, to_hf_config
+from clipid_utils.model.pretrained.families import to_hf_config
+from clipid_utils.model.pretrained.keys import TRANSFORMS, key_table
 from clipid_utils.model.pretrained.parameters import SCALE, flatten_params
 from clipid_utils.model.pretrained.processor_files import MODEL_TYPE
 from clipid_utils.model.processor import CLIPProcessor
@@ -28,14 +30,16 @@ def save_clip(
     model: HybridCLIP, processor: CLIPProcessor, path: str | os.PathLike, format: str = "native", *,
     quantize: bool = False,
 ) -> None:
-    """Writes a checkpoint folder; each file replaces an older one only when it is complete.
+    """Writes a checkpoint folder; each file replaces an older one only when it is complete. Adapters are merged.
 
-    `format` is "native" or "vision-text-dual-encoder": then config.json, weights and processor files are those of
-    transformers' VisionTextDualEncoderModel and -Processor. With `quantize`, which needs "native", matrices are stored
-    in a quarter of the space, as int8 with a scale for each output of a layer or row of a table. Raises ValueError for
-    a different format and for a model that VisionTextDualEncoderModel cannot represent, before anything is written, and
-    OSError if the disk is full.
+    `format` is "native" or "transformers": then config.json, weights and processor files are those of the class of
+    transformers that has these towers: VisionTextDualEncoderModel, CLIPModel, MetaClip2Model or SiglipModel. (The older
+    name "vision-text-dual-encoder" of this format is accepted.) With `quantize`, which needs "native", matrices are
+    stored in a quarter of the space, as int8 with a scale for each output of a layer or row of a table. Raises
+    ValueError for a different format and for a model that no class of transformers can represent, before anything is
+    written, and OSError if the disk is full.
     """
+    model = merge_adapters(model)
     params = flatten_params(nnx.state(model, nnx.Param))
     if quantize and format != "native":
         raise ValueError(f"format {format!r} has no int8 weights: use quantize=True with format='native'")
@@ -44,11 +48,11 @@ def save_clip(
         tensors = {key: np.asarray(value, np.float32) for key, value in params.items()}
         if quantize:
             tensors = {name: part for key, value in tensors.items() for name, part in _quantized(key, value).items()}
-    elif format == "vision-text-dual-encoder":
+    elif format in ("transformers", "vision-text-dual-encoder"):
         config = to_hf_config(model.config)
-        tensors = _to_torch(params, model.config)
+        tensors = _to_torch(params, model.config, config["model_type"])
     else:
-        raise ValueError(f"format {format!r} is not known: use 'native' or 'vision-text-dual-encoder'")
+        raise ValueError(f"format {format!r} is not known: use 'native' or 'transformers'")
     folder = Path(path).expanduser()
     try:
         with whole_file(folder / "model.safetensors") as file:
@@ -74,14 +78,19 @@ def _quantized(key: str, value: np.ndarray) -> dict[str, np.ndarray]:
     return {key: np.round(value / scale).astype(np.int8), key + SCALE: scale}
 
 
-def _to_torch(params: dict[str, jax.Array], config: CLIPConfig) -> dict[str, np.ndarray]:
-    """The parameters with the names and shapes of VisionTextDualEncoderModel, which has no limit for logit_scale.
+def _to_torch(params: dict[str, jax.Array], config: CLIPConfig, kind: str) -> dict[str, np.ndarray]:
+    """The parameters with the names and shapes of transformers' model of a `kind`, which has no limit for logit_scale.
 
-    CLIP's image tower has its prefix twice: transformers 4 needs it so, and transformers 5 accepts it.
+    A VisionTextDualEncoder's CLIP image tower has its prefix twice: transformers 4 needs it so, and transformers 5
+    accepts it.
     """
     limited = params | {"logit_scale": jnp.minimum(params["logit_scale"], config.max_logit_scale)}
-    arrays = {key: TRANSFORMS[key.transform].to_torch(np.asarray(limited[key.nnx_path]), config.vision)
-              for key in key_table(config)}
-    start = "vision_model.vision_model." if config.vision.ln_pre else "vision_model."
-    return {key.hf_name.replace("vision_model.", start): np.asarray(array, np.float32, order="C")
-            for key, array in arrays.items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for key in key_table(config):
+        array = TRANSFORMS[key.transform].to_torch(np.asarray(limited[key.nnx_path]), config.vision)
+        parts.setdefault(key.hf_name, []).append(array)
+    twice = kind == "vision-text-dual-encoder" and config.vision.ln_pre
+    start = "vision_model.vision_model." if twice else "vision_model."
+    arrays = {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
+    return {name.replace("vision_model.", start): np.asarray(array, np.float32, order="C")
+            for name, array in arrays.items()}

@@ -41,7 +41,8 @@ class Weights(UserDict):
 
 def read_weights(folder: Path) -> Weights:
     """The weights in a folder by name, from the first of these files that is there: `model.safetensors`,
-    `model.safetensors.index.json`, `flax_model.msgpack`, `pytorch_model.bin`, `pytorch_model.bin.index.json`.
+    `model.safetensors.index.json`, `flax_model.msgpack`, `pytorch_model.bin`, `pytorch_model.bin.index.json`,
+    `open_clip_model.safetensors`, `open_clip_pytorch_model.bin`.
 
     Names are the file's own, with dots between flax's nested names. Arrays are read-only; do not overwrite the file in
     place while one of them is used (you may replace it). Raises FileNotFoundError if a file is missing and ValueError
@@ -232,4 +233,6 @@ _READERS = {
     "flax_model.msgpack": _flax,
     "pytorch_model.bin": _torch,
     "pytorch_model.bin.index.json": _torch,
+    "open_clip_model.safetensors": _safetensors,
+    "open_clip_pytorch_model.bin": _torch,
 }
