@@ -2,10 +2,10 @@
 
     python benchmarks/bench_load.py [--out build/bench/load.json]
 
-ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, in each form that `read_weights` knows, each
-loaded in a new process; then the shipped mini checkpoint from a cold start of Python to its
-first answer, imports and compilation included. Memory is the process's largest resident set, whole, and less what it
-was after the imports.
+ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, in each form that `read_weights` knows, and
+SigLIP 2 B/16 at 224 pixels (1.5 GB), each loaded in a new process; then the shipped mini checkpoint from a cold start
+of Python to its first answer, imports and compilation included. Memory is the process's largest resident set, whole,
+and less what it was after the imports.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def write_large(folder: Path, form: str) -> int:
     from safetensors.numpy import save_file
 
     from clipid_utils import PRESETS, HybridCLIP
-    from clipid_utils.model.pretrained.families import TRANSFORMS, key_table, to_hf_config
+    from clipid_utils.model.pretrained.families import to_hf_config
+    from clipid_utils.model.pretrained.keys import TRANSFORMS, key_table
 
     config = PRESETS["vit_b32_indobert_large"]
     shapes = nnx.eval_shape(lambda: HybridCLIP(config, rngs=nnx.Rngs(0)))
@@ -77,6 +78,29 @@ def write_large(folder: Path, form: str) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
+def write_siglip(folder: Path) -> int:
+    """Random weights of SigLIP 2 B/16 as transformers' SiglipModel stores them; returns their bytes."""
+    from bench_encode import SIGLIP2
+    from flax import nnx
+
+    from clipid_utils import CLIPProcessor, HybridCLIP, save_clip
+    from clipid_utils.model.pretrained.families import clip_config
+
+    config = clip_config(SIGLIP2, (), "siglip")
+    save_clip(HybridCLIP(config, rngs=nnx.Rngs(0)), CLIPProcessor(None, 224, 64), folder, "transformers")
+    return (folder / "model.safetensors").stat().st_size
+
+
+def load_large(name: str, folder: str, size: int, dtype: str) -> dict:
+    """Loads a checkpoint in a new process, and says what that took."""
+    answer = subprocess.run([sys.executable, "-c", LOAD, folder, dtype], check=True, capture_output=True, text=True)
+    found = {"bytes": size, **json.loads(answer.stdout)}
+    print(f"{name}, {size / 1e9:.2f} GB, as {dtype}: peak {found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} "
+          f"times that ({(found['peak'] - found['before']) / size:.2f} beyond the imports), {found['seconds']:.1f} s",
+          flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -87,13 +111,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             size = write_large(Path(folder) / "large", form)
             for dtype in ("float32", "bfloat16") if form == "model.safetensors" else ("float32",):
-                answer = subprocess.run([sys.executable, "-c", LOAD, f"{folder}/large", dtype], check=True,
-                                        capture_output=True, text=True)
-                found = report[f"{form}, {dtype}"] = {"bytes": size, **json.loads(answer.stdout)}
-                print(f"ViT-B/32 + IndoBERT-large, {size / 1e9:.2f} GB in {form}, as {dtype}: peak "
-                      f"{found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} times the file "
-                      f"({(found['peak'] - found['before']) / size:.2f} beyond the imports), {found['seconds']:.1f} s",
-                      flush=True)
+                report[f"{form}, {dtype}"] = load_large(f"ViT-B/32 + IndoBERT-large in {form}", f"{folder}/large",
+                                                        size, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_siglip(Path(folder) / "siglip")
+        report["siglip2_b16, float32"] = load_large("SigLIP 2 B/16", f"{folder}/siglip", size, "float32")
     times = []
     for _ in range(options.rounds):
         start = time.perf_counter()

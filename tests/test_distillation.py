@@ -24,7 +24,7 @@ from distillation import (
 from flax import nnx
 from tiny import CONFIG, NAMES, tiny_clip, tiny_processor
 
-from clipid_utils import load_clip, save_clip
+from clipid_utils import CLIPProcessor, load_clip, save_clip
 from clipid_utils.model.clip import TextEncoder
 from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.training.step import init_state
@@ -190,3 +190,23 @@ def test_a_student_becomes_the_models_text_tower(tmp_path):
     np.testing.assert_allclose(again.encode_text(**tokens), expected, atol=1e-5)
     with pytest.raises(ValueError, match="gives 6 numbers and the model's 8"):
         with_text_tower(model, new_student(embed_dim=6))
+
+
+@pytest.mark.parametrize("changes", [
+    {"pre_norm": True, "mask": "none", "pooling": "last", "projection": "affine", "token_types": 0},  # SigLIP's
+    {"pre_norm": True, "mask": "causal", "pooling": "end", "token_types": 0},  # CLIP's
+    {"pooling": "mean", "projection": "mlp"},  # open_clip's XLM-RoBERTa
+], ids=["SigLIP", "CLIP", "open_clip"])
+def test_a_teacher_of_any_family(changes):
+    """The teacher has its own tokenizer and rules for texts; the student has other ones."""
+    teacher, _ = tiny_clip(text=dataclasses.replace(CONFIG.text, **changes))
+    known = tiny_processor()
+    processor = CLIPProcessor(known.tokenizer, known.image_size, CONFIG.text.max_length,
+                              fixed_length=changes.get("mask") == "none")
+    pairs = parallel_features(teacher.text, processor, ENGLISH, NAMES)
+    np.testing.assert_allclose(pairs.features, teacher.text(**processor.tokenize(ENGLISH)), atol=1e-5)
+    student = run(train=pairs, epochs=30).student
+    before, after = (held_out(tower, tiny_processor(), pairs)["cosine"] for tower in (new_student(), student))
+    assert after > before + 0.1
+    joined = with_text_tower(teacher, student)
+    assert joined.encode_text(**tiny_processor().tokenize(NAMES)).shape == (12, 8)

@@ -50,7 +50,7 @@ class ClassMixture(nnx.Module):
     """
 
     def __init__(self, width: int, classes: int, embed_dim: int, *, scale: float, dtype, rngs: nnx.Rngs):
-        self.scale = scale
+        self.scale, self.out_features = scale, embed_dim
         self.classifier = linear(width, classes, dtype=dtype, rngs=rngs)
         init = nnx.initializers.normal(embed_dim**-0.5)
         self.class_vectors = nnx.Param(init(rngs.params(), (classes, embed_dim)))
@@ -64,7 +64,7 @@ class MLPProjection(nnx.Module):
     """Two linear layers with a GELU between them, open_clip's projection after a text tower of Hugging Face."""
 
     def __init__(self, width: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
-        middle = (width + embed_dim) // 2
+        middle, self.out_features = (width + embed_dim) // 2, embed_dim
         self.fc1 = linear(width, middle, dtype=dtype, rngs=rngs, bias=False)
         self.fc2 = linear(middle, embed_dim, dtype=dtype, rngs=rngs, bias=False)
 
@@ -74,6 +74,9 @@ class MLPProjection(nnx.Module):
 
 class NoProjection(nnx.Module):
     """For towers whose features are the embedding."""
+
+    def __init__(self, embed_dim: int):
+        self.out_features = embed_dim
 
     def __call__(self, features: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
         return features
@@ -91,7 +94,7 @@ def projection(config: EfficientNetConfig | VisionConfig | TextConfig, embed_dim
     if config.projection != "none" or config.width != embed_dim:
         raise ValueError(f"{type(config).__name__} has projection {config.projection!r} and width {config.width}, and "
                          f"the embedding has {embed_dim}: use linear, affine or mlp, or none if both are the same")
-    return NoProjection()
+    return NoProjection(embed_dim)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -7,6 +7,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -120,6 +121,16 @@ def naming(folder: Path, name: str = "config.json") -> Iterator[None]:
                          ) from error
 
 
+def _copied(array: np.ndarray | np.generic, dtype) -> jax.Array:
+    """A copy on the device. `jnp.array` would make two on a CPU, as its buffers begin at a multiple of 64 bytes."""
+    size = array.size * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + size].view(dtype).reshape(array.shape)
+    np.copyto(copy, array, casting="unsafe")
+    return jax.device_put(copy, may_alias=True)  # nothing else has this buffer
+
+
 def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown: list[str], where: Path | str, dtype,
          param_dtype, *, native: bool = False):
     """A model with these parameters; `leaves` is emptied. `native` weights are named by their nnx paths.
@@ -138,12 +149,13 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
     if missing or unknown or wrong:
         raise ValueError(f"the weights in {where} do not fit config.json: missing {missing}, unknown "
                          f"{unknown}, wrong shape {wrong}")
-    filled = []
-    for path, variable in flat:
+    filled = {}
+    # The largest first: while an array is copied it is in memory twice, and then little else is there
+    for path, variable in sorted(flat, key=lambda item: -math.prod(item[1].shape)):
         leaf = leaves.pop(dotted(path))  # so that a file's array is freed when it is copied
         kind = jnp.float32 if dotted(path) in FLOAT32 else param_dtype
-        filled.append((path, variable.replace(jnp.array(leaf.array(), kind))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+        filled[path] = variable.replace(_copied(leaf.array(), kind))
+    return nnx.merge(graph, nnx.from_flat_state([(path, filled[path]) for path, _ in flat]))
 
 
 def with_scale(config: CLIPConfig, leaves: dict[str, Leaf], *, linear_scale: bool) -> CLIPConfig:
