@@ -37,7 +37,7 @@ def write_stamps(folder: Path) -> dict[str, Path]:
             if row["artist"] == "tuxpaint":
                 picture = folder / f"{split}-{number}.png"
                 row["image"].save(picture)
-                records.append({"image_path": picture.name, "captions": [row["name"]]})
+                records.append({"image_path": picture.name, "captions": [row["name_id"]]})
         paths[split] = folder / f"{split}.jsonl"
         write_captions(records, paths[split])
     return paths
@@ -54,7 +54,7 @@ def recalls(folder: str) -> dict[str, dict[str, float]]:
     artists = np.array(rows["artist"])
     for name, chosen in (("stamps", artists == "tuxpaint"), ("others", artists != "tuxpaint")):
         part = rows.select(np.flatnonzero(chosen))
-        names = [text.lower() for text in part["name"]]
+        names = [text.lower() for text in part["name_id"]]
         different = sorted(set(names))
         similarity = embed_texts(model, processor, different) @ embed_images(
             model, processor, part["image"], progress=False).T

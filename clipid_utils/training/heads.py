@@ -107,11 +107,11 @@ def train_projections(
 
     def evaluate(state: TrainState, line: dict) -> bool:
         nonlocal best, highest
-        now = _with_heads(model, assemble(graph, state, averaged=False))
+        copied = jax.tree.map(jnp.copy, state)  # the next step takes the state's arrays
+        now = _with_heads(model, assemble(graph, copied, averaged=False))
         log(line | {"score": score(now)})
         if history[-1]["score"] > highest:
-            copied = jax.tree.map(jnp.copy, nnx.state(now, nnx.Param))  # the next step takes the state's arrays
-            best, highest = nnx.merge(nnx.graphdef(now), copied), history[-1]["score"]
+            best, highest = now, history[-1]["score"]
         return no_progress(history, start)
 
     batches = (batch for epoch in itertools.count()

@@ -252,7 +252,8 @@ class Tuning:
     def _on_features(self):
         recipe, features = self.recipe, {}
         for name, data in (("train", self.data), ("validation", self.validation)):
-            features[name] = cache_features(self.start, self.processor, data, self.out / "features" / name)
+            features[name] = cache_features(self.start, self.processor, data, self.out / "features" / name,
+                                            batch_size=16)  # more pictures at once only need more memory
         held = features["validation"]
         usable = np.flatnonzero(np.isfinite(held.images[:, 0]))
         said = list(undecoded(self.validation)["captions"])
