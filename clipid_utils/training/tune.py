@@ -41,8 +41,8 @@ from clipid_utils.training.optimizers import check_patterns
 from clipid_utils.training.run_folder import check_same
 
 # Settings that must be the same when a run resumes
-SAME_ON_RESUME = ("init", "train", "validation", "learn", "freeze", "blocks", "rank", "learning_rate", "steps",
-                  "batch_size", "seed")
+SAME_ON_RESUME = ("init", "tokenizer", "train", "validation", "learn", "freeze", "blocks", "rank", "learning_rate",
+                  "steps", "batch_size", "seed")
 # The peak of the learning rate for a tower of width 768; a narrower one learns in proportion faster
 RATES = {"heads": 1e-3, "lora": 2e-4, "blocks": 2e-5, "all": 1e-5}
 WIDTH = 768
@@ -62,6 +62,8 @@ class TuneRecipe:
     train: str = ""
     # The model to start from: a folder, a run, the name of a shipped model, or an id on the hub
     init: str = "photo"
+    # Folder or hub id with the tokenizer, for a model without one, such as Galuh/clip-indonesian
+    tokenizer: str | None = None
     out: Annotated[Path, arg(aliases=("-o",), help="folder of the run")] = Path("runs/tune")
     # Captions records to choose on; none: a part of `train` is held out
     validation: str | None = None
@@ -77,7 +79,7 @@ class TuneRecipe:
     learning_rate: float | None = None
     # Pairs a step; fewer pictures are one batch
     batch_size: int = 256
-    # Steps at most; none: 20 passes, and between 100 and 2,000. A run ends early when it stops to improve
+    # Steps at most; none: 20 passes, and between 100 and 2,000. A run ends early when it stops improving
     steps: int | None = None
     # Parts in which a batch goes through the towers, to save memory
     chunks: int = 1
@@ -179,7 +181,8 @@ class Tuning:
             self.validation = records.select(rows)
         else:
             self.data, self.validation = records, read_captions(recipe.validation)
-        self.start, self.processor = load_clip(recipe.init, dtype=jnp.dtype(recipe.dtype))
+        self.start, self.processor = load_clip(
+            recipe.init, tokenizer=recipe.tokenizer, dtype=jnp.dtype(recipe.dtype))
         self.loss = clip_loss if self.start.logit_bias is None else siglip_loss
         self._claim()
 
