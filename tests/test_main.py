@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from unittest import mock
 
 import numpy as np
@@ -289,6 +290,8 @@ def test_a_terminal_has_a_prompt_that_ctrl_c_and_ctrl_d_end():
     process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs,
                                start_new_session=True)
     os.close(theirs)
+    limit = threading.Timer(120, process.kill)  # a lost key must not hang the tests
+    limit.start()
     seen = b""
     with open(ours, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # Linux's end of a terminal
         for count, keys in enumerate((b"kucing\n", b"\x03", b"anjing\n", b"\x04"), 1):
@@ -297,6 +300,7 @@ def test_a_terminal_has_a_prompt_that_ctrl_c_and_ctrl_d_end():
             os.write(ours, keys)
         while more := screen.read(1024):
             seen += more
+    limit.cancel()
     assert process.wait(timeout=60) == 0, seen
     said = [line for line in seen.decode().splitlines() if line and not line.startswith("cari> ")]
     assert said == ["('kucing', None)", "stopped: run the same command to continue", "status 130", "('anjing', None)"]

@@ -30,6 +30,8 @@ from clipid_utils.training.fit import FitConfig
 from clipid_utils.training.optimizers import check_patterns, dotted, matching
 from clipid_utils.training.recipes import pairs_checksum
 
+# Recipes with a file of tests of their own: the beginning of some options, their least number, and more options
+ALONE = {"photo": ("--fit.", 7, ["--hold-out-stamps"]), "tune": ("--", 15, ["--init", "--learn", "--interpolate"])}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "seekor", "kucing", "tidur", "anjing", "mobil", "merah", "rumah"]
 COUNT = 16
 
@@ -133,7 +135,7 @@ def test_a_recipe_runs_its_stages(name, train, batch_size, place, tmp_path, monk
     assert (f"{COUNT}" in capsys.readouterr().out) == (batch_size > COUNT)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "photo"])  # its own file runs it
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ALONE])
 def test_the_patterns_of_a_recipe_fit_the_towers_it_is_for(name):
     recipe = RECIPES[name][1]
     text = "indonesian_roberta_base" if "roberta" in name else "indobert_base"
@@ -280,12 +282,12 @@ def test_every_option_of_a_recipe_is_explained(name, capsys):
             words[option] = "".join(f" {part}" for part in text)
         elif re.match(r"[│ ]  {4}", line):
             words[option] += " " + line.strip("│ ")
-    photo = name == "photo"
-    assert sum(option.startswith("--fit." if photo else "--stages.") for option in words) > (7 if photo else 30)
-    assert {option.split()[0].strip(",") for option in words} >= {"-o", "--resume", *(
-        ["--hold-out-stamps"] if photo else ["--image-column", "--tensorboard"])}
+    start, least, known = ALONE.get(name, ("--stages.", 30, ["--image-column", "--tensorboard"]))
+    assert sum(option.startswith(start) for option in words) > least
+    assert {option.split()[0].strip(",") for option in words} >= {"-o", "--resume", *known}
     assert not [option for option, text in words.items() if not re.match(r" (?!\(default)\S+ \S", text)]
-    for number, stage in enumerate(() if photo else RECIPES[name][1].stages):  # options are those that the stage reads
+    stages = () if name in ALONE else RECIPES[name][1].stages
+    for number, stage in enumerate(stages):  # options are those that the stage reads
         offered = any(option.startswith(f"--stages.{number}.fit.chunks") for option in words)
         assert offered == isinstance(stage.fit, FitConfig)
 
