@@ -161,7 +161,7 @@ class MClip(torch.nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         self.clip.save_pretrained(folder / "image")
         self.text["transformer"].config.save_pretrained(folder / "xlm-roberta-large")
-        processor_for("clip_bert").save(folder / "text")  # load_towers wants a tokenizer
+        processor_for("clip_bert").save(folder / "text")  # load_towers needs a tokenizer
         config = {"architectures": ["MultilingualCLIP"], "model_type": "M-CLIP", "numDims": 512,
                   "modelBase": str(folder / "xlm-roberta-large"), "transformerDimensions": 1024}
         (folder / "text/config.json").write_text(json.dumps(config))

@@ -135,10 +135,9 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
     settings = _settings(values, kind, tower)
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
-    names = _VISION
     if kind == "dinov2":
         settings.intermediate_size = int(settings.hidden_size * settings.mlp_ratio)
-    config = VisionConfig(**_sizes(settings, names, tower))
+    config = VisionConfig(**_sizes(settings, _VISION, tower))
     return dataclasses.replace(config, pooling="pooler") if kind == "vit" and pooler else config
 
 

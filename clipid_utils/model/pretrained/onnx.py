@@ -284,7 +284,7 @@ def _pooled(graph: _Graph, config: TextConfig, x: str) -> str:
 
 
 def _hidden(graph: _Graph, config: TextConfig, window: int | None = None) -> str:
-    """What is added to the scores [B, 1, 1 or L, L]: 0, or the lowest number where a token may not look."""
+    """The mask that is added to the scores [B, 1, 1 or L, L]: 0, or the lowest number where a token may not look."""
     seen = graph.node("Cast", graph.node("Unsqueeze", "attention_mask", graph.ints(1, 2)), to=TensorProto.BOOL)
     if config.mask == "causal" or window is not None:
         place = _range(graph)
