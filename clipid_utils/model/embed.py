@@ -22,30 +22,52 @@ from tqdm.auto import tqdm
 
 from clipid_utils.files import file_identity, usable_threads, whole_file
 from clipid_utils.model.clip import HybridCLIP
+from clipid_utils.model.config import EfficientNetConfig
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.pictures import PictureError, picture_source
 
 RULES = 2  # part of each fingerprint: raise it when the same weights and pictures start to give different vectors
 CHUNK = 256  # pictures between two writes to a cache: the most that an interruption costs
 HEAD = 2**14  # bytes of a picture file that its identity reads
+WHOLE = 2**30  # rows of a batch that are computed together: all of them
 MOST_NAMED = 5  # unreadable pictures that the one line about them names
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # vectors [B, D] and, for each row, whether it has one
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(graph: nnx.GraphDef, method: str) -> Callable:
-    return jax.jit(lambda params, *batch: getattr(nnx.merge(graph, params), method)(*batch))
+@functools.cache
+def _compiled(method: str, group: int) -> Callable:
+    def run(model: nnx.Module, *batch: jax.Array) -> jax.Array:
+        function, rows = getattr(model, method), len(batch[0])
+        if rows <= group or rows % group:
+            return function(*batch)
+        parts = tuple(array.reshape(-1, group, *array.shape[1:]) for array in batch)
+        vectors = jax.lax.map(lambda part: function(*part), parts)
+        return vectors.reshape(rows, *vectors.shape[2:])
+
+    return jax.jit(run)
 
 
 def encoder(model: nnx.Module, method: str) -> Callable[..., np.ndarray]:
-    """A method of a model or tower, such as "encode_image", compiled, with the weights that the model has now.
+    """A method of a model or tower, such as "encode_image", compiled; each call takes the weights of that moment.
 
     This is not `nnx.jit`, which takes the model apart for every batch and copies each of its weights.
     """
-    graph, params = nnx.split(model)
-    function = _compiled(graph, method)
-    return lambda *batch: np.asarray(function(params, *batch))
+    function = _compiled(method, _group(model, method))
+    return lambda *batch: np.asarray(function(model, *batch))
+
+
+def _group(model: nnx.Module, method: str) -> int:
+    """Rows of a batch that are computed together.
+
+    On a CPU the activations of a small group of pictures stay in its cache: EfficientNet is a quarter faster with two
+    at once, SigLIP 2 B/16 a tenth with eight. Texts and pictures of few patches gain nothing.
+    """
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision", config)
+    if jax.default_backend() != "cpu" or method == "encode_text" or not hasattr(config, "grid"):
+        return WHOLE
+    return 2 if isinstance(config, EfficientNetConfig) else 8 if config.grid**2 > 100 else WHOLE
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:

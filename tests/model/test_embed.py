@@ -16,6 +16,7 @@ from tiny import NAMES, SIZE, tiny_clip, tiny_pairs
 
 from clipid_utils import HybridCLIP
 from clipid_utils.model import embed
+from clipid_utils.model.config import EfficientNetConfig, VisionConfig
 from clipid_utils.model.embed import (
     embed_images,
     embed_pictures,
@@ -53,6 +54,38 @@ def test_pictures_are_embedded_in_order(clip, pictures, one_by_one, count, batch
                 embed_pictures(*clip, pictures[:count], batch_size=batch_size, progress=False).vectors):
         assert out.dtype == np.float32
         np.testing.assert_allclose(out, one_by_one[0][:count], atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_groups_of_a_batch_give_the_same_vectors(clip, pictures, one_by_one, monkeypatch, group):
+    """On a CPU a batch of large pictures is computed in groups; a group that does not divide it is left out."""
+    monkeypatch.setattr(embed, "_group", lambda model, method: group)
+    for size in (4, 5):
+        out = embed_images(*clip, pictures[:size], size, progress=False)
+        np.testing.assert_allclose(out, one_by_one[0][:size], atol=1e-5)
+
+
+def test_an_encoder_has_the_weights_of_each_call(pictures):
+    model, processor = tiny_clip(seed=1)
+    encode, pixels = embed.encoder(model, "encode_image"), processor(images=pictures[:2])["pixel_values"]
+    before = encode(pixels)
+    model.vision.projection.kernel[...] *= -1
+    np.testing.assert_allclose(encode(pixels), -before, atol=1e-6)
+
+
+def test_only_large_pictures_on_a_cpu_are_grouped(clip, monkeypatch):
+    def tower(config):
+        model = nnx.Module()
+        model.config = config
+        return model
+
+    small, large = VisionConfig(), VisionConfig(patch_size=16)
+    lite = EfficientNetConfig()
+    groups = [embed._group(tower(config), "encode_image") for config in (small, large, lite)]
+    assert groups == [embed.WHOLE, 8, 2]
+    assert embed._group(tower(large), "encode_text") == embed.WHOLE
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert embed._group(tower(lite), "encode_image") == embed.WHOLE
 
 
 @settings(max_examples=12)
