@@ -1,11 +1,14 @@
 """The shipped model `photo`: it is small, it finds things in photographs, and its report is its own."""
 
+import warnings
+
 import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 from clipid_utils import load_clip
 from clipid_utils.files import json_lines, read_json
+from clipid_utils.inference.search import query_embeds
 from clipid_utils.model.embed import embed_images, embed_texts, encoder, fingerprint
 from clipid_utils.paths import CACHE, CHECKPOINTS, DATA
 from clipid_utils.training.features import text_batches
@@ -33,6 +36,16 @@ def test_words_find_their_photograph(photo):
     images = embed_images(*photo, [Image.open(file) for file in files], batch_size=2, progress=False)
     cat, coffee = embed_texts(*photo, ["kucing", "secangkir kopi"]) @ images.T
     assert cat[0] > cat[1] and coffee[1] > coffee[0]
+
+
+@pytest.mark.parametrize(("text", "known"), [
+    ("kucing", True), ("query", True), ("象 kucing", True), ("\N{CAT FACE}", False), ("\N{SNOWMAN} 象", False)])
+def test_a_query_of_unknown_letters_warns(photo, text, known):
+    """Its tokenizer writes unknown letters as they are, and puts a prefix before each text."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        query_embeds(*photo, text)
+    assert any(f"knows no part of {text!r}" in str(note.message) for note in notes) != known
 
 
 def test_its_classifier_knows_the_class_names(photo):

@@ -8,6 +8,7 @@ at the sizes of this course (`benchmarks/bench_search.py`); notebook 07 has fais
 """
 
 import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from clipid_utils.pictures import open_picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PRIVATE = "\ue000"  # a letter without a meaning, which no vocabulary has
 BLOCK = 65536  # pictures that are compared at once: a million then need no more memory
 Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, E], k -> scores and rows [Q, k]
 Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]  # similarities, best first, and rows of the index
@@ -63,9 +65,13 @@ def query_embeds(
 
 
 def _is_unknown(processor: object, text: str) -> bool:
-    """Whether the tokenizer knows no part of a text; marks of a space (▁ and Ġ) count as no part."""
-    tokens = processor.tokenizer.encode(text, add_special_tokens=False).tokens
-    return {token for token in tokens if token.strip("▁Ġ")} <= {processor.special_tokens.get("unk_token")}
+    """Whether the tokenizer knows no part of a text; a prefix and marks of a space (▁ and Ġ) count as no part."""
+    tokenizer = processor.tokenizer
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    unknown = tokenizer.encode(PRIVATE, add_special_tokens=False).ids  # of a prefix and of the unknown token
+    start = len(os.path.commonprefix([encoding.ids, unknown]))
+    parts = {i for i, token in zip(encoding.ids[start:], encoding.tokens[start:], strict=True) if token.strip("▁Ġ")}
+    return parts <= {tokenizer.token_to_id(processor.special_tokens.get("unk_token", ""))}
 
 
 def search(index: PictureIndex, queries: Float[np.ndarray, "Q E"], k: int = 10, find: Find | None = None) -> Found:

@@ -20,18 +20,21 @@ from datasets import Dataset, Features, Image, List, Value
 from jaxtyping import Float
 from tyro.conf import Suppress, arg
 
-from clipid_utils import CLIPConfig, CLIPProcessor, HybridCLIP, save_clip
+from clipid_utils import CLIPConfig, CLIPProcessor, HybridCLIP, load_clip, save_clip
 from clipid_utils.data.captions import caption_ids
 from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.data.dictionary.fetch import FetchError, fetch_debian, fetch_pypi
 from clipid_utils.data.dictionary.openclipart import load_openclipart, split_openclipart, to_records
 from clipid_utils.files import json_lines, read_json, whole_folder, write_json
+from clipid_utils.inference.evaluate import retrieval_both_ways
 from clipid_utils.metrics import recall_at_k
+from clipid_utils.model.embed import embed_images
 from clipid_utils.model.ops import normalize
 from clipid_utils.model.pretrained import packaged
 from clipid_utils.model.pretrained.packaged import LITE_MEAN, LITE_SIZES, LITE_STD, SPECIAL_TOKENS
 from clipid_utils.model.pretrained.parameters import Leaf, fill
 from clipid_utils.paths import CACHE, DATA
+from clipid_utils.pictures import to_rgb
 from clipid_utils.training import features as tower_features
 from clipid_utils.training.features import cache_features, text_batches
 from clipid_utils.training.heads import ProjectionConfig, train_projections
@@ -269,6 +272,14 @@ def stamps_recall(
     return recall_at_k(np.asarray(texts @ pictures.T), right, (1, 10))
 
 
+def validation_recall(model: HybridCLIP, processor: CLIPProcessor) -> str:
+    """Text to picture on the drawings of `validation`, as a line to print."""
+    rows = load_picture_dictionary()["validation"]
+    images = embed_images(model, processor, (to_rgb(picture) for picture in rows["image"]), 16, progress=False)
+    found = retrieval_both_ways(model, processor, rows, images)["text_to_image"]
+    return ", ".join(f"{name} {found[name]['value']:.3f}" for name in ("R@1", "R@10"))
+
+
 def run_photo(recipe: PhotoRecipe) -> bool:
     """Makes the model and writes it to `out/model`; False if it was stopped. The features stay in `out/features`.
 
@@ -311,6 +322,8 @@ def run_photo(recipe: PhotoRecipe) -> bool:
         return False
     with whole_folder(recipe.out / "model") as folder:
         save_clip(result.model, processor, folder, quantize=True)
+        for kind, clip in ("float32", (result.model, processor)), ("int8", load_clip(folder)):
+            print(f"validation, {kind}: {validation_recall(*clip)}")
         for name in ("fit.json", "metrics.jsonl"):
             (folder / name).write_bytes((recipe.out / name).read_bytes())
         write_json(folder / "recipe.json", {

@@ -322,6 +322,8 @@ def small(packages, tmp_path, monkeypatch):
     records = Dataset.from_list(
         [{"image": png(k), "captions": 6 * [name] + 4 * [english], "concept": english, "artist": "noto" if k < 8
           else "tuxpaint"} for k, (name, english) in enumerate(NAMES.items())], features=photo.RECORDS)
+    seen = Dataset.from_list([{"image": png(k), "concept": english, "name_id": name}
+                              for k, (name, english) in enumerate(NAMES.items())]).cast_column("image", Image())
     runs, train = [], photo.train_projections
 
     def train_projections(model, learned, *args, **options):
@@ -330,14 +332,17 @@ def small(packages, tmp_path, monkeypatch):
 
     for name, value in {"fetch": lambda: packages, "DATA": tmp_path / "data", "LITE_SIZES": (LITE,),
                         "MOST_TOKENS": E5.max_length, "drawings": lambda hold_out_stamps: records,
-                        "train_projections": train_projections}.items():
+                        "train_projections": train_projections,
+                        "load_picture_dictionary": lambda: {"validation": seen}}.items():
         monkeypatch.setattr(photo, name, value)
     return runs
 
 
-def test_a_whole_run(small, tmp_path, packages, monkeypatch):
+def test_a_whole_run(small, tmp_path, packages, monkeypatch, capsys):
     recipe = dataclasses.replace(RECIPE, out=tmp_path / "run")
     assert photo.run_photo(recipe)
+    said = re.findall(r"validation, (\w+): R@1 [01]\.\d+, R@10 1\.000", capsys.readouterr().out)
+    assert said == ["float32", "int8"]
     before, learned, result = small[0]
     assert len(learned) == 10 + 2 * 10 and learned.concepts.tolist() == [*range(10), *range(10, 20), *range(10, 20)]
     after, folder = params_of(result.model), recipe.out / "model"
