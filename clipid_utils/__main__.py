@@ -205,13 +205,36 @@ def run_recipe(recipe) -> None:
 
 
 @command
-def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini", *, out: Path | None = None) -> None:
-    """Measure a model on the picture dictionary and write its metrics.json.
+def evaluate(
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL …")] = ("mini",), *,
+    on: Annotated[tuple[str, ...], arg(metavar="TASK …")] = (), out: Path | None = None,
+) -> None:
+    """Measure models. One model alone is measured on the picture dictionary, into its metrics.json. Several models, or
+    one with --on, are measured on tasks and compared: a table, and the same figures in a file.
 
     Args:
-        model: a shipped model by name, a run, a model's folder, or a hub id
-        out: file for all figures; by default metrics.json in the model's folder
+        models: shipped models by name, runs, models' folders, hub ids, or two towers as VISION+TEXT
+        on: tasks, by default all that need no files of yours: photographs photographs:en unseen_artist unseen_concept
+            groups foto-contoh pairs; with your files xm3600=captions.jsonl,FOLDER and others (a wrong name lists them)
+        out: file for all figures; by default metrics.json in the model's folder, or evaluation.json here
     """
+    if len(models) == 1 and not on:
+        return _evaluate_one(models[0], out)
+    from clipid_utils.evaluation.suite import as_table, evaluate_models, figure
+    from clipid_utils.evaluation.tasks import OFFLINE
+    from clipid_utils.files import write_json
+
+    out = out or Path("evaluation.json")
+    _check_writable(out)
+    report = evaluate_models(models, on or OFFLINE)
+    print(as_table(report))
+    write_json(out, report, indent=1)
+    figure(report).savefig(out.with_suffix(".png"), dpi=150)
+    print(f"all figures: {out}, and as a picture: {out.with_suffix('.png')}")
+
+
+def _evaluate_one(model: str, out: Path | None) -> None:
+    """Writes a model's metrics.json."""
     from clipid_utils.data.dictionary.build import load_picture_dictionary
     from clipid_utils.files import write_json
     from clipid_utils.inference.evaluate import evaluate_checkpoint
@@ -219,12 +242,16 @@ def evaluate(model: Annotated[Positional[str], arg(metavar="MODEL")] = "mini", *
 
     folder = fetch_checkpoint(model)
     out = out or folder / "metrics.json"
-    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
-        raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")
+    _check_writable(out)
     report = evaluate_checkpoint(folder, load_picture_dictionary())
     print(json.dumps(report["retrieval"], indent=1))
     write_json(out, report, indent=1)
     print(f"all figures: {out}")
+
+
+def _check_writable(out: Path) -> None:
+    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
+        raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")
 
 
 @command

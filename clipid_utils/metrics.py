@@ -90,9 +90,10 @@ def bootstrap_interval(
         raise ValueError("no items to resample")
     if np.issubdtype(per_item.dtype, np.inexact) and np.isnan(per_item).any():
         raise ValueError("per_item has a NaN: leave the item out, or find out where the NaN comes from")
-    numbers = np.arange(len(per_item)) if clusters is None else _numbered(clusters, {})
-    if len(numbers) != len(per_item):
-        raise ValueError(f"{len(numbers)} clusters for {len(per_item)} items: give each item the key of its own")
+    if statistic is np.mean and per_item.ndim == 1:
+        ((low, high),) = _mean_intervals(per_item[:, None].astype(np.float64), samples, seed, clusters)
+        return float(low), float(high)
+    numbers = _clusters(len(per_item), clusters)
     items, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers)  # the items, cluster by cluster
     starts, rng = np.cumsum(sizes) - sizes, np.random.default_rng(seed)
 
@@ -106,12 +107,51 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def _clusters(count: int, clusters: Sequence[object] | None) -> Int[np.ndarray, " Q"]:
+    """The number of each item's cluster. Raises ValueError for a number of clusters that is not `count`."""
+    numbers = np.arange(count) if clusters is None else _numbered(clusters, {})
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} clusters for {count} items: give each item the key of its own")
+    return numbers
+
+
+def _mean_intervals(
+    per_item: Float[np.ndarray, "Q M"], samples: int, seed: int, clusters: Sequence[object] | None
+) -> Float[np.ndarray, "M 2"]:
+    """`bootstrap_interval` of the mean of each column, from the same draws: a sample needs only its clusters' sums."""
+    numbers = _clusters(len(per_item), clusters)
+    sizes = np.bincount(numbers)
+    totals = np.stack([*(np.bincount(numbers, column) for column in per_item.T), sizes], axis=1)  # [C, M + 1]
+    rng, drawn = np.random.default_rng(seed), np.empty((samples, totals.shape[1]))
+    for sample in drawn:
+        chosen = rng.integers(len(sizes), size=len(sizes))
+        sample[:] = np.bincount(chosen, minlength=len(sizes)) @ totals
+    return np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.025, 0.975], axis=0).T
+
+
+def with_intervals(
+    per_item: dict[str, Shaped[np.ndarray, " Q"]], seed: int = 0, clusters: Sequence[object] | None = None
+) -> dict[str, dict[str, float]]:
+    """The mean of each array and its 95% bootstrap interval: `{"R@1": {"value", "low", "high"}, …}`."""
+    for name, values in per_item.items():
+        if not len(values) or np.isnan(np.asarray(values, np.float64)).any():
+            raise ValueError(f"{name} has no items, or a NaN: leave the item out, or find out where the NaN comes from")
+    columns = np.stack([np.asarray(values, np.float64) for values in per_item.values()], axis=1)
+    bounds = _mean_intervals(columns, 2000, seed, clusters)
+    return {name: {"value": float(column.mean()), "low": float(low), "high": float(high)}
+            for name, column, (low, high) in zip(per_item, columns.T, bounds, strict=True)}
+
+
 def with_interval(
     per_item: Float[np.ndarray, " Q"], seed: int = 0, clusters: Sequence[object] | None = None
 ) -> dict[str, float]:
     """Mean and 95% bootstrap interval, as in `metrics.json`: `{"value", "low", "high"}`."""
-    low, high = bootstrap_interval(per_item, seed=seed, clusters=clusters)
-    return {"value": float(np.mean(per_item)), "low": low, "high": high}
+    return with_intervals({"per_item": per_item}, seed, clusters)["per_item"]
+
+
+def rank_figures(rank: Int[np.ndarray, " Q"]) -> dict[str, Float[np.ndarray, " Q"]]:
+    """The figures of each query, whose means are Recall@1, 5 and 10 and MRR@10."""
+    return {**{f"R@{k}": hits_at_k(rank, k) for k in (1, 5, 10)}, "MRR@10": reciprocal_at_k(rank, 10)}
 
 
 def retrieval_summary(
@@ -122,9 +162,7 @@ def retrieval_summary(
 
     `clusters` are the queries' (see `bootstrap_interval`).
     """
-    rank = ranks(similarity, positives)
-    summary: dict = {f"R@{k}": with_interval(hits_at_k(rank, k), seed, clusters) for k in (1, 5, 10)}
-    summary["MRR@10"] = with_interval(reciprocal_at_k(rank, 10), seed, clusters)
+    summary: dict = with_intervals(rank_figures(ranks(similarity, positives)), seed, clusters)
     return summary | {"queries": int(similarity.shape[0]), "candidates": int(similarity.shape[1])}
 
 

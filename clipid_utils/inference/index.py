@@ -63,7 +63,7 @@ def build_index(
     """
     source = Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
     if isinstance(source, Path):
-        keys = _picture_files(source)
+        keys = picture_files(source)
         pictures = contents = [source / key for key in keys]
     else:
         from datasets import Image as ImageFeature
@@ -76,7 +76,7 @@ def build_index(
     mark = fingerprint(model, processor)
     embeds, skipped = embed_pictures(
         model, processor, pictures, cache=None if cache is None else Path(cache) / f"embeds-{mark}",
-        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=_batch_size(model),
+        identities=np.array([picture_identity(content) for content in contents], "S20"), batch_size=batch_size(model),
         progress=progress)
     if len(skipped) == len(keys):
         raise ValueError(f"none of {len(keys)} pictures in {source} can be read; the first is {keys[0]}: {skipped[0]}")
@@ -86,13 +86,13 @@ def build_index(
         fingerprint=mark, source=source, skipped=[(keys[row], reason) for row, reason in skipped.items()])
 
 
-def _batch_size(model: nnx.Module) -> int:
+def batch_size(model: nnx.Module) -> int:
     """Pictures that are encoded at once: 64, or on a CPU fewer large ones, whose activations would need a gigabyte."""
     side = model.config.vision.image_size
     return 64 if jax.default_backend() != "cpu" else min(64, max(8, 16 * 224**2 // side**2))
 
 
-def _picture_files(folder: Path) -> list[str]:
+def picture_files(folder: Path) -> list[str]:
     """The paths, inside the folder and in their order, of its picture files; hidden ones are left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: name the folder with the pictures")

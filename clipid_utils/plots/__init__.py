@@ -15,6 +15,7 @@ from clipid_utils.plots.charts import (
     projection,
     recall_bars,
     schedule,
+    suite_points,
     training_history,
 )
 from clipid_utils.plots.devices import collectives, growth, placements, resumed_run, rounding

@@ -136,6 +136,34 @@ def differences(results: Results, unit: str = "R@1", title: str = "") -> Figure:
 
 
 @styled
+def suite_points(tasks: Mapping[str, Results], title: str = "") -> Figure:
+    """A panel for each task and a row for each figure: `tasks[task][figure][model] = {"value", "low", "high"}`.
+
+    Each model is a point with its 95% interval, in a colour and a shape of its own.
+    """
+    models = list(dict.fromkeys(model for found in tasks.values() for cells in found.values() for model in cells))
+    heights = [len(found) for found in tasks.values()]
+    figure, axes = plt.subplots(len(tasks), 1, figsize=(7.2, 1.2 + 0.42 * sum(heights) + 0.5 * len(tasks)), sharex=True,
+                                squeeze=False, height_ratios=[rows + 0.6 for rows in heights])
+    for axis, (task, found) in zip(axes[:, 0], tasks.items(), strict=True):
+        for number, model in enumerate(models):
+            shift = (number - (len(models) - 1) / 2) * 0.6 / len(models)
+            for y, cells in enumerate(found.values()):
+                cell, colour = cells[model], COLOURS[number % len(COLOURS)]
+                axis.plot([cell["low"], cell["high"]], [y + shift] * 2, color=colour, linewidth=1.6)
+                axis.plot(cell["value"], y + shift, "os^Dv"[number % 5], color=colour, markersize=5,
+                          label=model if y == 0 else None)
+        axis.set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
+        axis.set(xlim=(0, 1), ylim=(len(found) - 0.4, -0.6))
+        axis.set_title(task, loc="left", fontsize=10)
+    axes[-1, 0].set_xlabel("share of queries or pictures")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, loc="outside lower center", fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+@styled
 def confusion_matrix(
     true: Int[np.ndarray, " N"], predicted: Int[np.ndarray, " N"], names: Sequence[str], title: str = ""
 ) -> Figure:

@@ -1,0 +1,223 @@
+"""Models on tasks: vectors that are computed once, figures with intervals, paired differences, a table and a figure.
+
+    report = evaluate_models(["mini", "photo"], OFFLINE)
+    print(as_table(report))
+
+The same files give the same figures: the report has the checksums of pictures and texts, the versions and protocols.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from clipid_utils import HybridCLIP, load_clip, load_towers
+from clipid_utils.evaluation.scoring import ranks_both_ways
+from clipid_utils.evaluation.tasks import Pairs, Pictures, Retrieval, Task, ZeroShot, read_tasks
+from clipid_utils.files import read_json
+from clipid_utils.inference.evaluate import PACKAGES, rounded
+from clipid_utils.inference.index import batch_size
+from clipid_utils.inference.zeroshot import classifier_weights
+from clipid_utils.metrics import hits_at_k, label_ranks, rank_figures, with_intervals
+from clipid_utils.model.embed import embed_pictures, embed_resumably, embed_texts, fingerprint
+from clipid_utils.model.processor import CLIPProcessor
+from clipid_utils.paths import CACHE, DATA
+from clipid_utils.versions import versions
+from clipid_utils.wording import load_wording
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT_BATCH, TEXT_CHUNK = 256, 8192  # texts that are encoded at once, and between two writes to the cache
+ROWS = 4096  # pictures that are compared with all classes at once
+CONFUSIONS = 10  # pairs of classes that the report names
+
+Figures = dict[str, Shaped[np.ndarray, " items"]]  # name -> the figure of each item; its mean is reported
+
+
+class Measured(NamedTuple):
+    """A model's figures on a task: for each part, such as "text_to_image", those of its items, and their clusters."""
+
+    parts: dict[str, tuple[Figures, Sequence]]
+    more: dict
+
+
+class Embedder:
+    """A model that embeds each picture and each text once; a folder of the cache keeps the vectors."""
+
+    def __init__(self, name: str, model: HybridCLIP, processor: CLIPProcessor, progress: bool = True):
+        self.name, self.model, self.processor, self.progress = name, model, processor, progress
+        self.fingerprint = fingerprint(model, processor)
+        self.folder = CACHE / "evaluate" / self.fingerprint
+
+    def pictures(self, pictures: Pictures) -> Float[np.ndarray, "N E"]:
+        """Raises ValueError for a picture that cannot be read, because all models must see the same."""
+        vectors, skipped = embed_pictures(
+            self.model, self.processor, pictures.stored, cache=self.folder / "pictures", identities=pictures.digests,
+            batch_size=batch_size(self.model), progress=self.progress)
+        if skipped:
+            row, reason = next(iter(skipped.items()))
+            raise ValueError(f"{len(skipped)} pictures cannot be read; the first is number {row + 1}: {reason}: "
+                             "replace them, or leave them out of the data")
+        return vectors
+
+    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "T E"]:
+        out = np.empty((len(texts), self.model.config.embed_dim), np.float32)
+
+        def batches(rows: np.ndarray):
+            for start in range(0, len(rows), TEXT_BATCH):
+                part = rows[start : start + TEXT_BATCH]
+                vectors = embed_texts(self.model, self.processor, [texts[row] for row in part], TEXT_BATCH)
+                yield vectors, np.ones(len(part), np.bool_)
+
+        digests = np.array([hashlib.blake2b(text.encode(), digest_size=10).hexdigest() for text in texts], "S20")
+        embed_resumably(out, digests, batches, self.folder / "texts", chunk=TEXT_CHUNK, unit="texts",
+                        progress=self.progress)
+        return out
+
+
+def open_model(name: str) -> tuple[HybridCLIP, CLIPProcessor]:
+    """The model of a name, folder or hub id for `load_clip`, or of two towers for `load_towers`, as "VISION+TEXT"."""
+    if "+" in name and not Path(name).exists():
+        vision, _, text = name.partition("+")
+        return load_towers(vision, text)
+    return load_clip(name)
+
+
+def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int = 0, progress: bool = True) -> dict:
+    """Every model on every task, as one dict for JSON; `requests` are names for `tasks.read_tasks`.
+
+    Each figure has its mean and a 95% bootstrap interval. If there are several models, `differences` has those of each
+    later one from the first, paired item by item. Whole clusters are drawn (see `metrics.bootstrap_interval`). Vectors
+    are kept in the cache, so an interrupted run continues. Raises the errors of `open_model` and `read_tasks`.
+    """
+    repeated = [name for name, count in Counter(models).items() if count > 1]
+    if repeated or not models:
+        raise ValueError(f"the model {repeated[0]} is named twice" if repeated else "name at least one model")
+    tasks = [task for request in dict.fromkeys(requests) for task in read_tasks(request)]
+    report: dict = {"seed": seed, "versions": versions(PACKAGES), "models": {}, "tasks": {
+        task.name: {"kind": type(task).__name__, "protocol": task.protocol, "data": _data(task), "results": {},
+                    "differences": {}} for task in tasks}}
+    measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
+    for name in models:  # one model is in memory
+        embedder = Embedder(name, *open_model(name), progress)
+        report["models"][name] = {"fingerprint": embedder.fingerprint}
+        for task in tasks:
+            found = measure(embedder, task)
+            measured[task.name].append(found)
+            report["tasks"][task.name]["results"][name] = found.more | {
+                part: with_intervals(figures, seed, clusters) for part, (figures, clusters) in found.parts.items()}
+    for task in tasks:
+        first, *others = measured[task.name]
+        for name, other in zip(models[1:], others, strict=True):
+            report["tasks"][task.name]["differences"][f"{name} - {models[0]}"] = {
+                part: with_intervals({key: other.parts[part][0][key] - values for key, values in figures.items()}, seed,
+                                     clusters) for part, (figures, clusters) in first.parts.items()}
+    return rounded(report)
+
+
+def _data(task: Task) -> dict:
+    texts = {Retrieval: ("texts",), ZeroShot: ("names",), Pairs: ("right", "wrong")}[type(task)]
+    checksum = hashlib.sha256(task.pictures.digests.tobytes())
+    for text in itertools.chain.from_iterable(getattr(task, name) for name in texts):
+        checksum.update(text.encode() + b"\0")
+    return {"pictures": len(task.pictures), **{name: len(getattr(task, name)) for name in texts},
+            "sha256": checksum.hexdigest()}
+
+
+def measure(embedder: Embedder, task: Task) -> Measured:
+    """The figures of one model on one task."""
+    pictures = embedder.pictures(task.pictures)
+    if isinstance(task, Retrieval):
+        texts, found = ranks_both_ways(embedder.texts(task.texts), pictures, task.positives)
+        return Measured({"text_to_image": (rank_figures(texts), task.text_clusters),
+                         "image_to_text": (rank_figures(found), task.picture_clusters)}, {})
+    if isinstance(task, Pairs):
+        right, wrong = (np.einsum("ij,ij->i", pictures, embedder.texts(texts)) for texts in (task.right, task.wrong))
+        hits, phenomena = (right > wrong + 1e-6).astype(np.float64), np.array(task.phenomena)
+        parts = {"all": ({"accuracy": hits}, task.clusters)}
+        for phenomenon in dict.fromkeys(task.phenomena):
+            rows = phenomena == phenomenon
+            parts[phenomenon] = ({"accuracy": hits[rows]}, list(itertools.compress(task.clusters, rows)))
+        return Measured(parts, {})
+    return _zero_shot(embedder, task, pictures)
+
+
+def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "N E"]) -> Measured:
+    parts, more, wording = {}, {}, load_wording()
+    for key in ("naive", "templates"):
+        weights = classifier_weights(embedder.model, embedder.processor, task.names, wording[key], task.groups)
+        ranks, guesses = [], []
+        for start in range(0, len(pictures), ROWS):
+            scores = pictures[start : start + ROWS] @ weights.T
+            ranks.append(label_ranks(scores, task.labels[start : start + ROWS]))
+            guesses.append(scores.argmax(axis=1))
+        hits = {f"top{k}": hits_at_k(np.concatenate(ranks), k) for k in (1, 5)}
+        parts[key] = (hits, task.clusters)
+    found = Counter(zip(task.labels.tolist(), np.concatenate(guesses).tolist(), strict=True))
+    totals = Counter(task.labels.tolist())
+    wrong = ((pair, count) for pair, count in found.most_common() if pair[0] != pair[1])
+    more["per_class"] = {task.names[label]: found[label, label] / count for label, count in sorted(totals.items())}
+    more["confusions"] = [{"true": task.names[true], "found": task.names[guess], "pictures": count}
+                          for (true, guess), count in itertools.islice(wrong, CONFUSIONS)]
+    return Measured(parts, more)
+
+
+def as_table(report: dict) -> str:
+    """The main figures as plain text: a line for each figure, a column for each model, with 95% intervals.
+
+    A difference whose interval does not include 0 is marked with *. Published figures stand apart, below.
+    """
+    models = list(report["models"])
+    differences = [f"{name} - {models[0]}" for name in models[1:]]
+    lines = [["task", "figure", *models, *differences]]
+    for name, task in report["tasks"].items():
+        for part, keys in _main_figures(task).items():
+            for key in keys:
+                values = [task["results"][model][part][key] for model in models]
+                deltas = [task["differences"][pair][part][key] for pair in differences]
+                lines.append([name, f"{part} {key}", *map(_cell, values),
+                              *(_cell(delta, "+") + _mark(delta) for delta in deltas)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                      for line in lines)
+    return "\n\n".join([table, *([found] if (found := published(report["tasks"])) else [])])
+
+
+def _cell(figure: dict, sign: str = "") -> str:
+    return "{value:{form}} [{low:{form}}, {high:{form}}]".format(form=f"{sign}.3f", **figure)
+
+
+def _mark(difference: dict) -> str:
+    return " *" if difference["low"] > 0 or difference["high"] < 0 else ""
+
+
+def _main_figures(task: dict) -> dict[str, list[str]]:
+    parts = {part: figures for part, figures in next(iter(task["results"].values())).items()
+             if part not in ("per_class", "confusions")}
+    wanted = {"Retrieval": ["R@1", "R@10"], "ZeroShot": ["top1", "top5"], "Pairs": ["accuracy"]}[task["kind"]]
+    return {part: wanted for part in parts}
+
+
+def published(tasks: dict) -> str:
+    """The figures that others published for these tasks, as plain text; they were not computed here."""
+    rows = read_json(DATA / "published.json")
+    wanted = {name.partition(":")[0] for name in tasks}
+    lines = [f"  {row['model']}: text to image R@1 {row['text_to_image']}, image to text R@1 {row['image_to_text']} "
+             f"({row['set']}; {row['source']})" for row in rows if row["set"] in wanted]
+    return "\n".join(["Published by others, in percent, not computed here:", *lines]) if lines else ""
+
+
+def figure(report: dict) -> "Figure":
+    """The main figures of all models as points with their intervals, a panel for each task."""
+    from clipid_utils.plots import suite_points
+
+    models = list(report["models"])
+    return suite_points({
+        name: {f"{part} {keys[0]}": {model: task["results"][model][part][keys[0]] for model in models}
+               for part, keys in _main_figures(task).items()} for name, task in report["tasks"].items()})
