@@ -16,7 +16,7 @@ from clipid_utils.inference.evaluate import evaluate_checkpoint
 from clipid_utils.model.pretrained.card import write_model_card
 from clipid_utils.paths import CHECKPOINTS
 
-SECTIONS = ["Use", "Intended use", "Training", "Results", "Limits and bias", "Licence"]
+SECTIONS = ["Use", "Intended use", "Training", "Results", "Limits and bias", "Dalam bahasa Indonesia", "Licence"]
 MINI = CHECKPOINTS / "mini"
 
 
@@ -82,6 +82,7 @@ def test_every_number_is_the_runs_own(card_of):
     known = set().union(*(numbers_in(read(name)) for name in ("config", "metrics", "recipe", "fit")))
     words = re.sub(r"MRR@10|R@\d+|Top-1|top-1|95%", "", body(card_of()))  # the names of the figures
     words = re.sub(r"`[^`]*`|\|[^|]*_sha256 \|[^|]*\|", "", words)  # checksums
+    words = re.sub(r"(\d),(\d)", r"\1.\2", words)  # as Indonesian writes them
     shown = re.findall(r"(?<![\w.])\d+(?:\.\d+)*", words)
     assert len(shown) > 100
     assert set(shown) <= known
@@ -97,6 +98,7 @@ def test_a_changed_figure_changes_the_card(card_of):
     metrics = read("metrics")
     metrics["retrieval"]["photographs"]["text_to_image"]["R@1"] = {"value": 0.123456, "low": 0.1, "high": 0.9}
     assert card_of(metrics=metrics).count("0.123 [0.100, 0.900]") == 2  # the table, and the limits
+    assert card_of(metrics=metrics).count("0,123 [0,100; 0,900]") == 1  # in Indonesian
     assert "0.123" not in card_of()
 
 
