@@ -39,14 +39,12 @@ def evaluate_checkpoint(
 
     Retrieval: the queries are the distinct (concept, Indonesian name) pairs of a split and the candidates all of its
     pictures, or the reverse; a picture of the same concept or of the same name (in any case) is right.
-    `retrieval_english` is the same with the English names.
     """
     given = isinstance(checkpoint, tuple)
     model, processor = checkpoint if given else clipid_utils.load_clip(checkpoint)
     report: dict = {
         "checkpoint": {"name": None if given else Path(checkpoint).name, "fingerprint": fingerprint(model, processor)},
-        "seed": seed, "versions": versions(PACKAGES), "data": {}, "retrieval": {},
-        "retrieval_english": {}, "zero_shot": {},
+        "seed": seed, "versions": versions(PACKAGES), "data": {}, "retrieval": {}, "zero_shot": {},
     }
     for split in splits:
         rows, checksum = dictionary[split], hashlib.sha256()
@@ -57,7 +55,6 @@ def evaluate_checkpoint(
         image_embeds = embed_images(model, processor, images, batch_size=batch_size, progress=progress)
         report["data"][split]["sha256"] = checksum.hexdigest()
         report["retrieval"][split] = retrieval_both_ways(model, processor, rows, image_embeds, seed)
-        report["retrieval_english"][split] = retrieval_both_ways(model, processor, rows, image_embeds, seed, "name_en")
         report["zero_shot"][split] = zero_shot_both(model, processor, rows, image_embeds, seed)
     if "train" in dictionary and "unseen_artist" in splits:
         report["pixel_nearest_neighbour"] = pixel_baseline(dictionary["unseen_artist"], dictionary["train"], seed)
@@ -72,11 +69,9 @@ def _opened(rows, checksum) -> Iterator[Image.Image]:
         yield image
 
 
-def retrieval_both_ways(
-    model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0, column: str = "name_id"
-) -> dict:
+def retrieval_both_ways(model, processor, rows, image_embeds: Float[np.ndarray, "N E"], seed: int = 0) -> dict:
     """`{"text_to_image": …, "image_to_text": …}`, each a `metrics.retrieval_summary`, for one split's rows."""
-    concepts, names = list(rows["concept"]), [name.casefold() for name in rows[column]]
+    concepts, names = list(rows["concept"]), [name.casefold() for name in rows["name_id"]]
     text_concepts, text_names = zip(*dict.fromkeys(zip(concepts, names, strict=True)), strict=True)  # in their order
     similarity = embed_texts(model, processor, text_names) @ image_embeds.T  # [Q, N]
     positives = same_key(text_concepts, concepts, (text_names, names))
