@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import recorded
-from tiny import CONFIG, tiny_clip
 from tiny_towers import LITE, enlarged, tiny_photo, with_params
 
 from clipid_utils.model import layers
 from clipid_utils.model.config import CLIPConfig, EfficientNetConfig, TextConfig, VisionConfig
 from clipid_utils.model.efficientnet import Depthwise, EfficientNetLite, InvertedBottleneck, same_padding
 from clipid_utils.model.pretrained.families import to_hf_config
-from clipid_utils.model.pretrained.onnx import export_onnx
 from clipid_utils.model.pretrained.packaged import LITE_SIZES, read_lite
 from clipid_utils.model.pretrained.parameters import dotted, flatten_params
 from clipid_utils.paths import CACHE
@@ -297,15 +295,6 @@ def test_a_config_comes_back_from_its_dict(vision):
     config = CLIPConfig(vision=vision, text=text, logit_bias=-10.0)
     again = CLIPConfig.from_dict(dataclasses.asdict(config))
     assert again == config and type(again.vision) is type(vision)
-
-
-@pytest.mark.parametrize("changes", [{}, {"classes": 7}])
-def test_an_export_to_onnx_is_refused(tmp_path, changes):
-    """For this tower, and for texts that a transformer's graph does not fit."""
-    model, processor = tiny_clip(text=dataclasses.replace(CONFIG.text, **changes)) if changes else tiny_photo(tmp_path)
-    with pytest.raises(ValueError, match="EfficientNet-Lite, and a text tower .*, cannot be exported"):
-        export_onnx(model, tmp_path / "onnx", processor)
-    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize("changes", [

@@ -1,4 +1,7 @@
-"""The ONNX files, run by onnxruntime, against the JAX towers they were made from: every variant of the config."""
+"""The ONNX files, run by onnxruntime, against the JAX towers they were made from: every variant of the config.
+
+int8 files are compared with the model that `save_clip` and `load_clip` make of the same int8 numbers.
+"""
 
 import dataclasses
 import subprocess
@@ -11,16 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 from tiny import CONFIG, SIZE, tiny_clip, tiny_processor
+from tiny_towers import LITE, enlarged
 
-from clipid_utils import CLIPProcessor, load_clip
+from clipid_utils import CLIPProcessor, load_clip, save_clip
 from clipid_utils.model.config import Rotary
 from clipid_utils.model.ops import ACTIVATIONS
 from clipid_utils.model.pretrained import onnx as onnx_export
 from clipid_utils.model.pretrained.onnx import export_onnx
+from clipid_utils.model.pretrained.parameters import flatten_params
 from clipid_utils.paths import CHECKPOINTS
 
 TOLERANCE = 1e-4
+TEXTS = ["seekor kucing", "bendera Indonesia", "sepiring nasi goreng dengan telur mata sapi", "perahu", "gunung berapi"]
 SIGLIP = {"class_token": False, "pooling": "attention", "ln_pre": False, "patch_bias": True, "projection": "none",
           "activation": "gelu_pytorch_tanh", "width": CONFIG.embed_dim}
 CLIP_TEXT = {"pre_norm": True, "mask": "causal", "pooling": "end", "token_types": 0}
@@ -36,6 +43,10 @@ VISION = {
     "SigLIP": SIGLIP,
     "SigLIP with a rest": SIGLIP | {"image_size": SIZE + 5},
     "DINOv2": {"ln_pre": False, "patch_bias": True, "layer_scale": True, "activation": "gelu"},
+}
+IMAGE_TOWERS = {name: dataclasses.replace(CONFIG.vision, **changes) for name, changes in VISION.items()} | {
+    # Both kernels meet even sides, which SAME pads more at the end than at the beginning, and odd ones
+    "EfficientNet-Lite": dataclasses.replace(LITE, image_size=40, class_scale=0.33),
 }
 TEXT = {
     "BERT": {},
@@ -56,6 +67,8 @@ TEXT = {
                "activation": "gelu_pytorch_tanh"},
     "ModernBERT": {"pre_norm": True, "token_types": 0, "pooling": "mean", "layers": 3,
                    "rotary": Rotary(("global", "local", "local"), window=3)},
+    "classes": {"classes": 7, "class_scale": 2.5},
+    "e5 with classes": {"pooling": "mean", "normalize_pooled": True, "classes": 7, "class_scale": 17.0},
 }
 
 
@@ -67,9 +80,31 @@ def noisy(seed=0, **changes):
     return nnx.merge(graph, jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(np.float32), params))
 
 
-def export(model, folder):
+def processor_of(model):
     """Without a tokenizer, because the files are the model's."""
-    return export_onnx(model, folder, CLIPProcessor(None, model.config.vision.image_size, 10**6))
+    return CLIPProcessor(None, model.config.vision.image_size, 10**6)
+
+
+def export(model, folder, **options):
+    return export_onnx(model, folder, processor_of(model), **options)
+
+
+def rounded_to_int8(model, folder):
+    save_clip(model, processor_of(model), folder, quantize=True)
+    return load_clip(folder)[0]
+
+
+def tensors_of(path):
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def as_in_checkpoint(kernel):
+    """A convolution's kernel [outputs, inputs, K, K] in the checkpoint's order; tables and matrices as they are."""
+    if kernel.ndim < 4:
+        return kernel
+    if kernel.shape[2] == 1:
+        return kernel[:, :, 0, 0].T
+    return kernel[:, 0].transpose(1, 2, 0) if kernel.shape[1] == 1 else kernel.transpose(2, 3, 1, 0)
 
 
 def session(path):
@@ -111,6 +146,7 @@ def assert_text_tower_agrees(model, path):
 def assert_image_tower_agrees(model, path):
     pixels, runs = pictures(5, model.config.vision.image_size), session(path)
     ours = np.asarray(model.encode_image(pixels))
+    assert np.abs(ours[1:] - ours[0]).max() > 100 * TOLERANCE  # else the pictures would not matter
     for count in (1, 5):
         theirs = runs.run(None, {"pixel_values": pixels[:count]})[0]
         assert theirs.shape == (count, model.config.embed_dim) and theirs.dtype == np.float32
@@ -121,16 +157,20 @@ def assert_image_tower_agrees(model, path):
 # --- The same numbers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", VISION.values(), ids=VISION)
-def test_every_image_tower(tmp_path, changes):
-    model = noisy(vision=dataclasses.replace(CONFIG.vision, **changes))
-    assert_image_tower_agrees(model, export(model, tmp_path)[0])
+@pytest.mark.parametrize("config", IMAGE_TOWERS.values(), ids=IMAGE_TOWERS)
+def test_every_image_tower_in_float32_and_int8(tmp_path, config):
+    model = noisy(vision=config)
+    assert_image_tower_agrees(model, export(model, tmp_path / "float32")[0])
+    rounded = rounded_to_int8(model, tmp_path / "checkpoint")
+    assert_image_tower_agrees(rounded, export(model, tmp_path / "int8", quantize=True)[0])
 
 
 @pytest.mark.parametrize("changes", TEXT.values(), ids=TEXT)
-def test_every_text_tower(tmp_path, changes):
+def test_every_text_tower_in_float32_and_int8(tmp_path, changes):
     model = noisy(text=dataclasses.replace(CONFIG.text, **changes))
-    assert_text_tower_agrees(model, export(model, tmp_path)[1])
+    assert_text_tower_agrees(model, export(model, tmp_path / "float32")[1])
+    rounded = rounded_to_int8(model, tmp_path / "checkpoint")
+    assert_text_tower_agrees(rounded, export(model, tmp_path / "int8", quantize=True)[1])
 
 
 def test_every_activation_is_compared_in_both_towers():
@@ -143,9 +183,36 @@ def test_the_shipped_checkpoint(tmp_path):
     image, text = export_onnx(model, tmp_path, processor)
     assert_image_tower_agrees(model, image)
     assert_text_tower_agrees(model, text)
-    batch = processor(text=["seekor kucing", "bendera Indonesia", "sepiring nasi goreng dengan telur mata sapi"])
+    batch = processor(text=TEXTS)
     theirs = run(text, **{name: value.astype(np.int64) for name, value in batch.items()})
     np.testing.assert_allclose(theirs, model.encode_text(**batch), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_shipped_photo(tmp_path):
+    """Its checkpoint is int8: the int8 files have the same numbers, and give the same vectors as float32 files."""
+    model, processor = load_clip(CHECKPOINTS / "photo")
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    batch = processor(text=TEXTS)
+    inputs = {name: value.astype(np.int64) for name, value in batch.items()}
+    files = {quantize: export_onnx(model, tmp_path / str(quantize), processor, quantize=quantize)
+             for quantize in (False, True)}
+    pixels = enlarged(blocks, 224)
+    for towers, ours in ((0, model.encode_image(pixels)), (1, model.encode_text(**batch))):
+        given = inputs if towers else {"pixel_values": pixels}
+        for quantize in (False, True):
+            np.testing.assert_allclose(run(files[quantize][towers], **given), ours, atol=TOLERANCE, rtol=0)
+    stored, exported = load_file(CHECKPOINTS / "photo" / "model.safetensors"), {}
+    for side, path in zip(("vision", "text"), files[True], strict=True):
+        exported |= {f"{side}.{name}": value for name, value in tensors_of(path).items()}
+        assert 0.25 < path.stat().st_size / files[False][side == "text"].stat().st_size < 0.26
+        assert path.stat().st_size < 34e6 and not path.with_name(path.name + ".data").exists()
+    names = {name for name, value in stored.items() if value.dtype == np.int8} - {"text.token_type_embedding"}
+    assert len(names) > 120
+    for name in names:
+        np.testing.assert_array_equal(as_in_checkpoint(exported[name]), stored[name], err_msg=name)
+        scale = stored[f"{name}:scale"].ravel()  # 127 times a scale, divided by 127, may differ in the last bit
+        np.testing.assert_allclose(exported[f"{name}:scale"].ravel(), scale, rtol=3e-7, err_msg=name)
 
 
 def test_a_text_that_is_all_padding_is_the_same_number_too(tmp_path):
@@ -171,8 +238,10 @@ def test_a_half_precision_model_is_exported_in_float32(tmp_path, kept):
 # --- The files --------------------------------------------------------------------------------------------------------
 
 
-def test_the_files_are_valid_and_of_versions_that_older_runtimes_read(tmp_path):
-    for path in export(noisy(), tmp_path):
+@pytest.mark.parametrize("tower, quantize", [("ViT", False), ("ViT", True), ("Lite", False), ("Lite", True)])
+def test_the_files_are_valid_and_of_versions_that_older_runtimes_read(tmp_path, tower, quantize):
+    model = noisy(vision=LITE if tower == "Lite" else CONFIG.vision)
+    for path in export(model, tmp_path, quantize=quantize):
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path)
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
@@ -182,8 +251,7 @@ def test_the_files_are_valid_and_of_versions_that_older_runtimes_read(tmp_path):
 
 def test_weights_keep_their_names(tmp_path):
     model = noisy()
-    stored = onnx.load(export(model, tmp_path)[1]).graph.initializer
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in stored}
+    tensors = tensors_of(export(model, tmp_path)[1])
     np.testing.assert_array_equal(tensors["blocks.1.attn.q_proj.kernel"], model.text.blocks[1].attn.q_proj.kernel[...])
     np.testing.assert_array_equal(tensors["word_embedding"], model.text.word_embedding[...])
 
@@ -230,9 +298,51 @@ def test_an_interrupted_export_leaves_the_older_files(tmp_path, monkeypatch):
     assert {*tmp_path.iterdir()} == {*paths, tmp_path / "preprocessor_config.json"}
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path):
-    first, second = (export(noisy(), tmp_path / name) for name in "ab")
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_same_model_gives_the_same_bytes(tmp_path, quantize):
+    first, second = (export(noisy(), tmp_path / name, quantize=quantize) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+@pytest.mark.parametrize("vision", [CONFIG.vision, LITE], ids=["ViT", "Lite"])
+def test_matrices_and_tables_are_int8_with_one_scale_for_each_output_or_row(tmp_path, vision):
+    model = noisy(vision=vision, text=dataclasses.replace(CONFIG.text, classes=7))
+    for tower, path in zip((model.vision, model.text), export(model, tmp_path, quantize=True), strict=True):
+        tensors = tensors_of(path)
+        for name, value in flatten_params(nnx.state(tower, nnx.Param)).items():
+            if name == "token_type_embedding":  # only its first row is used, as a vector
+                assert tensors[f"{name}.0"].dtype == np.float32 and tensors[f"{name}.0"].shape == value.shape[1:]
+            elif value.ndim < 2:
+                np.testing.assert_array_equal(tensors.get(name, value).ravel(), value, err_msg=name)
+            else:
+                stored, scale = as_in_checkpoint(tensors[name]), tensors[f"{name}:scale"]
+                kernel = name.endswith(".kernel")
+                assert stored.dtype == np.int8 and scale.dtype == np.float32, name
+                assert scale.size == value.shape[-1 if kernel else 0], name
+                steps = scale.ravel() if kernel else scale.reshape(-1, 1)
+                assert (np.abs(stored * steps - value) <= steps * (0.5 + 1e-5)).all(), name
+
+
+def test_rows_of_an_int8_table_are_taken_before_they_become_float32(tmp_path):
+    graph = onnx.load(export(noisy(), tmp_path, quantize=True)[1]).graph
+    for table in ("word_embedding", "position_embedding"):
+        assert [node.op_type for node in graph.node if table in node.input] == ["Gather"]
+    kernels = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert "pooler.kernel" in kernels and len(kernels) == 2 * 6 + 2
+
+
+def test_int8_files_of_the_mini_take_a_quarter_and_give_nearly_the_same_vectors(tmp_path):
+    model, processor = load_clip(CHECKPOINTS / "mini")
+    first = export_onnx(model, tmp_path / "float32", processor)
+    second = export_onnx(model, tmp_path / "int8", processor, quantize=True)
+    assert {path.name for path in (tmp_path / "int8").iterdir()} == {path.name for path in first[0].parent.iterdir()}
+    texts = {name: value.astype(np.int64) for name, value in processor(text=TEXTS).items()}
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
+    pixels = processor.normalize(np.kron(blocks, np.ones((1, 8, 8, 1), np.uint8)))
+    for wide, narrow, inputs in zip(first, second, ({"pixel_values": pixels}, texts), strict=True):
+        assert 0.25 < narrow.stat().st_size / wide.stat().st_size < 0.27
+        cosines = (run(wide, **inputs) * run(narrow, **inputs)).sum(1)
+        assert len(cosines) > 3 and 0.999 < cosines.min() < 1 - 1e-6
 
 
 def test_who_does_not_export_does_not_import_onnx():

@@ -3,6 +3,7 @@
     Source: a folder's weights under the names of `keys.key_table`
     Leaf: one array for one parameter; made when it is needed, so that only one is in memory twice
     fill: a model of the config with all its leaves
+    quantized: matrices as int8 numbers and scales, as checkpoints and ONNX files store them
 """
 
 import contextlib
@@ -35,6 +36,22 @@ def dotted(path: Iterable) -> str:
 def flatten_params(state: nnx.State) -> dict[str, jax.Array]:
     """Parameters by dotted nnx path, e.g. `vision.blocks.0.attn.q_proj.kernel`."""
     return {dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def quantized(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Matrices as int8, each followed by its scales (max / 127, under its name and SCALE); other arrays as they are.
+
+    A layer's kernel has a scale for each output, its last axis, and a table for each row: token, position or class.
+    """
+    parts = {}
+    for name, value in params.items():
+        if value.ndim < 2:
+            parts[name] = value
+            continue
+        others = tuple(range(value.ndim - 1)) if name.endswith(".kernel") else -1
+        scale = np.maximum(np.abs(value).max(axis=others, keepdims=True), np.float32(1e-30)) / np.float32(127)
+        parts |= {name: np.round(value / scale).astype(np.int8), name + SCALE: scale}
+    return parts
 
 
 class Leaf(NamedTuple):

@@ -21,7 +21,7 @@ from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.config import CLIPConfig
 from clipid_utils.model.pretrained.families import to_hf_config
 from clipid_utils.model.pretrained.keys import TRANSFORMS, key_table
-from clipid_utils.model.pretrained.parameters import SCALE, flatten_params
+from clipid_utils.model.pretrained.parameters import flatten_params, quantized
 from clipid_utils.model.pretrained.processor_files import MODEL_TYPE
 from clipid_utils.model.processor import CLIPProcessor
 
@@ -46,8 +46,7 @@ def save_clip(
     if format == "native":
         config = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
         tensors = {key: np.asarray(value, np.float32) for key, value in params.items()}
-        if quantize:
-            tensors = {name: part for key, value in tensors.items() for name, part in _quantized(key, value).items()}
+        tensors = quantized(tensors) if quantize else tensors
     elif format in ("transformers", "vision-text-dual-encoder"):
         config = to_hf_config(model.config)
         tensors = _to_torch(params, model.config, config["model_type"])
@@ -64,18 +63,6 @@ def save_clip(
                       "space on the disk, check that you may write the folder, and save again") from error
     write_json(folder / "config.json", config)
     processor.save(folder)
-
-
-def _quantized(key: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """A matrix as int8 and its scales; other arrays as they are.
-
-    A layer's kernel has its outputs last, and a table has a row for each token, position or class.
-    """
-    if value.ndim < 2:
-        return {key: value}
-    others = tuple(range(value.ndim - 1)) if key.endswith(".kernel") else -1
-    scale = np.maximum(np.abs(value).max(axis=others, keepdims=True), np.float32(1e-30)) / np.float32(127)
-    return {key: np.round(value / scale).astype(np.int8), key + SCALE: scale}
 
 
 def _to_torch(params: dict[str, jax.Array], config: CLIPConfig, kind: str) -> dict[str, np.ndarray]:
