@@ -29,6 +29,10 @@ test: .venv/installed  ## ruff, the unit tests, and every notebook
 	rm -rf build/compiled
 	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
+site: .venv/installed  ## the course as a book, to read in build/site/index.html; every link inside it is checked
+	rm -rf build/site
+	$(RUN) site/build.py
+
 lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
@@ -117,6 +121,6 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test lab train-mini train-photo evaluate bench parity test-scale test-colab test-wheel mutants \
+.PHONY: help course test site lab train-mini train-photo evaluate bench parity test-scale test-colab test-wheel mutants \
 	notebooks constraints test-constraints clean
 .DELETE_ON_ERROR:

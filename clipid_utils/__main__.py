@@ -25,7 +25,7 @@ except KeyboardInterrupt:
 
 # The extra that a command needs
 EXTRAS = {"prepare": "data", "check": "data", "download": "download", "translate": "translate", "embed": "scale",
-          "train": "train", "evaluate": "data", "search": "data", "demo": "demo"}
+          "train": "train", "evaluate": "data", "search": "data", "demo": "demo", "export": "onnx"}
 MODEL = "photo"  # the model of search and demo
 SAMPLES = CACHE / "foto-contoh"  # where `load_sample_photographs` puts them
 COMMANDS = tyro.extras.SubcommandApp()
@@ -275,6 +275,31 @@ def search(
 
 
 @command
+def export(
+    kind: Annotated[Positional[Literal["page", "onnx"]], arg(metavar="page|onnx")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")], *, model: Model = MODEL, pictures: Path = SAMPLES,
+) -> None:
+    """Write a model for use without Python: a web page that searches pictures, or ONNX files.
+
+    Args:
+        kind: a page with its pictures, or the two towers alone
+        out: a new folder
+        pictures: folder of pictures for the page; by default the sample photographs
+    """
+    if kind == "onnx":
+        from clipid_utils import load_clip
+        from clipid_utils.model.pretrained.onnx import export_onnx
+
+        clip, processor = load_clip(model)
+        for path in export_onnx(clip, out, processor):
+            print(path)
+        return
+    from clipid_utils.inference.page import write_page
+
+    print(f"{write_page(out, model, _fetched(pictures))}: the page\nnext: python -m http.server -d {out}")
+
+
+@command
 def demo(folder: Folder = SAMPLES, *, model: Model = MODEL, port: int = 7860) -> None:
     """Search a folder of pictures in the browser.
 
@@ -284,11 +309,16 @@ def demo(folder: Folder = SAMPLES, *, model: Model = MODEL, port: int = 7860) ->
     """
     from clipid_utils.inference.demo import serve
 
+    serve(_fetched(folder), model=model, port=port)
+
+
+def _fetched(folder: Path) -> Path:
+    """The folder, after the sample photographs were fetched if they are meant and missing."""
     if folder == SAMPLES and not folder.is_dir():
         from clipid_utils.data.photographs import load_sample_photographs
 
         load_sample_photographs()
-    serve(folder, model=model, port=port)
+    return folder
 
 
 def parse(arguments: list[str]) -> Callable[[], None]:

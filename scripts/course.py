@@ -1,9 +1,10 @@
-"""Runs the course: every notebook in order, each in a new kernel; writes executed notebooks, HTML pages and one table.
+"""Runs the course: every notebook in order, each in a new kernel; writes executed notebooks, pages and one table.
 
     python scripts/course.py                     # notebooks/*.ipynb to build/course/
     python scripts/course.py notebooks/04*.ipynb # some of them
-    python scripts/course.py --in-place          # also write the outputs into notebooks/, as they are committed
+    python scripts/course.py --in-place          # the outputs into notebooks/, as they are committed; no pages
 
+The pages are those of the site (site/build.py), with the outputs of this run, and the table is the first of them.
 The key figure of a notebook is the last line of text that its code cell with the tag `key-figure` prints.
 """
 
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import base64
-import html
 import io
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -25,7 +26,6 @@ import nbformat
 import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,31 +193,28 @@ def table(results: list[Result]) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def index_page(results: list[Result]) -> str:
-    """An HTML page with one row for each notebook, linked to its page."""
-    rows = []
+def front_page(results: list[Result]) -> str:
+    """The first page, in Markdown: a table with one row for each notebook, linked to its page."""
+    rows = ["| notebook | minutes | peak memory | key figure |", "|---|--:|--:|---|"]
     for r in results:
-        name, minutes, memory, figure = map(html.escape, r.cells())
-        link = f'<a href="{name}.html">{name}</a><br>{html.escape(r.title)}'
-        rows.append(f"<tr><td>{link}</td><td>{minutes}</td><td>{memory}</td><td>{figure}</td></tr>")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>CLIP-Indonesian: the course, executed</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem; border-bottom: 1px solid #ccc }}
-</style></head><body>
-<h1>CLIP-Indonesian: the course, executed</h1>
-<table><tr><th>notebook</th><th>minutes</th><th>peak memory</th><th>key figure</th></tr>
-{chr(10).join(rows)}
-</table></body></html>
-"""
+        name, minutes, memory, figure = r.cells()
+        figure = re.sub(r"([\\`*_\[\]<>|$~])", r"\\\1", figure)  # the signs of Markdown, as they are
+        rows.append(f"| [{r.title or name}](notebooks/{name}.ipynb) | {minutes} | {memory} | {figure} |")
+    return "\n".join(["# The course, executed on this machine", "", *rows, ""])
+
+
+def write_pages(results: list[Result], out: Path) -> bool:
+    """Writes the pages of the site with the notebooks in the folder `out`; False if Sphinx could not, and says why."""
+    front = out / "index.md"
+    front.write_text(front_page(results), encoding="utf-8")
+    command = [sys.executable, ROOT / "site" / "build.py", "--notebooks", out, "--front", front, "--out", out]
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def run_course(notebooks: list[Path], out: Path, timeout: float, in_place: bool = False) -> list[Result]:
     """Executes the notebooks in order into `out` and prints a line for each; a failure ends the course."""
     out.mkdir(parents=True, exist_ok=True)
-    to_html, results = HTMLExporter(embed_images=True), []
+    results = []
     for number, path in enumerate(notebooks, 1):
         line = f"[{number}/{len(notebooks)}] {path.stem}"
 
@@ -229,9 +226,7 @@ def run_course(notebooks: list[Path], out: Path, timeout: float, in_place: bool 
         drop_widgets(notebook)
         shrink_pictures(notebook)
         nbformat.write(notebook, out / path.name)
-        (out / f"{path.stem}.html").write_text(to_html.from_notebook_node(notebook)[0], encoding="utf-8")
         results.append(result)
-        (out / "index.html").write_text(index_page(results), encoding="utf-8")
         print(("\r" if sys.stdout.isatty() else "") + f"{line}: " + ", ".join(result.cells()[1:]), flush=True)
         if result.error:
             break
@@ -247,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: notebooks/*.ipynb in order")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "course", help="default: build/course")
     parser.add_argument("--timeout", type=float, default=1800, help="limit for one cell in seconds; default: 1800")
-    parser.add_argument("--in-place", action="store_true", help="also write the outputs into the notebooks")
+    parser.add_argument("--in-place", action="store_true", help="write the outputs into the notebooks, and no pages")
     options = parser.parse_args(arguments)
     notebooks = options.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb"))
     if not notebooks:
@@ -258,12 +253,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    print("\n" + table(results))
-    print(f"\nTo read: {options.out / 'index.html'}")
+    print("\n" + table(results), flush=True)
+    has_pages = options.in_place or write_pages(results, options.out)
+    if not has_pages:
+        print(f"\nThe pages could not be written; the executed notebooks are in {options.out}", file=sys.stderr)
+    elif not options.in_place:
+        print(f"\nTo read: {options.out / 'index.html'}")
     if results[-1].error:
         print(f"\nStopped at {results[-1].error}", file=sys.stderr)
-        return 1
-    return 0
+    return int(bool(results[-1].error) or not has_pages)
 
 
 if __name__ == "__main__":

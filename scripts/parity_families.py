@@ -1,11 +1,13 @@
-"""Compares today's families with PyTorch at full size: SigLIP 2, Meta CLIP 2, open_clip with XLM-R, and M-CLIP.
+"""Compares today's families with PyTorch: at full size SigLIP 2, Meta CLIP 2, open_clip with XLM-R, and M-CLIP; as
+tiny models CLIP, and dual encoders of ViT or CLIP with BERT, RoBERTa or XLM-R.
 
     make parity    # python scripts/parity_families.py [family …] [--out build/parity]; needs torch and transformers 5
 
 Each family's folder has random weights and the files and names of its published checkpoints. load_clip or load_towers
-opens it, and both sides run the same batch: vectors and logits, and for two families every gradient and the way back,
-in which transformers' own class opens the export of save_clip. open_clip and multilingual-clip are not needed: their
-models are written here, with transformers' towers (tests/golden/record_families.py recorded small ones of their own).
+opens it, and both sides run the same batch: vectors and logits. For two families every gradient is compared. For these
+and the tiny models the way back is tried too: transformers' own class opens the export of save_clip. open_clip and
+multilingual-clip are not needed: their models are written here, with transformers' towers
+(tests/golden/record_families.py recorded small ones of their own).
 
 Prints a table and writes families.json to --out. The exit status is 1 if one of its limits is exceeded.
 """
@@ -38,8 +40,11 @@ BATCH = 3
 OUTPUTS = {"image": "image_embeds", "text": "text_embeds", "logits": "logits_per_image"}
 LOGITS = 1e-4  # at scales of 100 and more; unit vectors and gradients have the limits of parity.py
 LARGE_SCALE = 4.6052  # ln 100, where most published models end
-XLM_R = {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
-         "pad_token_id": 1}
+ROBERTA = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+XLM_R = {"vocab_size": 250002, "max_position_embeddings": 514, **ROBERTA}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_VISION = {**TINY, "image_size": 32, "patch_size": 8}
+TINY_TEXT = {**TINY, "vocab_size": 90, "max_position_embeddings": 20}
 Batch = dict[str, np.ndarray]
 
 
@@ -78,6 +83,20 @@ def metaclip2_s16() -> torch.nn.Module:
     """Its size but for the vocabulary: 50,000 tokens, to save minutes. B/32 has all of them."""
     small = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "hidden_act": "gelu"}
     return metaclip2(small | {"patch_size": 16}, small | {"vocab_size": 50000}, 384)
+
+
+def tiny_clip(end: int) -> torch.nn.Module:
+    """With 2 for the end of a text, as in configs of before 2023, the largest id is the end."""
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": end}
+    config = transformers.CLIPConfig(text_config=TINY_TEXT | ids, vision_config=TINY_VISION, projection_dim=24)
+    return drawn(transformers.CLIPModel(config), logit_scale=LARGE_SCALE)
+
+
+def tiny_dual_encoder(vision: str, text: str, **sizes: Any) -> torch.nn.Module:
+    """`vision` and `text` are the names of transformers' configs."""
+    vision, text = getattr(transformers, vision)(**TINY_VISION), getattr(transformers, text)(**TINY_TEXT, **sizes)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
+    return drawn(transformers.VisionTextDualEncoderModel(config), logit_scale=LARGE_SCALE)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -169,7 +188,10 @@ class MClip(torch.nn.Module):
 
 
 class Family(NamedTuple):
-    """A model, how its texts look, and how it is opened. With a loss gradients are compared, and the way back too."""
+    """A model, how its texts look, and how it is opened. With a loss gradients are compared.
+
+    `exported` says whether the export is compared too: it has a class of transformers.
+    """
 
     model: Callable[[], torch.nn.Module]
     vocab_size: int
@@ -178,6 +200,8 @@ class Family(NamedTuple):
     masked: bool = True
     opened: Callable[[Path], tuple[HybridCLIP, CLIPProcessor]] = load_clip
     loss: Callable[..., jax.Array] | None = None
+    exported: bool = False
+    size: int = 224  # of a picture
 
     def batch(self) -> Batch:
         """Texts of different lengths. Without a mask padding is read too, and there is no other."""
@@ -187,18 +211,24 @@ class Family(NamedTuple):
         ids = np.where(mask == 1, rng.integers(5, self.vocab_size, mask.shape), int(self.masked)).astype(np.int32)
         if self.end is not None:
             ids[np.arange(BATCH), lengths - 1] = self.end
-        pixels = rng.standard_normal((BATCH, 224, 224, 3), dtype=np.float32)
+        pixels = rng.standard_normal((BATCH, self.size, self.size, 3), dtype=np.float32)
         return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
 
 
 FAMILIES = {
-    "siglip2_b16": Family(siglip2, 256000, 64, masked=False, loss=siglip_loss),
-    "metaclip2_s16": Family(metaclip2_s16, 50000, 77, end=2, loss=clip_loss),
+    "siglip2_b16": Family(siglip2, 256000, 64, masked=False, loss=siglip_loss, exported=True),
+    "metaclip2_s16": Family(metaclip2_s16, 50000, 77, end=2, loss=clip_loss, exported=True),
     "metaclip2_b32": Family(lambda: metaclip2({}, {}, 512), 901629, 77, end=2),
     "open_clip_xlm_r_b32": Family(lambda: drawn(OpenClip(), logit_scale=LARGE_SCALE), 250002, 77, end=2),
     "m_clip_xlm_r_large_b32": Family(
         lambda: drawn(MClip(), logit_scale=LARGE_SCALE), 250002, 77, end=2,
         opened=lambda folder: load_towers(vision=folder / "image", text=folder / "text")),
+    **{f"tiny_{name}": Family(model, 89, 18, end=89, exported=True, size=32) for name, model in {
+        "clip": lambda: tiny_clip(89),
+        "clip_2022": lambda: tiny_clip(2),
+        "vit_bert": lambda: tiny_dual_encoder("ViTConfig", "BertConfig", pad_token_id=1),
+        "clip_roberta": lambda: tiny_dual_encoder("CLIPVisionConfig", "RobertaConfig", **ROBERTA),
+        "clip_xlm_r": lambda: tiny_dual_encoder("CLIPVisionConfig", "XLMRobertaConfig", **ROBERTA)}.items()},
 }
 
 
@@ -312,9 +342,10 @@ def run(name: str, folder: Path) -> Found:
     millions = sum(array.size for array in flatten_params(nnx.state(mine, nnx.Param)).values()) / 1e6
     scale = float(mine.scale())
     within, further = [], []
-    if family.loss is not None:
+    if family.exported:
         wrong += check_export(mine, processor, folder / "export", model, family, batch, expected)
         shutil.rmtree(folder / "export")
+    if family.loss is not None:
         gradients = our_gradients(mine, family, batch)
         del mine
         within, further = compare_gradients(name, model, family, batch, gradients)

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import html
 import io
 import re
 import sys
@@ -49,11 +50,14 @@ def test_course_executes_in_order_in_fresh_kernels_of_this_python(tmp_path, caps
     assert lines[1].startswith("[2/2] 01_b: ") and lines[1].endswith("False")
     assert re.search(r"^00_a +0\.\d +\d+ MB +R@1: 0\.52$", printed, re.MULTILINE)
     index = (out / "index.html").read_text()
-    assert 'href="00_a.html"' in index and "Start &amp; search" in index and "R@1: 0.52" in index
-    assert "Start &amp; search" in (out / "00_a.html").read_text()
+    assert 'href="notebooks/00_a.html"' in index and "Start &amp; search" in index
+    assert "R@1: 0.52" in html.unescape(re.sub(r"<.*?>", "", index))
+    assert sys.executable in (out / "notebooks" / "00_a.html").read_text()
 
 
-def test_failing_notebook_names_its_cell_and_ends_the_course(tmp_path, capsys):
+def test_failing_notebook_names_its_cell_and_ends_the_course(tmp_path, capsys, monkeypatch):
+    fronts = []
+    monkeypatch.setattr(course, "write_pages", lambda results, out: fronts.append(course.front_page(results)) or True)
     bad = write(tmp_path, "00_bad.ipynb", "x = 1", "# divide\ny = x / 0", "never = 1")
     after = write(tmp_path, "01_after.ipynb", "1")
     assert course.main(["--out", str(tmp_path / "build"), str(bad), str(after)]) == 1
@@ -61,7 +65,9 @@ def test_failing_notebook_names_its_cell_and_ends_the_course(tmp_path, capsys):
     assert "00_bad.ipynb, cell 3 of 4:" in told.err
     assert "    # divide\n    y = x / 0\nZeroDivisionError: division by zero" in told.err
     assert "FAILED" in told.out
-    assert (tmp_path / "build" / "00_bad.html").exists() and not (tmp_path / "build" / "01_after.html").exists()
+    assert (tmp_path / "build" / "00_bad.ipynb").exists() and not (tmp_path / "build" / "01_after.ipynb").exists()
+    assert len(fronts) == 1 and "](notebooks/00_bad.ipynb)" in fronts[0] and "| FAILED |" in fronts[0]
+    assert "01_after" not in fronts[0]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,8 @@ def test_failing_notebook_names_its_cell_and_ends_the_course(tmp_path, capsys):
     [("import os\nos._exit(1)", "the kernel died"), ("import time\ntime.sleep(60)", "timed out")],
     ids=["dead kernel", "too long"],
 )
-def test_dead_kernel_and_endless_cell_are_reported_as_such(tmp_path, capsys, source, reason):
+def test_dead_kernel_and_endless_cell_are_reported_as_such(tmp_path, capsys, monkeypatch, source, reason):
+    monkeypatch.setattr(course, "write_pages", lambda results, out: True)
     path = write(tmp_path, "00_bad.ipynb", "x = 1", source)
     assert course.main(["--out", str(tmp_path / "build"), "--timeout", "10", str(path)]) == 1
     told = capsys.readouterr().err
@@ -116,4 +123,11 @@ def test_figures_are_made_small_and_widgets_left_out(tmp_path):
     assert len(picture) < 64 * 64 * 2  # of 3 bytes a pixel, random colours
     assert Image.open(io.BytesIO(picture)).size == (64, 64)
     assert not kept.cells[2].outputs and "widgets" not in kept.metadata
-    assert "widget-view" not in (tmp_path / "build" / "00_a.html").read_text()
+
+
+def test_missing_sphinx_leaves_the_notebooks_and_is_an_error(tmp_path, capsys, monkeypatch):
+    path, out = write(tmp_path, "00_a.ipynb", "1 + 1"), tmp_path / "build"
+    monkeypatch.setattr(course, "ROOT", tmp_path)  # without site/build.py
+    assert course.main(["--out", str(out), str(path)]) == 1
+    assert f"The pages could not be written; the executed notebooks are in {out}" in capsys.readouterr().err
+    assert nbformat.read(out / "00_a.ipynb", as_version=4).cells[1].outputs

@@ -21,6 +21,8 @@ from clipid_utils.data import photographs
 from clipid_utils.data.download import download
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation import on_ray, translate
+from clipid_utils.evaluation import suite
+from clipid_utils.evaluation.tasks import OFFLINE
 from clipid_utils.inference import command as searching
 from clipid_utils.inference import evaluate
 from clipid_utils.inference.index import build_index
@@ -102,7 +104,7 @@ def test_every_option_is_explained(name, capsys):
     ("", "Expected one of {{prepare, check"), ("chek a", "did you mean check? (clipid --help)"),
     ("check", "INPUT"), ("check a --rot b", "did you mean --root? (clipid check --help)"), ("check a --root", "--root"),
     ("search a b -k many", "-k"), ("translate a b --device tpu", "cuda"), ("download a", "FOLDER"),
-    ("evaluate a b c", "b, c"), ("embed a b --worker 2", "did you mean --workers?"),
+    ("check a b c", "b, c"), ("evaluate a --in b", "--in"), ("embed a b --worker 2", "did you mean --workers?"),
     ("train minni", "minni"), ("train mini --epochs 3", "did you mean --stages.0.fit.epochs? (clipid train --help)"),
     ("train indobert-base --dtype int8", "bfloat16"),
 ])
@@ -121,6 +123,10 @@ def test_a_box_in_colour_is_read_too():
     ("check {0}", "no file here ends in"), ("download nowhere {0}/out", "nowhere: no such file"),
     ("translate nowhere {0}/out", "nowhere: no such file"), ("embed nowhere {0}/out", "nowhere: no such file"),
     ("translate {0}/in {0}/out --ray a b", "--ray takes one address"), ("evaluate no/where", "no/where"),
+    ("evaluate mini photo --on kamus", "no task 'kamus': name some of photographs"),
+    ("evaluate mini photo mini --on pairs", "the model mini is named twice"),
+    ("evaluate mini --on xm3600", "xm3600 needs files of yours: --on xm3600=captions.jsonl,FOLDER"),
+    ("evaluate mini --on folders={0}/no", "/no: no such folder: name a folder with one subfolder"),
     ("search nowhere kucing", "nowhere is not a folder"), ("search {0}", "no pictures in"),
     ("train mini -o {0}/run --train {0}/a.jsonl", "learns its tokenizer from the picture dictionary"),
     ("train indobert-base -o {0}/run --train {0}/a.jsonl --image-column jpg", "--caption-column are for tars"),
@@ -207,6 +213,44 @@ def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypat
     monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)  # nothing is measured in vain
     status, *_ = run(f"evaluate {tmp_path}/run", capsys)
     assert "run/model cannot be written to: name a file elsewhere with --out" in status
+
+
+@pytest.mark.parametrize("line, models, on", [
+    ("a b", ("a", "b"), OFFLINE), ("a --on pairs groups", ("a",), ("pairs", "groups")),
+    ("a b v+t --on xm3600=~/c.jsonl,~/x", ("a", "b", "v+t"), ("xm3600=~/c.jsonl,~/x",)),
+])
+def test_models_are_compared_on_tasks(line, models, on, tmp_path, monkeypatch, capsys):
+    """By default on all that need no files of the user's. The figures go to a file and to a picture beside it."""
+    asked, cell = [], {"value": 0.5, "low": 0.4, "high": 0.6}
+    report = {"models": dict.fromkeys(models), "tasks": {"pairs": {
+        "kind": "Pairs", "results": {name: {"all": {"accuracy": cell}} for name in models},
+        "differences": {f"{name} - a": {"all": {"accuracy": cell}} for name in models[1:]}}}}
+    monkeypatch.setattr(suite, "evaluate_models", lambda *given: asked.append(given) or report)
+    monkeypatch.chdir(tmp_path)
+    for option, out in (("", "evaluation.json"), (f" --out {tmp_path}/b.json", "b.json")):
+        status, said, _ = run(f"evaluate {line}{option}", capsys)
+        assert status == 0 and said.startswith(suite.as_table(report)) and f"{out}, and as a picture" in said
+        assert json.loads((tmp_path / out).read_text()) == report
+        assert Image.open(tmp_path / out.replace("json", "png")).width > 500
+    assert asked == [(models, on)] * 2
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(suite, "evaluate_models", None)  # nothing is measured in vain
+    assert "name a file elsewhere with --out" in run(f"evaluate {line}", capsys)[0]
+
+
+def test_two_models_are_measured_on_a_folder_of_classes(searched, tmp_path, monkeypatch, capsys):
+    """All of it with true models, which differ in their weights alone."""
+    clipid_utils.save_clip(*tiny_clip(1), tmp_path / "other")
+    monkeypatch.setattr(suite, "CACHE", tmp_path / "cache")
+    for name in "ab":
+        (tmp_path / "kelas" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / f"{name}.png").rename(tmp_path / "kelas" / name / "1.png")
+    models = [str(tmp_path / name) for name in ("model", "other")]
+    status, said, _ = run(f"evaluate {' '.join(models)} --on folders={tmp_path}/kelas --out {tmp_path}/a.json", capsys)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert status == 0 and said.splitlines()[0].split()[2:4] == models and "templates top1" in said
+    assert list(found["models"]) == models and found["tasks"]["folders"]["data"]["pictures"] == 2
+    assert len({model["fingerprint"] for model in found["models"].values()}) == 2
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_core_is_small():
 
 def test_requirements_install_all_of_the_course():
     course = {*PROJECT["dependencies"]}
-    for extra in ("heic", "data", "train", "translate", "download", "onnx", "milvus", "course"):
+    for extra in ("heic", "data", "train", "translate", "download", "onnx", "milvus", "site", "course"):
         course |= {line for line in EXTRAS[extra] if not line.startswith("clip-indonesian")}
     required = {line for line in REQUIREMENTS if line and name(line) not in TOOLS}
     assert required == course

@@ -13,6 +13,9 @@ rng = np.random.default_rng(0)
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
 NAMES = ["kucing tidur", "anak laki-laki yang sedang tersenyum lebar sekali", "rumah"]
 CELL = {"value": 0.5, "low": 0.45, "high": 0.56}
+SUITE = {"photographs": {f"{way} R@1": {"mini": CELL, "photo": CELL | {"value": 0.46}}
+                         for way in ("text_to_image", "image_to_text")},
+         "pairs": {"all accuracy": {"mini": CELL, "photo": CELL}}}
 LOSSES = [{"step": step, "loss": 5 - step / 20, "log_batch": 5.5} for step in range(90)]
 FIGURES = {
     "gallery": lambda: plots.gallery(PICTURES, NAMES, title="Kamus"),
@@ -34,6 +37,7 @@ FIGURES = {
     "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}),
     "differences": lambda: plots.differences(
         {"saringan": {"validation": CELL, "photographs": {"value": 0.0, "low": -0.01, "high": 0.02}}}, "R@10", "Beda"),
+    "suite": lambda: plots.suite_points(SUITE, "Perbandingan"),
     "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
     "parameters": lambda: plots.parameter_bars({"image": 1_200_000, "text": 800_000}),
     "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),
@@ -69,6 +73,19 @@ def test_the_style_does_not_leak():
 def test_long_captions_are_cut():
     text = cut(" ".join(["kata"] * 30), 20)
     assert text.count("\n") == 1 and text.endswith("…") and max(map(len, text.split("\n"))) <= 22
+
+
+def test_each_model_has_its_point_interval_and_colour_in_all_panels():
+    figure = plots.suite_points(SUITE)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == list(SUITE)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["text to image R@1", "image to text R@1"]
+    lines = [line for axis in figure.axes for line in axis.lines]
+    assert [list(line.get_xdata()) for line in lines[::2]] == [[0.45, 0.56]] * 6
+    assert [list(line.get_xdata()) for line in lines[1::2]] == [[0.5]] * 2 + [[0.46]] * 2 + [[0.5]] * 2
+    first, second = (line.get_color() for line in lines[1:6:4])
+    assert [line.get_color() for line in lines[1::2]] == [first, first, second, second, first, second]
+    assert first != second
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mini", "photo"]  # each once
 
 
 def test_a_piece_on_several_devices_bears_all_their_numbers():

@@ -5,6 +5,7 @@ import warnings
 import jax.numpy as jnp
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from clipid_utils import load_clip
 from clipid_utils.files import json_lines, read_json
@@ -46,6 +47,22 @@ def test_a_query_of_unknown_letters_warns(photo, text, known):
         warnings.simplefilter("always")
         query_embeds(*photo, text)
     assert any(f"knows no part of {text!r}" in str(note.message) for note in notes) != known
+
+
+def test_its_prefix_is_once_before_each_text(photo):
+    """Its tokenizer.json has the prefix, and special tokens in a text would repeat it; normal texts are its own."""
+    _, processor = photo
+    names = [row["indonesian"][0] for _, row, _ in json_lines(DATA / "class_names.jsonl")]
+    texts = [*names[::10], *(f"{name}, \t  foto {name.title()}!" for name in names[::10])]
+    rows = processor(text=texts)
+    own = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    assert len(texts) == 200
+    for ids, mask, encoding in zip(*rows.values(), own.encode_batch(texts), strict=True):
+        assert ids[mask == 1].tolist() == encoding.ids
+    query = own.encode("kucing").ids[1:-2]  # between <s> and ▁kucing </s>
+    for text in ("kucing </s> anjing", "</s> kucing", "<s>kucing<pad>"):
+        ids = processor(text=text)["input_ids"][0].tolist()
+        assert ids[1 : 1 + len(query)] == query and ids.count(query[0]) == 1, text
 
 
 def test_its_classifier_knows_the_class_names(photo):

@@ -27,6 +27,7 @@ from clipid_utils.metrics import hits_at_k, label_ranks, rank_figures, with_inte
 from clipid_utils.model.embed import embed_pictures, embed_resumably, embed_texts, fingerprint
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.paths import CACHE, DATA
+from clipid_utils.pictures import picture_source
 from clipid_utils.versions import versions
 from clipid_utils.wording import load_wording
 
@@ -54,6 +55,9 @@ class Embedder:
         self.name, self.model, self.processor, self.progress = name, model, processor, progress
         self.fingerprint = fingerprint(model, processor)
         self.folder = CACHE / "evaluate" / self.fingerprint
+        tokenizer = processor.tokenizer.to_str() if processor.tokenizer else None
+        reading = f"{tokenizer} {processor.max_length} {processor.fixed_length}"
+        self.reading = hashlib.sha256(reading.encode()).hexdigest()[:16]  # the fingerprint does not know the tokenizer
 
     def pictures(self, pictures: Pictures) -> Float[np.ndarray, "N E"]:
         """Raises ValueError for a picture that cannot be read, because all models must see the same."""
@@ -62,8 +66,10 @@ class Embedder:
             batch_size=batch_size(self.model), progress=self.progress)
         if skipped:
             row, reason = next(iter(skipped.items()))
-            raise ValueError(f"{len(skipped)} pictures cannot be read; the first is number {row + 1}: {reason}: "
-                             "replace them, or leave them out of the data")
+            source = picture_source(pictures.stored[row])
+            name = f"number {row + 1}" if isinstance(source, bytes) else source
+            raise ValueError(f"{len(skipped)} of {len(pictures)} pictures cannot be read; the first is {name}: "
+                             f"{reason}: replace them, or leave them out of the data")
         return vectors
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "T E"]:
@@ -76,7 +82,7 @@ class Embedder:
                 yield vectors, np.ones(len(part), np.bool_)
 
         digests = np.array([hashlib.blake2b(text.encode(), digest_size=10).hexdigest() for text in texts], "S20")
-        embed_resumably(out, digests, batches, self.folder / "texts", chunk=TEXT_CHUNK, unit="texts",
+        embed_resumably(out, digests, batches, self.folder / f"texts-{self.reading}", chunk=TEXT_CHUNK, unit="texts",
                         progress=self.progress)
         return out
 
@@ -100,13 +106,16 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
     if repeated or not models:
         raise ValueError(f"the model {repeated[0]} is named twice" if repeated else "name at least one model")
     tasks = [task for request in dict.fromkeys(requests) for task in read_tasks(request)]
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is asked for with two sets of files: measure each in a call of its own")
     report: dict = {"seed": seed, "versions": versions(PACKAGES), "models": {}, "tasks": {
         task.name: {"kind": type(task).__name__, "protocol": task.protocol, "data": _data(task), "results": {},
                     "differences": {}} for task in tasks}}
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
     for name in models:  # one model is in memory
         embedder = Embedder(name, *open_model(name), progress)
-        report["models"][name] = {"fingerprint": embedder.fingerprint}
+        report["models"][name] = {"fingerprint": embedder.fingerprint, "tokenizer": embedder.reading}
         for task in tasks:
             found = measure(embedder, task)
             measured[task.name].append(found)
@@ -126,6 +135,8 @@ def _data(task: Task) -> dict:
     checksum = hashlib.sha256(task.pictures.digests.tobytes())
     for text in itertools.chain.from_iterable(getattr(task, name) for name in texts):
         checksum.update(text.encode() + b"\0")
+    links = task.positives.nonzero() if isinstance(task, Retrieval) else [getattr(task, "labels", [])]
+    checksum.update(np.stack(links).astype("<i8").tobytes())
     return {"pictures": len(task.pictures), **{name: len(getattr(task, name)) for name in texts},
             "sha256": checksum.hexdigest()}
 
@@ -160,9 +171,9 @@ def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "
         hits = {f"top{k}": hits_at_k(np.concatenate(ranks), k) for k in (1, 5)}
         parts[key] = (hits, task.clusters)
     found = Counter(zip(task.labels.tolist(), np.concatenate(guesses).tolist(), strict=True))
-    totals = Counter(task.labels.tolist())
     wrong = ((pair, count) for pair, count in found.most_common() if pair[0] != pair[1])
-    more["per_class"] = {task.names[label]: found[label, label] / count for label, count in sorted(totals.items())}
+    more["per_class"] = {task.names[label]: hits["top1"][task.labels == label].mean()
+                         for label in np.unique(task.labels)}
     more["confusions"] = [{"true": task.names[true], "found": task.names[guess], "pictures": count}
                           for (true, guess), count in itertools.islice(wrong, CONFUSIONS)]
     return Measured(parts, more)
@@ -217,7 +228,10 @@ def figure(report: dict) -> "Figure":
     """The main figures of all models as points with their intervals, a panel for each task."""
     from clipid_utils.plots import suite_points
 
-    models = list(report["models"])
-    return suite_points({
-        name: {f"{part} {keys[0]}": {model: task["results"][model][part][keys[0]] for model in models}
-               for part, keys in _main_figures(task).items()} for name, task in report["tasks"].items()})
+    models, panels = list(report["models"]), {}
+    for name, task in report["tasks"].items():
+        panels[name] = {
+            part if task["kind"] == "Pairs" else f"{part} {keys[0]}": {
+                model: task["results"][model][part][keys[0]] for model in models}
+            for part, keys in _main_figures(task).items()}
+    return suite_points(panels, {name: 0.5 for name, task in report["tasks"].items() if task["kind"] == "Pairs"})

@@ -5,6 +5,7 @@ user has. `OFFLINE` are the tasks that need none. Picture sets are read when the
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from tqdm.auto import tqdm
 
 from clipid_utils.data.captions import read_captions
 from clipid_utils.data.dictionary.build import load_picture_dictionary
+from clipid_utils.data.minimal_pairs import load_minimal_pairs
 from clipid_utils.data.photographs import load_sample_photographs
 from clipid_utils.data.report import Report
 from clipid_utils.data.sources.coco import read_coco
 from clipid_utils.data.sources.flickr import read_flickr, read_xflickrco, read_xm3600
-from clipid_utils.files import json_lines, read_json
+from clipid_utils.files import read_json
 from clipid_utils.inference.index import picture_files
-from clipid_utils.paths import DATA
+from clipid_utils.inference.zeroshot import class_names
 from clipid_utils.pictures import picture_source
 from clipid_utils.wording import group_phrase
 
@@ -114,7 +116,12 @@ def read_tasks(request: str) -> list[Task]:
         source = SOURCES[name]
         if not files:
             raise ValueError(f"{name} needs files of yours: --on {name}={source.files}. {source.where}")
-        return source.read(name, *(Path(part).expanduser() for part in files.split(",")))
+        parts = [Path(part).expanduser() for part in files.split(",")]
+        try:
+            inspect.signature(source.read).bind(name, *parts)
+        except TypeError:
+            raise ValueError(f"{request} names {len(parts)} files or folders: --on {name}={source.files}") from None
+        return source.read(name, *parts)
     if files or name not in (*OFFLINE, "validation"):
         known = [*OFFLINE, "validation", *(f"{name}={source.files}" for name, source in SOURCES.items())]
         raise ValueError(f"no task {request!r}: name some of " + " ".join(known))
@@ -122,8 +129,6 @@ def read_tasks(request: str) -> list[Task]:
         rows = load_sample_photographs()
         return caption_tasks(name, _stored(rows), list(rows["captions"]))
     if name == "pairs":
-        from clipid_utils.data.minimal_pairs import load_minimal_pairs
-
         rows = load_minimal_pairs()
         return [Pairs(name, _stored(rows), *(list(rows[key]) for key in ("right", "wrong", "phenomenon", "cluster")))]
     split, _, language = name.partition(":")
@@ -226,13 +231,13 @@ def _folders(name: str, folder: Path) -> list[Task]:
     return [ZeroShot(name, Pictures(paths), labels, names, [*range(len(paths))], "classes are named by subfolders")]
 
 
-def _imagenet(name: str, folder: Path, labels_file: Path | None = None) -> list[Task]:
+def _imagenet(name: str, folder: Path, labels_file: Path | None) -> list[Task]:
     """Zero-shot over ImageNet's 1,000 folders, with this project's names, or with those of Babel-ImageNet.
 
     The folders are sorted, as ImageNet's classes are. Babel-ImageNet lacks some classes, whose pictures are left out.
     """
     classes, paths, labels = folder_of_folders(folder)
-    names = {row["class"]: row["indonesian"][0] for _, row, _ in json_lines(DATA / "class_names.jsonl")}
+    names = dict(enumerate(class_names()))
     if len(classes) != len(names):
         raise ValueError(f"{folder} has {len(classes)} subfolders with pictures, and ImageNet has {len(names)} "
                          "classes: unpack all of them, or use --on folders= with subfolders named in Indonesian")
@@ -243,9 +248,10 @@ def _imagenet(name: str, folder: Path, labels_file: Path | None = None) -> list[
         names = dict(zip(*found["ID"], strict=True))
     kept = np.isin(labels, list(names))
     order = {number: place for place, number in enumerate(names)}
+    named_by = labels_file.name if labels_file else "this project"
     return [ZeroShot(name, Pictures([path for path, keep in zip(paths, kept, strict=True) if keep]),
                      np.array([order[label] for label in labels[kept].tolist()]), list(names.values()),
-                     [*range(int(kept.sum()))], f"{len(names)} classes, named by {labels_file or 'this project'}")]
+                     [*range(int(kept.sum()))], f"{len(names)} classes, named by {named_by}")]
 
 
 SOURCES = {
@@ -265,8 +271,9 @@ SOURCES = {
                         "Indonesian name the translated captions (notebook 02)."),
     "records": Source(_records, "captions.jsonl", "Captions records are described in the README."),
     "folders": Source(_folders, "FOLDER", "It has one subfolder for each class, named in Indonesian."),
-    "imagenet": Source(_imagenet, "FOLDER", "image-net.org gives ILSVRC2012's validation pictures on request (research "
-                       "only); sort them into the 1,000 folders of their synsets."),
+    "imagenet": Source(lambda name, folder: _imagenet(name, folder, None), "FOLDER",
+                       "image-net.org gives ILSVRC2012's validation pictures on request (research only); sort them "
+                       "into the 1,000 folders of their synsets."),
     "babel-imagenet": Source(_imagenet, "FOLDER,babel_imagenet.json", "The names are in the repository Babel-ImageNet "
                              "(CC BY-NC-SA 4.0: not for commercial use); the pictures are ImageNet's."),
 }  # fmt: skip

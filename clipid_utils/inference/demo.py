@@ -16,13 +16,12 @@ from flax import nnx
 from matplotlib.figure import Figure
 from PIL import Image
 
-from clipid_utils.files import json_lines
 from clipid_utils.inference import heatmap
 from clipid_utils.inference.index import SHOWN_SIDE, PictureIndex, build_index
 from clipid_utils.inference.search import query_embeds, search
-from clipid_utils.inference.zeroshot import classifier_weights
+from clipid_utils.inference.zeroshot import class_names, classifier_weights
 from clipid_utils.model.pretrained.load import load_clip
-from clipid_utils.paths import CACHE, DATA
+from clipid_utils.paths import CACHE
 from clipid_utils.pictures import PictureError, decode_square, open_picture
 from clipid_utils.plots import heatmap_overlay
 
@@ -141,11 +140,6 @@ class Answers:
 
 
 @functools.cache
-def class_names() -> list[str]:
-    """The usual Indonesian name of each of ImageNet's 1,000 classes."""
-    return [record["indonesian"][0] for _, record, _ in json_lines(DATA / "class_names.jsonl")]
-
-
 def build(index: PictureIndex, model: nnx.Module, processor: object) -> gr.Blocks:
     """The page, in three tabs."""
     answers, size = Answers(index, model, processor), f"{len(index):,}".replace(",", ".")

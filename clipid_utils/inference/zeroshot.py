@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Float, Int
 from PIL import Image
 
+from clipid_utils.files import json_lines
 from clipid_utils.metrics import hits_at_k, label_ranks, with_interval
 from clipid_utils.model.embed import embed_images, embed_texts
+from clipid_utils.paths import DATA
 from clipid_utils.wording import fill, load_wording
 
 
@@ -36,6 +38,11 @@ def classifier_weights(
     embeds = embed_texts(model, processor, sentences).reshape(len(names), len(templates), -1)  # [C, templates, E]
     means = embeds.mean(axis=1)
     return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def class_names() -> list[str]:
+    """The usual Indonesian name of each of ImageNet's 1,000 classes."""
+    return [record["indonesian"][0] for _, record, _ in json_lines(DATA / "class_names.jsonl")]
 
 
 def classify(

@@ -1,7 +1,7 @@
 """From pictures and texts to the arrays that the model takes: `CLIPProcessor(images=…, text=…)`.
 
 Its folder is a standard one: `transformers.AutoTokenizer` and `CLIPImageProcessor` open it, and `load` opens theirs for
-CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa.
+CLIP, ViT, BERT, RoBERTa and XLM-RoBERTa. A prefix of texts ("query: ") is part of tokenizer.json.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipid_utils.files import whole_file, write_json
 from clipid_utils.model.pretrained import processor_files
@@ -84,6 +84,9 @@ class CLIPProcessor:
             return
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self.prefix = processor_files.text_prefix(tokenizer)
+        added = tokenizer.get_added_tokens_decoder().values() if self.prefix else ()
+        self._dividers = [token.content for token in added]
         self.pad_token = self.special_tokens.get("pad_token")
         self.pad_id = None if self.pad_token is None else tokenizer.token_to_id(self.pad_token)
         if self.pad_id is None:
@@ -141,7 +144,7 @@ class CLIPProcessor:
                 raise ValueError(f"text[{row}] is {text!r}: an empty caption matches nothing; drop it or write one")
         length = self.max_length if self.fixed_length else length
         limit = min(self.max_length, length or self.max_length)
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        ids = [encoding.ids for encoding in self._encode(list(texts))]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
         if long and not self.truncated:
             longest = max(map(len, ids))
@@ -161,9 +164,22 @@ class CLIPProcessor:
         marks = {"truncated": np.isin(np.arange(len(ids)), long)} if mark_truncated else {}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **marks}
 
+    @functools.cached_property
+    def _unprefixed(self) -> Tokenizer:
+        return processor_files.without_prefix(self.tokenizer)
+
+    def _encode(self, texts: list[str], **options) -> list[Encoding]:
+        """The tokens of texts. Added tokens, such as </s>, divide a text, and the tokenizer (AutoTokenizer too) would
+        put its prefix before each part: a text that has some gets the prefix here, once."""
+        encodings = self.tokenizer.encode_batch(texts, **options)
+        for row, text in enumerate(texts):
+            if any(token in text for token in self._dividers):
+                encodings[row] = self._unprefixed.encode(self.prefix + text, **options)
+        return encodings
+
     def _cut(self, text: str, limit: int) -> list[int]:
         """`limit` ids: all special tokens stay, and the text is cut."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        (encoding,) = self._encode([text], add_special_tokens=False)
         room = limit - self.tokenizer.num_special_tokens_to_add(False)
         if room < 1:
             raise ValueError(f"{limit} tokens leave no room for a text: give {limit - room + 1} or more")
@@ -203,13 +219,13 @@ class CLIPProcessor:
 
         `text_folder` has the tokenizer if it is in a different folder. Without preprocessor_config.json, pictures are
         prepared like CLIP's, at `image_size`; texts have at most `max_length` tokens. Further `rules` for texts become
-        part of the tokenizer. Raises FileNotFoundError for a
-        missing file and ValueError for an unsupported one, with its name. If there is no tokenizer and
-        `needs_tokenizer` is False, the processor takes pictures only.
+        part of the tokenizer. `fixed_length` is for SigLIP. Raises FileNotFoundError for a missing file and ValueError
+        for an unsupported one, with its name. If there is no tokenizer and `needs_tokenizer` is False, the processor
+        takes pictures only.
         """
         folder, text_folder = Path(folder), Path(folder if text_folder is None else text_folder)
         pictures = processor_files.read_preprocessor(folder, image_size)
         if not needs_tokenizer and not any((text_folder / name).is_file() for name in TOKENIZER_FILES):
             return cls(None, max_length=max_length, **pictures)
-        return cls(**processor_files.read_tokenizer(text_folder, max_length, rules), **pictures,
-                   fixed_length=fixed_length)
+        texts = processor_files.read_tokenizer(text_folder, max_length, rules, siglip=fixed_length)
+        return cls(**texts, **pictures, fixed_length=fixed_length)

@@ -136,10 +136,11 @@ def differences(results: Results, unit: str = "R@1", title: str = "") -> Figure:
 
 
 @styled
-def suite_points(tasks: Mapping[str, Results], title: str = "") -> Figure:
+def suite_points(tasks: Mapping[str, Results], chance: Mapping[str, float] | None = None, title: str = "") -> Figure:
     """A panel for each task and a row for each figure: `tasks[task][figure][model] = {"value", "low", "high"}`.
 
-    Each model is a point with its 95% interval, in a colour and a shape of its own.
+    Each model is a point with its 95% interval, in a colour and a shape of its own. A dashed line is at the `chance` of
+    a task.
     """
     models = list(dict.fromkeys(model for found in tasks.values() for cells in found.values() for model in cells))
     heights = [len(found) for found in tasks.values()]
@@ -153,6 +154,8 @@ def suite_points(tasks: Mapping[str, Results], title: str = "") -> Figure:
                 axis.plot([cell["low"], cell["high"]], [y + shift] * 2, color=colour, linewidth=1.6)
                 axis.plot(cell["value"], y + shift, "os^Dv"[number % 5], color=colour, markersize=5,
                           label=model if y == 0 else None)
+        if task in (chance or {}):
+            axis.axvline(chance[task], color="#333333", linewidth=1, linestyle="--")
         axis.set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
         axis.set(xlim=(0, 1), ylim=(len(found) - 0.4, -0.6))
         axis.set_title(task, loc="left", fontsize=10)

@@ -100,8 +100,7 @@ class Recipe:
     validation_pictures: int = 2000
     # Queries; the first pictures found for them are kept at each evaluation
     samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
-    # Of everything that is drawn: the order of the data, captions, augmentations, the first weights of a mini
-    # model
+    # Of everything that is drawn: order of the data, captions, augmentations, first weights of a mini model
     seed: int = 0
     # Continue the run in the folder, if there is one
     resume: bool = False
@@ -145,7 +144,7 @@ TODAY = (
     )),
 )
 TEXTS = {"indobert-base": "indobenchmark/indobert-base-p2", "indobert-large": "indobenchmark/indobert-large-p2",
-         "indonesian-roberta": "flax-community/indonesian-roberta-base"}
+         "indonesian-roberta-base": "flax-community/indonesian-roberta-base"}
 
 
 def _recipe(name: str, tower: str, words: str, **settings) -> tuple[str, tuple[str, Recipe]]:
@@ -161,11 +160,9 @@ RECIPES = dict((  # by name: a description, and the settings
                PhotoRecipe())),
     _recipe("mini", "indobert-base", "the shipped model: mini on the picture dictionary, from random weights",
             vision=None, stages=(Stage(dataclasses.replace(MINI, checkpoint_every=200), "muon"),)),
-    *(_recipe(f"ancestor-{tower}", tower, _ANCESTOR_WORDS, logit_scale=20.0, stages=ANCESTOR)
-      for tower in ("indobert-large", "indonesian-roberta")),
-    *(_recipe(name, tower, _TODAY_WORDS, stages=TODAY, dtype="bfloat16") for name, tower in (
-        ("indobert-base", "indobert-base"), ("indobert-large", "indobert-large"),
-        ("indonesian-roberta-base", "indonesian-roberta"))),
+    *(_recipe(f"ancestor-{tower.removesuffix('-base')}", tower, _ANCESTOR_WORDS, logit_scale=20.0, stages=ANCESTOR)
+      for tower in ("indobert-large", "indonesian-roberta-base")),
+    *(_recipe(tower, tower, _TODAY_WORDS, stages=TODAY, dtype="bfloat16") for tower in TEXTS),
 ))
 
 
@@ -264,9 +261,8 @@ def make_feed(recipe: Recipe, config: FitConfig, records: Dataset | None, proces
     settings = processor.tokenize, processor.image_size, config.batch_size
     if records is not None:
         return records_feed(records, *settings, workers=recipe.workers, **options)
-    columns = recipe.image_column, recipe.caption_column
     stream = tar_stream(input_files(recipe.train, (".tar",)))
-    return stream_feed(stream, *settings, columns=columns, **options)
+    return stream_feed(stream, *settings, columns=(recipe.image_column, recipe.caption_column), **options)
 
 
 def train_heads(recipe: Recipe, stage: Stage, model, processor, data, validation, folder: Path) -> FitResult:

@@ -9,6 +9,7 @@ the start and the result (WiSE-FT, Wortsman et al. 2022), which lose less of wha
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -113,6 +114,9 @@ class Judge(NamedTuple):
         both = (metrics.ranks(similarity, self.right), metrics.ranks(similarity.T, self.right.T))
         return np.concatenate([1 / (1 + ranks) for ranks in both])
 
+    def score(self, model: HybridCLIP) -> float:
+        return float(self.reciprocal_ranks(model).mean())
+
 
 def held_out(count: int, seed: int) -> np.ndarray:
     """Rows to hold out: a tenth, of small sets up to a quarter, so that there are 50 if possible; at least 2."""
@@ -203,8 +207,11 @@ class Tuning:
         scaled = RATES[self.recipe.learn] * (1.0 if self.recipe.learn == "heads" else WIDTH / width)
         return self.recipe.learning_rate or scaled
 
-    def steps(self, per_epoch: int) -> int:
-        return self.recipe.steps or min(max(20 * per_epoch, 100), 2000)
+    def schedule(self, per_epoch: int) -> tuple[int, dict]:
+        """The steps of the run, and the settings that both ways of training share."""
+        steps = self.recipe.steps or min(max(20 * per_epoch, 100), 2000)
+        return steps, {"epochs": -(-steps // per_epoch), "learning_rate": self.rate, "weight_decay": 0.0, "warmup": 0.1,
+                       "log_every": max(1, steps // EVALUATIONS)}
 
     def run(self) -> bool:
         """Trains, compares with the start, writes `out/model` and `out/tune.json`; False if it was stopped."""
@@ -214,7 +221,7 @@ class Tuning:
         judge, train = self._on_features() if recipe.learn == "heads" else self._on_pictures()
         before = judge.reciprocal_ranks(self.start)
         print(f"before: {MEASURE} {before.mean():.3f}", flush=True)
-        result = train(judge, float(before.mean()))
+        result = train(score=judge.score, start=float(before.mean()))
         if result.interrupted:
             return False
         tuned = merge_adapters(result.model)
@@ -243,8 +250,7 @@ class Tuning:
 
     def _interpolated(self, judge: Judge, tuned: HybridCLIP) -> tuple[HybridCLIP, list[dict]]:
         """The best mixture of start and result, and the score of each."""
-        curve = [{"share": share, MEASURE: float(judge.reciprocal_ranks(mixture(self.start, tuned, share)).mean())}
-                 for share in MIXTURES]
+        curve = [{"share": share, MEASURE: judge.score(mixture(self.start, tuned, share))} for share in MIXTURES]
         for row in curve:
             print(f"  {row['share']:.1f} of the way: {MEASURE} {row[MEASURE]:.3f}")
         best = max(curve, key=lambda row: row[MEASURE])  # the first one: nearest to the start
@@ -252,7 +258,7 @@ class Tuning:
 
     # Heads, on cached features
 
-    def _on_features(self):
+    def _on_features(self) -> tuple[Judge, Callable[..., FitResult]]:
         recipe, features = self.recipe, {}
         for name, data in (("train", self.data), ("validation", self.validation)):
             features[name] = cache_features(self.start, self.processor, data, self.out / "features" / name,
@@ -268,24 +274,19 @@ class Tuning:
                       lambda model: np.asarray(normalize(model.text.projection(jnp.asarray(texts)))), right)
         count = int(np.isfinite(features["train"].images[:, 0]).sum())
         batch = fitting_batch(recipe.batch_size, count)
-        steps = self.steps(count // batch)
-        config = ProjectionConfig(
-            epochs=-(-steps // (count // batch)), batch_size=batch, learning_rate=self.rate, weight_decay=0.0,
-            warmup=0.1, log_every=max(1, steps // EVALUATIONS),
-            trainable=trainable(self.start, "heads", recipe.freeze))
+        config = ProjectionConfig(batch_size=batch, trainable=trainable(self.start, "heads", recipe.freeze),
+                                  **self.schedule(count // batch)[1])
 
-        def train(judge: Judge, score: float) -> FitResult:
+        def train(**options) -> FitResult:
             with contextlib.closing(RunLog(self.out / "fit", dataclasses.asdict(config))) as log:
-                return train_projections(
-                    self.start, features["train"], config, seed=recipe.seed, loss=self.loss,
-                    on_log=lambda history: log.log(history[-1]),
-                    score=lambda model: float(judge.reciprocal_ranks(model).mean()), start=score)
+                return train_projections(self.start, features["train"], config, seed=recipe.seed, loss=self.loss,
+                                         on_log=lambda history: log.log(history[-1]), **options)
 
         return judge, train
 
     # Towers, on pictures
 
-    def _on_pictures(self):
+    def _on_pictures(self) -> tuple[Judge, Callable[..., FitResult]]:
         recipe, processor = self.recipe, self.processor
         pairs = load_records(self.validation, processor.image_size, len(self.validation), processor.decoder)
         captions, right = matches([[name, *more] for name, more in zip(pairs.names, pairs.keywords, strict=True)])
@@ -293,26 +294,20 @@ class Tuning:
                       lambda model: embed_texts(model, processor, captions), right)
         batch = fitting_batch(recipe.batch_size, len(self.data), multiple=recipe.chunks)
         per_epoch = max(1, len(self.data) // batch)
-        steps, model = self.steps(per_epoch), self.start
+        (steps, schedule), model = self.schedule(per_epoch), self.start
         if recipe.learn == "lora":
             sides = tuple(side for side in ("vision", "text") if side != recipe.freeze)
             model = add_adapters(model, recipe.rank, sides=sides, seed=recipe.seed)
         config = FitConfig(
-            epochs=-(-steps // per_epoch), batch_size=batch, learning_rate=self.rate, weight_decay=0.0, warmup=0.1,
-            log_every=max(1, steps // EVALUATIONS), evaluate_every=max(1, steps // EVALUATIONS // per_epoch),
+            **schedule, batch_size=batch, evaluate_every=max(1, steps // EVALUATIONS // per_epoch),
             trainable=trainable(model, recipe.learn, recipe.freeze, recipe.blocks), average_decay=0.0,
             caption_tokens=min(64, processor.max_length), augmentation=GENTLE, chunks=recipe.chunks, remat=recipe.remat,
             layer_decay=0.75 if recipe.learn in ("blocks", "all") else 1.0, checkpoint_every=max(1, steps // 5),
             rates={} if recipe.learn == "lora" else {"*.projection.*": PROJECTION_RATE})
         feed = records_feed(self.data, processor.tokenize, processor.image_size, batch, seed=recipe.seed,
                             length=config.caption_tokens, decode=processor.decoder, workers=recipe.workers)
-
-        def train(judge: Judge, score: float) -> FitResult:
-            return fit(model, processor, feed, pairs, config, seed=recipe.seed, out=self.out / "fit", loss=self.loss,
-                       resume=recipe.resume, score=lambda model: float(judge.reciprocal_ranks(model).mean()),
-                       start=score)
-
-        return judge, train
+        return judge, functools.partial(fit, model, processor, feed, pairs, config, seed=recipe.seed,
+                                        out=self.out / "fit", loss=self.loss, resume=recipe.resume)
 
 
 def run_tune(recipe: TuneRecipe) -> bool:

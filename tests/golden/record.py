@@ -48,20 +48,26 @@ def pictures(count: int, size: int) -> torch.Tensor:
     return torch.round(torch.randn(count, 3, size, size, generator=generator) * 16) / 16
 
 
-def texts(lengths: list[int], pad: int, side: str = "right") -> Case:
-    """Random ids, 2 and above, padded on one side."""
-    generator = torch.Generator().manual_seed(3)
-    places = torch.arange(max(lengths))
+def random_texts(
+    lengths: list[int], width: int | None = None, *, pad: int = 0, side: str = "right", end: int | None = None,
+    ids: tuple[int, int] = (2, WORDS["vocab_size"]), seed: int = 3,
+) -> Case:
+    """Random ids in a range, `end` at the end of each text, padded on one side to `width` (none: the longest)."""
+    places = torch.arange(width or max(lengths))
     places = places if side == "right" else places.flip(0)
     mask = (places < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(2, WORDS["vocab_size"], mask.shape, generator=generator)
-    return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
+    drawn = torch.randint(*ids, mask.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.where(mask == 1, drawn, pad)
+    for row, length in enumerate(lengths):
+        if end is not None:
+            drawn[row, length - 1 if side == "right" else -1] = end
+    return {"input_ids": drawn, "attention_mask": mask}
 
 
 def text_cases(pad: int) -> dict[str, Case]:
     return {
-        "right": texts([7, 3, 5], pad), "left": texts([7, 3, 5], pad, "left"), "one_token": texts([1], pad),
-        "longest": texts([10], pad),
+        "right": random_texts([7, 3, 5], pad=pad), "left": random_texts([7, 3, 5], pad=pad, side="left"),
+        "one_token": random_texts([1], pad=pad), "longest": random_texts([10], pad=pad),
     }
 
 
@@ -117,7 +123,13 @@ def whole_stages(model: torch.nn.Module, pixels: torch.Tensor, inputs: Case) -> 
 def save(name: str, model: torch.nn.Module, cases: dict[str, Case]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        arrays = {file: np.fromfile(Path(folder) / file, np.uint8) for file in ("config.json", "model.safetensors")}
+        save_folder(name, Path(folder), cases, mark="")
+
+
+def save_folder(name: str, folder: Path, cases: dict[str, Case], mark: str = "file:") -> None:
+    """The folder's files, their names after a mark, and the cases."""
+    arrays = {f"{mark}{path.relative_to(folder).as_posix()}": np.fromfile(path, np.uint8)
+              for path in sorted(folder.rglob("*")) if path.is_file()}
     for case, values in cases.items():
         for key, value in values.items():
             value = value.detach().numpy()
@@ -176,7 +188,7 @@ def record_whole_models() -> None:
     for seed, (name, vision, text, pad) in enumerate(pairs, 9):
         config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
         model = randomise(transformers.VisionTextDualEncoderModel(config), seed)
-        save(name, model, {side: whole_stages(model, pictures(2, 16), texts([7, 3, 5], pad, side))
+        save(name, model, {side: whole_stages(model, pictures(2, 16), random_texts([7, 3, 5], pad=pad, side=side))
                            for side in ("right", "left")})
 
 

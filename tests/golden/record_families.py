@@ -7,6 +7,7 @@ Each .npz has the files of a checkpoint folder as bytes (`file:<name>`), and for
 Weights are drawn as in `record.py`.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -14,38 +15,12 @@ import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from record import EVEN, HERE, ODD, Case, pictures, randomise
+from record import EVEN, ODD, ROBERTA, WORDS, Case, pictures, random_texts, randomise, save_folder
 
-WORDS = {"vocab_size": 40, "max_position_embeddings": 10}
-ROBERTA = {"vocab_size": 40, "max_position_embeddings": 12, "pad_token_id": 1, "layer_norm_eps": 1e-5}
 END = 39
-
-
-def texts(lengths: list[int], width: int, *, end: int | None = None, pad: int = 0, side: str = "right") -> Case:
-    """Random ids from 3 to 38, `end` at the end of each text, padded to `width`."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, 39, (len(lengths), width), generator=generator)
-    places = torch.arange(width) if side == "right" else torch.arange(width - 1, -1, -1)
-    mask = (places < torch.tensor(lengths)[:, None]).long()
-    ids = torch.where(mask == 1, ids, pad)
-    for row, length in enumerate(lengths):
-        if end is not None:
-            ids[row, length - 1 if side == "right" else width - 1] = end
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def save(name: str, folder: Path, cases: dict[str, Case]) -> None:
-    arrays = {f"file:{path.relative_to(folder).as_posix()}": np.fromfile(path, np.uint8)
-              for path in sorted(folder.rglob("*")) if path.is_file()}
-    for case, values in cases.items():
-        for key, value in values.items():
-            value = value.detach().numpy()
-            arrays[f"{case}/{key}"] = value if value.dtype == np.float32 else value.astype(np.int32)
-    np.savez_compressed(HERE / f"{name}.npz", **arrays)
-    print(f"{name}.npz: {(HERE / f'{name}.npz').stat().st_size / 1e3:.0f} kB")
+texts = functools.partial(random_texts, ids=(3, END), seed=5)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -63,7 +38,7 @@ def whole(name: str, model, inputs: dict[str, Case], *, masked: bool = True, siz
                        "text_embeds": out.text_embeds, "logits_per_image": out.logits_per_image}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        save(name, Path(folder), cases)
+        save_folder(name, Path(folder), cases)
 
 
 def record_whole() -> None:
@@ -110,7 +85,7 @@ def record_towers() -> None:
                 found[case]["first"] = hidden[:, 0]
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            save(name, Path(folder), found)
+            save_folder(name, Path(folder), found)
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
                                        image_size=28, patch_size=4)
     model = randomise(transformers.Dinov2Model(config), seed=6)
@@ -120,7 +95,7 @@ def record_towers() -> None:
                      "crop_size": {"height": 16, "width": 16}}
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
         pixels = pictures(2, 16)
-        save("dinov2", Path(folder), {"smaller pictures": {"pixel_values": pixels,
+        save_folder("dinov2", Path(folder), {"smaller pictures": {"pixel_values": pixels,
                                                            "pooled": model(pixels).pooler_output}})
 
 
@@ -166,8 +141,8 @@ def record_open_clip() -> None:
             (root / "open_clip_config.json").write_text(json.dumps(settings))
             save_file(model.state_dict(), root / "open_clip_model.safetensors")
             logits = model.logit_scale.exp() * image @ words.T
-            save(name, root, {"right": {"pixel_values": pixels, **inputs, "image_embeds": image, "text_embeds": words,
-                                        "logits_per_image": logits}})
+            save_folder(name, root, {"right": {"pixel_values": pixels, **inputs, "image_embeds": image,
+                                               "text_embeds": words, "logits_per_image": logits}})
 
     vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 2, "head_width": 6, "mlp_ratio": 2.0}
     xlm_r = transformers.XLMRobertaConfig(**ODD, **ROBERTA)
@@ -196,7 +171,7 @@ def record_m_clip() -> None:
             {"architectures": ["MultilingualCLIP"], "model_type": "M-CLIP", "modelBase": "base", "numDims": 16,
              "transformerDimensions": 24}))
         torch.save(both.state_dict(), root / "pytorch_model.bin")
-        save("m_clip", root, cases)
+        save_folder("m_clip", root, cases)
 
 
 def record_sentence_transformers() -> None:
@@ -223,7 +198,7 @@ def record_sentence_transformers() -> None:
                 for module in (pool, *after):
                     features = module(features)
                 cases[side] = {**batch, "features": features["sentence_embedding"]}
-            save(name, root, cases)
+            save_folder(name, root, cases)
 
     distil = transformers.DistilBertConfig(vocab_size=40, max_position_embeddings=10, dim=24, n_layers=1, n_heads=4,
                                            hidden_dim=48)

@@ -3,14 +3,14 @@
 `golden/record_families.py` recorded the references; `make parity` does the same at true sizes.
 """
 
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from reference import GOLDEN, unpack, write_folder
+from reference import assert_outputs, cases, close, compiled, unpack, write_folder
+from safetensors.numpy import load_file
+from transformers import AutoConfig
 
 from clipid_utils import HybridCLIP, load_clip, save_clip
 from clipid_utils.model.pretrained.keys import key_table
@@ -21,35 +21,16 @@ from clipid_utils.model.processor import CLIPProcessor
 WHOLE = ["siglip", "clip_whole", "clip_whole_old", "metaclip_2"]
 OPEN_CLIP = ["open_clip_mean_mlp", "open_clip_cls_linear", "open_clip_own_text"]
 SENTENCES = ["m_clip", "st_distilbert_dense", "st_bert_cls_tanh", "st_bert_mean"]
-ALL = [*WHOLE, *OPEN_CLIP, *SENTENCES, "distilbert", "modernbert", "dinov2"]
-
-
-@functools.cache
-def recorded(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return dict(file)
-
-
-def cases(name: str) -> dict[str, dict[str, np.ndarray]]:
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, value in recorded(name).items():
-        if not key.startswith("file:"):
-            case, part = key.split("/")
-            found.setdefault(case, {})[part] = value.transpose(0, 2, 3, 1) if part == "pixel_values" else value
-    return found
+DUAL = ["dual_clip_bert", "dual_vit_roberta"]
+ALL = [*WHOLE, *OPEN_CLIP, *SENTENCES, *DUAL, "distilbert", "modernbert", "dinov2", "clip_vision_gelu", "bert",
+       "xlm_roberta"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Each reference's folder. Names of other repositories in it become folders beside its config."""
-    root, found = tmp_path_factory.mktemp("families"), {}
-    for name in ALL:
-        found[name] = root / name
-        for key, value in recorded(name).items():
-            if key.startswith("file:"):
-                path = found[name] / key.removeprefix("file:")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(value.tobytes())
+    root = tmp_path_factory.mktemp("families")
+    found = {name: unpack(name, root / name) for name in ALL}
     for name in OPEN_CLIP[:2]:
         path = found[name] / "open_clip_config.json"
         settings = json.loads(path.read_text())
@@ -57,32 +38,7 @@ def folders(tmp_path_factory):
         path.write_text(json.dumps(settings))
     path = found["m_clip"] / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modelBase": str(found["m_clip"] / "base")}))
-    for name in ("clip_vision_gelu", "bert"):
-        found[name] = unpack(name, root / name)
     return found
-
-
-@functools.cache
-def jitted(call, graph):
-    return jax.jit(lambda state, *inputs: call(nnx.merge(graph, state), *inputs))
-
-
-def compiled(call, module: nnx.Module, *inputs):
-    graph, state = nnx.split(module)
-    return jitted(call, graph)(state, *inputs)
-
-
-def close(ours, expected, what, atol=1e-5):
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=atol, err_msg=what)
-
-
-def assert_outputs(model: HybridCLIP, name: str) -> None:
-    for case, expected in cases(name).items():
-        inputs = [expected.pop(key) for key in ("pixel_values", "input_ids", "attention_mask")]
-        ours = compiled(HybridCLIP.__call__, model, *inputs)
-        assert expected.keys() == {"image_embeds", "text_embeds", "logits_per_image"}
-        for part, value in expected.items():
-            close(getattr(ours, part), value, f"{case}: {part}", 1e-4 if "logits" in part else 1e-5)
 
 
 @pytest.mark.parametrize("name", WHOLE + OPEN_CLIP)
@@ -149,8 +105,6 @@ def test_saved_and_opened_again(tmp_path, folders, name, format):
 @pytest.mark.parametrize("name", ["open_clip_own_text", "clip_whole_old"])
 def test_transformers_files_have_the_keys_of_its_class(tmp_path, folders, name):
     """Those of the recorded CLIPModel, which has as many layers."""
-    from safetensors.numpy import load_file
-
     model, _ = load_clip(folders[name])
     save_clip(model, PICTURES_ONLY, tmp_path, "transformers")
     layers = {side: getattr(model.config, side).layers for side in ("vision", "text")}
@@ -158,6 +112,41 @@ def test_transformers_files_have_the_keys_of_its_class(tmp_path, folders, name):
     theirs = {key for key in load_file(folders["clip_whole"] / "model.safetensors") if ".layers." not in key}
     assert ours == theirs and min(layers.values()) > 0
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["CLIPModel"]
+
+
+@pytest.mark.parametrize("name", WHOLE + DUAL)
+def test_transformers_finds_what_it_wrote(tmp_path, folders, name):
+    """Each weight under its name, and each field that its config class has; a projection's size counts on top only."""
+    model, _ = load_clip(folders[name])
+    save_clip(model, PICTURES_ONLY, tmp_path, "transformers")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, folders[name]))
+    ours = {key.replace("vision_model.vision_model.", "vision_model."): value for key, value in ours.items()}
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], value) for key, value in theirs.items())
+    ours, theirs = (AutoConfig.from_pretrained(folder) for folder in (tmp_path, folders[name]))
+    assert type(ours) is type(theirs) and ours.architectures == theirs.architectures
+    ours, theirs = (fields(config.to_dict()) for config in (ours, theirs))
+    assert ours == theirs and min(len(ours[side]) for side in ("vision_config", "text_config")) > 10
+
+
+def fields(config: dict, unused: tuple[str, ...] = ("_name_or_path", "bos_token_id")) -> dict:
+    """The fields on which an output can depend."""
+    return {name: fields(value, (*unused, "projection_dim")) if isinstance(value, dict) else value
+            for name, value in config.items() if name not in unused}
+
+
+def test_transformers_finds_xlm_roberta_as_roberta(tmp_path, folders):
+    """A dual encoder of it: the two are the same tower."""
+    model = HybridCLIP.from_towers(folders["clip_vision_gelu"], folders["xlm_roberta"])
+    save_clip(model, PICTURES_ONLY, tmp_path, "transformers")
+    theirs = load_file(folders["xlm_roberta"] / "model.safetensors")
+    written = load_file(tmp_path / "model.safetensors")
+    ours = {key.removeprefix("text_model."): value for key, value in written.items() if key.startswith("text_model.")}
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[key], value) for key, value in theirs.items())
+    ours = AutoConfig.from_pretrained(tmp_path).text_config.to_dict()
+    theirs = AutoConfig.from_pretrained(folders["xlm_roberta"]).to_dict()
+    assert (ours["model_type"], theirs["model_type"]) == ("roberta", "xlm-roberta")
+    unused = ("_name_or_path", "bos_token_id", "model_type", "architectures", "dtype", "transformers_version")
+    assert fields(ours, unused) == fields(theirs, unused)
 
 
 def test_a_text_for_a_tower_without_a_mask_must_be_padded(folders):

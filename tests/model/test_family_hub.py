@@ -8,8 +8,8 @@ import pytest
 import test_hub
 import transformers
 from huggingface_hub import constants
+from reference import assert_outputs, cases, close, compiled
 from safetensors.numpy import load
-from test_families import assert_outputs, cases, close, compiled
 from test_family_processors import bert, clip, unpacked, write_files, xlm_r
 
 from clipid_utils import load_clip, load_towers

@@ -20,9 +20,9 @@ import transformers
 from reference import unpack
 from safetensors.numpy import save_file
 from sentencepiece import sentencepiece_model_pb2
-from test_families import OPEN_CLIP, WHOLE, recorded
+from test_families import OPEN_CLIP, WHOLE
 from test_processor_parity import CORPUS, HALF, TEXTS, noise, photo, pixels_of, write
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -81,9 +81,9 @@ def sentencepieces(**settings) -> bytes:
     return model.getvalue()
 
 
-def siglip(**settings) -> dict:
+def siglip(lower: bool = True, **settings) -> dict:
     return {"spiece.model": sentencepieces(**settings), "tokenizer_config_json": {
-        "tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "do_lower_case": True, "eos_token": "</s>",
+        "tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "do_lower_case": lower, "eos_token": "</s>",
         "pad_token": "</s>", "unk_token": "<unk>", "model_input_names": ["input_ids"], "sp_model_kwargs": {}}}
 
 
@@ -152,20 +152,9 @@ def modernbert() -> dict:
 
 # Models
 
-def written(name: str, folder: Path, at: str = "") -> Path:
-    """The recorded model's files; those of its root, except modules.json, are in `at`."""
-    for key, value in recorded(name).items():
-        if key.startswith("file:"):
-            file = Path(key.removeprefix("file:"))
-            path = folder / (file if file.name == "modules.json" or file.parent.name else at / file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(value.tobytes())
-    return folder
-
-
 def unpacked(name: str, folder: Path, at: str = "") -> Path:
-    """As `written`, with ROWS words and 30 more positions."""
-    written(name, folder, at)
+    """As `unpack`, with ROWS words and 30 more positions."""
+    unpack(name, folder, at)
     weights = next(path for path in (folder / at).iterdir() if path.suffix in (".safetensors", ".bin"))
     arrays = {key: np.array(read()) for key, read in read_weights(folder / at).data.items()}
     weights.unlink()
@@ -206,6 +195,8 @@ FAMILIES = {
     "SigLIP": Family("siglip", siglip, "SiglipTokenizer", 38),
     "SigLIP, with bytes": Family("", lambda: of_type("siglip", siglip(byte_fallback=True, vocab_size=520)),
                                  "SiglipTokenizer", 40),
+    "SigLIP, with capitals": Family("siglip", lambda: siglip(lower=False, byte_fallback=True, vocab_size=520),
+                                    "SiglipTokenizer", 38),
     "SigLIP 2": Family("siglip", gemma, "Siglip2Tokenizer", 38),
     "SigLIP 2, its json cuts and pads": Family("", lambda: of_type("siglip", gemma(cuts=True)), "Siglip2Tokenizer", 40),
     "Meta CLIP 2": Family("metaclip_2", xlm_r, "XLMRobertaTokenizer", 40),
@@ -289,6 +280,7 @@ def test_the_formats_really_differ(opened):
     assert tokens["CLIP"][0] == "<|startoftext|>" and tokens["CLIP"][2].endswith("</w>")
     assert "".join(tokens["SigLIP"]).startswith("▁kupukupu▁") and tokens["SigLIP"][-1] == "</s>"
     assert tokens["SigLIP, with bytes"][-4:] == ["<0xED>", "<0x95>", "<0x9C>", "</s>"] != tokens["SigLIP"][-4:]
+    assert {"<0x4B>", "<0xED>"} <= set(tokens["SigLIP, with capitals"]) and "-" not in tokens["SigLIP, with capitals"]
     assert "".join(tokens["SigLIP 2"]).startswith("kupu-kupu") and tokens["SigLIP 2"][-1] == "<eos>"
     assert "".join(tokens["mmBERT"]).startswith("<bos>K") and tokens["mmBERT"][-1] == "<eos>"
     assert "".join(tokens["Meta CLIP 2"][1:]).startswith("▁K") and tokens["Meta CLIP 2"][-1] == "</s>"
@@ -306,8 +298,9 @@ def test_siglip_has_no_capitals_and_always_the_full_length(opened, name):
     assert (batch["input_ids"][0, : length - 1] > 1).all()
 
 
-@pytest.mark.parametrize("name, format", [("SigLIP", "native"), ("SigLIP", "transformers"),
-                                          ("SigLIP 2", "transformers"), ("CLIP", "transformers")])
+@pytest.mark.parametrize("name, format", [
+    ("SigLIP", "native"), ("SigLIP", "transformers"), ("SigLIP, with capitals", "native"),
+    ("SigLIP, with capitals", "transformers"), ("SigLIP 2", "transformers"), ("CLIP", "transformers")])
 def test_a_saved_model_has_the_same_ids(opened, tmp_path, name, format):
     model, ours, _ = opened(name)
     save_clip(model, ours, tmp_path, format)
@@ -325,6 +318,18 @@ def test_siglips_tokenizer_in_a_folder_of_its_own(opened, tmp_path, name, config
     write_files(tmp_path, FAMILIES[name].files() | ({} if config is None else {"config_json": config}))
     _, ours = load_clip(folder, tokenizer=tmp_path)
     np.testing.assert_array_equal(ours(text=PLAIN)["input_ids"], wanted(text=PLAIN)["input_ids"])
+
+
+def test_siglip_2_has_no_capitals_even_if_its_file_keeps_them(opened, tmp_path):
+    """transformers' GemmaTokenizer, which older files of SigLIP 2 name, ignores do_lower_case and keeps capitals."""
+    files = gemma()
+    settings = files["tokenizer_config_json"] | {"do_lower_case": False}
+    _, wanted, folder = opened("SigLIP 2")
+    write_files(tmp_path, files | {"tokenizer_config_json": settings})
+    _, ours = load_clip(folder, tokenizer=tmp_path)
+    np.testing.assert_array_equal(ours(text=PLAIN)["input_ids"], wanted(text=PLAIN)["input_ids"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "GemmaTokenizer" and theirs.tokenize("DI") != theirs.tokenize("di")
 
 
 @pytest.mark.parametrize("text", ["kucing\u200b", "kucing \ufeff", "kucing\n\u200e"])
@@ -382,11 +387,26 @@ def test_a_prefix_is_before_each_text(tmp_path, name):
     ours = CLIPProcessor.load(tmp_path, max_length=40, rules=TextRules(prefix="query: "))
     ours.save(tmp_path / "again")
     theirs = getattr(transformers, kind).from_pretrained(tmp_path)
-    wanted = ids_of(theirs, [f"query: {text}" for text in PLAIN], 40, False)
+    token = ours.special_tokens["mask_token"]
+    texts = [*PLAIN, NAMED, token, f"kucing {token} anjing", f"{token}kucing", f"kucing {token} " * 30]
+    wanted = ids_of(theirs, [f"query: {text}" for text in texts], 40, False)
     for processor in (ours, CLIPProcessor.load(tmp_path / "again")):
-        found = processor(text=PLAIN)
-        for text, row, expected in zip(PLAIN, found["input_ids"], wanted["input_ids"], strict=True):
+        found = processor(text=texts)
+        for text, row, expected in zip(texts, found["input_ids"], wanted["input_ids"], strict=True):
             np.testing.assert_array_equal(row, expected, err_msg=repr(text))
+
+
+def test_a_prefix_leaves_added_tokens_of_normalised_texts_as_they_are(tmp_path):
+    """Two spaces are one token of ModernBERT: with the prefix in its normaliser the tokenizer would not find it."""
+    files = modernbert()
+    tokenizer = Tokenizer.from_str(files["tokenizer_json"])
+    tokenizer.add_tokens([AddedToken("  ", normalized=True)])
+    files |= {"tokenizer_json": tokenizer.to_str(), "config_json": {"model_type": "bert"}}
+    write_files(tmp_path, files | {"preprocessor_config_json": CONFIGS["SigLIP"]})
+    ours = CLIPProcessor.load(tmp_path, max_length=40, rules=TextRules(prefix="query: "))
+    wanted = tokenizer.encode("query: kucing  tidur")
+    assert "  " in wanted.tokens
+    np.testing.assert_array_equal(ours(text="kucing  tidur")["input_ids"], [wanted.ids])
 
 
 # Pictures
@@ -434,10 +454,10 @@ def test_pixels(tmp_path, name):
 
 
 def test_pixels_of_a_loaded_siglip_and_dinov2(tmp_path):
-    folder = written("siglip", tmp_path / "siglip")
+    folder = unpack("siglip", tmp_path / "siglip")
     write(folder, preprocessor_config_json=CONFIGS["SigLIP"] | {"size": {"height": 18, "width": 18}})
     assert_same_pixels(load_clip(folder)[1], SiglipImageProcessorPil(size={"height": 18, "width": 18}))
-    words, folder = unpacked("distilbert", tmp_path / "words"), written("dinov2", tmp_path / "dinov2")
+    words, folder = unpacked("distilbert", tmp_path / "words"), unpack("dinov2", tmp_path / "dinov2")
     write(words, **bert())
     settings = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}} | IMAGENET
     write(folder, preprocessor_config_json=CONFIGS["DINOv2"] | settings)
@@ -470,7 +490,7 @@ def test_pixels_of_open_clip(tmp_path, name):
 
 
 def test_pixels_of_a_loaded_open_clip(tmp_path):
-    folder = written("open_clip_own_text", tmp_path)
+    folder = unpack("open_clip_own_text", tmp_path)
     settings, theirs = PREPROCESS["squash, bilinear"]
     values = json.loads((folder / "open_clip_config.json").read_text())
     write(folder, open_clip_config_json=values | {"preprocess_cfg": settings})

@@ -131,7 +131,7 @@ def test_auto_tokenizer_gives_the_same_ids(e5, tmp_path):
     ours.max_length = 12
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    texts = [*TEXTS, "tidak ada di sini", "  spasi   banyak ", "</s> <pad>", "猫 Ω"]
+    texts = [*TEXTS, "tidak ada di sini", "  spasi   banyak ", "猫 Ω"]
     with pytest.warns(UserWarning, match="cut to 12 tokens"):
         batch = ours(text=texts)
     expected = theirs(texts, padding=True, truncation=True, return_tensors="np")
@@ -142,6 +142,10 @@ def test_auto_tokenizer_gives_the_same_ids(e5, tmp_path):
     with pytest.warns(UserWarning, match="cut to 12 tokens"):
         again = CLIPProcessor.load(tmp_path, image_size=8)(text=texts)
     np.testing.assert_array_equal(again["input_ids"], batch["input_ids"])
+    special = "</s> kucing <pad>"  # transformers has the prefix before each part of such a text, and not before it
+    assert theirs.convert_ids_to_tokens(ours(text=special)["input_ids"][0]) == [
+        "<s>", "▁query", ":", "</s>", "▁kucing", "<pad>", "</s>"]
+    assert theirs.tokenize(special) == ["</s>", "▁query", ":", "▁kucing", "<pad>"]
 
 
 def test_a_model_of_both_towers_comes_back(tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import GOLDEN, cases, unpack
+from reference import GOLDEN, cases, close, compiled, unpack
 
 from clipid_utils import HybridCLIP, load_clip
 from clipid_utils.model.clip import TextEncoder, VisionTransformer
@@ -22,10 +22,6 @@ IMAGE_TOWERS = ["clip_vision_projection", "clip_vision_gelu", "clip", "vit", "vi
 TEXT_TOWERS = ["bert", "bert_masked_lm", "roberta", "xlm_roberta"]
 DUAL_ENCODERS = ["dual_clip_bert", "dual_vit_roberta"]
 LEGACY = ["legacy_bert", "legacy_roberta"]
-
-
-def close(ours, recorded, what):
-    np.testing.assert_allclose(ours, recorded, rtol=0, atol=1e-5, err_msg=what)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +39,6 @@ def join(folders):
         return HybridCLIP.from_towers(vision=folders[vision], text=folders[text], rngs=nnx.Rngs(0), **options)
 
     return join
-
-
-@functools.cache
-def jitted(stages, graph):
-    return jax.jit(lambda state, *inputs: stages(nnx.merge(graph, state), *inputs))
-
-
-def compiled(stages, module: nnx.Module, *inputs):
-    """Compiled as one, which takes a fraction of the time that its operations take one by one."""
-    graph, state = nnx.split(module)
-    return jitted(stages, graph)(state, *inputs)
 
 
 def image_stages(tower: VisionTransformer, pixels: np.ndarray) -> dict[str, jax.Array]:

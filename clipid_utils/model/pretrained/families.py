@@ -18,10 +18,10 @@ class ConfigError(ValueError):
     """A config that the towers do not support; the message begins with the field."""
 
 
-class Tower(NamedTuple):
-    """A family's name in `keys.ROWS`, its names of sizes where they are not BERT's, and its own settings of ours."""
+class Family(NamedTuple):
+    """Its table in `keys.ROWS`, its names of sizes where they are not BERT's, and its own settings of ours."""
 
-    family: str
+    table: str
     names: Mapping[str, str] = {}
     settings: Mapping[str, Any] = {}
 
@@ -42,24 +42,25 @@ _DISTILBERT = {"width": "dim", "layers": "n_layers", "heads": "n_heads", "mlp_di
 _MODERNBERT = {"activation": "hidden_activation", "norm_eps": "norm_eps"}
 # By model_type
 VISION = {
-    "clip_vision_model": Tower("clip"),
-    "metaclip_2_vision_model": Tower("clip"),
-    "siglip_vision_model": Tower("siglip", settings=_SIGLIP_VISION),
-    "vit": Tower("vit", settings=_VIT),
-    "dinov2": Tower("dinov2", settings=_VIT | {"layer_scale": True}),
+    "clip_vision_model": Family("clip"),
+    "metaclip_2_vision_model": Family("clip"),
+    "siglip_vision_model": Family("siglip", settings=_SIGLIP_VISION),
+    "vit": Family("vit", settings=_VIT),
+    "dinov2": Family("dinov2", {"mlp_dim": "mlp_ratio"}, _VIT | {"layer_scale": True}),
 }
 TEXT = {
-    "bert": Tower("bert"),
-    "roberta": Tower("bert"),
-    "xlm-roberta": Tower("bert"),
-    "distilbert": Tower("distilbert", _DISTILBERT, {"norm_eps": 1e-12, "token_types": 0, "pooling": "mean"}),
-    "modernbert": Tower("modernbert", _MODERNBERT, {"pre_norm": True, "token_types": 0, "pooling": "mean"}),
-    "clip_text_model": Tower("clip", settings=_CLIP_TEXT),
-    "metaclip_2_text_model": Tower("clip", settings=_CLIP_TEXT),
-    "siglip_text_model": Tower("siglip", settings=_SIGLIP_TEXT),
+    "bert": Family("bert"),
+    "roberta": Family("bert"),
+    "xlm-roberta": Family("bert"),
+    "distilbert": Family("distilbert", _DISTILBERT, {"norm_eps": 1e-12, "token_types": 0, "pooling": "mean"}),
+    "modernbert": Family("modernbert", _MODERNBERT, {"pre_norm": True, "token_types": 0, "pooling": "mean"}),
+    "clip_text_model": Family("clip", settings=_CLIP_TEXT),
+    "metaclip_2_text_model": Family("clip", settings=_CLIP_TEXT),
+    "siglip_text_model": Family("siglip", settings=_SIGLIP_TEXT),
 }
-# Whole models of transformers with one config for each tower: those of their towers where they have no model_type
-WHOLE = {"clip": "clip", "metaclip_2": "metaclip_2", "siglip": "siglip"}
+# Whole models of transformers with towers of their own kind, and their classes
+WHOLE = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel"}
+DUAL_ENCODER = "vision-text-dual-encoder"
 _REFUSED = {
     "siglip2": "SigLIP 2 with NaFlex takes pictures of any shape: use its version of one resolution, such as "
                "google/siglip2-base-patch16-224",
@@ -81,14 +82,31 @@ def refuse(values: Mapping[str, Any], kind: str | None) -> None:
                               "model_type xlm-roberta or bert")
 
 
-def _settings(values: dict, kind: str, tower: Tower) -> Any:
+def _read(values: dict, side: str) -> tuple[str, Any, dict[str, Any]]:
+    """A tower's model_type, its settings with transformers' defaults, and our fields. Raises ConfigError."""
+    values, kind = inner(values, side)
+    refuse(values, kind)
+    known, names, tower = {"vision": (VISION, _VISION, "image"), "text": (TEXT, _TEXT, "text")}[side]
+    if kind not in known:
+        raise ConfigError(f"model_type of the {tower} tower is {kind!r}; supported are {', '.join(known)}")
+    family = known[kind]
+    names = names | family.names
+    settings = _settings(values, kind, {*names.values()})
+    found = {ours: getattr(settings, theirs) for ours, theirs in names.items() if ours not in family.settings}
+    same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same approximation
+    found["activation"] = same.get(found["activation"], found["activation"])
+    if found["activation"] not in ops.ACTIVATIONS:
+        raise ConfigError(f"{names['activation']} is {found['activation']!r}, not one of {', '.join(ops.ACTIVATIONS)}")
+    return kind, settings, found | dict(family.settings)
+
+
+def _settings(values: dict, kind: str, sizes: set[str]) -> Any:
     """The fields that the towers have, with transformers' defaults for those that the file does not have."""
     import_transformers()
     from transformers import AutoConfig
 
-    fields = {*(_VISION | _TEXT | tower.names).values(), "pad_token_id", "eos_token_id", "projection_size", "mlp_ratio",
-              "layer_types", "rope_parameters", "global_attn_every_n_layers", "local_attention", "global_rope_theta",
-              "local_rope_theta"}
+    fields = sizes | {"pad_token_id", "eos_token_id", "projection_size", "layer_types", "rope_parameters",
+                      "global_attn_every_n_layers", "local_attention", "global_rope_theta", "local_rope_theta"}
     settings = AutoConfig.for_model(kind, **{key: values[key] for key in fields if values.get(key) is not None})
     for field, wanted in {"num_channels": 3, "qkv_bias": True, "pooler_act": "tanh", "vision_use_head": True,
                           "use_swiglu_ffn": False, "position_embedding_type": "absolute", "norm_bias": False,
@@ -102,23 +120,11 @@ def _settings(values: dict, kind: str, tower: Tower) -> Any:
     return settings
 
 
-def _sizes(settings: Any, names: Mapping[str, str], tower: Tower) -> dict[str, Any]:
-    """Our fields, from the family's and from its own settings. Raises ConfigError for an activation not known here."""
-    names = names | tower.names
-    found = {ours: getattr(settings, theirs) for ours, theirs in names.items() if ours not in tower.settings}
-    same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same approximation
-    found["activation"] = same.get(found["activation"], found["activation"])
-    if found["activation"] not in ops.ACTIVATIONS:
-        raise ConfigError(f"{names['activation']} is {found['activation']!r}, not one of {', '.join(ops.ACTIVATIONS)}")
-    return found | dict(tower.settings)
-
-
 def inner(values: dict, side: str) -> tuple[dict, str | None]:
     """A tower's own values and its model_type, from its config or from that of a whole model."""
     kind = model_type(values)
     while own := part(values, side):
-        whole = WHOLE.get(kind or "", "clip")
-        values, kind = own, model_type(own) or f"{whole}_{side}_model"
+        values, kind = own, model_type(own) or f"{kind if kind in WHOLE else 'clip'}_{side}_model"
     return values, f"{kind}_{side}_model" if kind in WHOLE else kind
 
 
@@ -127,18 +133,14 @@ def vision_config(values: dict, pooler: bool) -> VisionConfig:
 
     A whole model's config is accepted in place of its vision part. Raises ConfigError.
     """
-    values, kind = inner(values, "vision")
-    refuse(values, kind)
-    if kind not in VISION:
-        raise ConfigError(f"model_type of the image tower is {kind!r}; supported are {', '.join(VISION)}")
-    tower = VISION[kind]
-    settings = _settings(values, kind, tower)
+    kind, settings, found = _read(values, "vision")
     if not isinstance(settings.image_size, int) or not isinstance(settings.patch_size, int):
         raise ConfigError(f"image_size {settings.image_size}, patch_size {settings.patch_size}: use a square")
     if kind == "dinov2":
-        settings.intermediate_size = int(settings.hidden_size * settings.mlp_ratio)
-    config = VisionConfig(**_sizes(settings, _VISION, tower))
-    return dataclasses.replace(config, pooling="pooler") if kind == "vit" and pooler else config
+        found["mlp_dim"] = int(found["width"] * settings.mlp_ratio)
+    if kind == "vit" and pooler:
+        found["pooling"] = "pooler"
+    return VisionConfig(**found)
 
 
 def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
@@ -147,13 +149,7 @@ def text_config(values: dict, *, own_positions: bool = True) -> TextConfig:
     RoBERTa counts positions from its padding's id + 1; a model trained with positions 0, 1, 2, … has
     `own_positions=False`.
     """
-    values, kind = inner(values, "text")
-    refuse(values, kind)
-    if kind not in TEXT:
-        raise ConfigError(f"model_type of the text tower is {kind!r}; supported are {', '.join(TEXT)}")
-    tower = TEXT[kind]
-    settings = _settings(values, kind, tower)
-    found = _sizes(settings, _TEXT, tower)
+    kind, settings, found = _read(values, "text")
     if kind in ("roberta", "xlm-roberta") and own_positions:
         found["position_offset"] = settings.pad_token_id + 1
         found["max_length"] -= settings.pad_token_id + 1
@@ -183,16 +179,12 @@ def clip_config(values: dict, keys: Collection[str], kind: str, *, own_positions
     `own_positions` is as in `text_config`: 2021's hybrid-clip gave RoBERTa the positions 0, 1, 2, …
     """
     refuse(values, kind)
-    sides = {}
-    for side in ("vision", "text"):
-        sides[side] = dict(part(values, side) or {})
-        if kind in WHOLE:
-            sides[side].setdefault("model_type", f"{kind}_{side}_model")
+    sides = {side: ({"model_type": f"{kind}_{side}_model"} if kind in WHOLE else {}) | (part(values, side) or {})
+             for side in ("vision", "text")}
     vision = vision_config(sides["vision"], "vision_model.pooler.dense.weight" in keys)
     text = text_config(sides["text"], own_positions=own_positions)
-    if kind == "siglip":
-        bias = {"logit_bias": -10.0}  # as at the start of its training; the file has the learned one
-        return CLIPConfig(vision=vision, text=text, embed_dim=vision.width, **bias)
+    if kind == "siglip":  # the bias at the start of its training; the file has the learned one
+        return CLIPConfig(vision=vision, text=text, embed_dim=vision.width, logit_bias=-10.0)
     return CLIPConfig(vision=vision, text=text, embed_dim=values.get("projection_dim") or 512,
                       logit_scale=values.get("logit_scale_init_value", 2.6592))
 
@@ -260,46 +252,41 @@ def to_hf_config(config: CLIPConfig) -> dict:
     if not isinstance(vision, VisionConfig) or text.normalize_pooled or text.classes:
         raise ValueError("no class of transformers has an EfficientNet here, or more than a matrix after the text "
                          "tower's pooling: save this model as format='native'")
-    image_kind, text_kind = _kind(vision, VISION), _kind(text, TEXT)
-    if image_kind == "clip_vision_model" and text_kind == "clip_text_model" and config.logit_bias is None:
+    kinds = image_kind, text_kind = _kind(vision, VISION), _kind(text, TEXT)
+    fits_dual = image_kind == "clip_vision_model" or image_kind == "vit" and vision.pooling == "pooler"
+    if kinds == ("clip_vision_model", "clip_text_model") and config.logit_bias is None:
         whole = "metaclip_2" if text.end_id == 2 else "clip"
-    elif (image_kind, text_kind) == ("siglip_vision_model", "siglip_text_model") and config.logit_bias is not None:
+    elif kinds == ("siglip_vision_model", "siglip_text_model") and config.logit_bias is not None:
         whole = "siglip"
-    elif (image_kind == "clip_vision_model" or image_kind == "vit" and vision.pooling == "pooler") and (
-            text_kind in ("bert", "roberta") and config.logit_bias is None):
-        whole = "vision-text-dual-encoder"
+    elif fits_dual and text_kind in ("bert", "roberta") and config.logit_bias is None:
+        whole = DUAL_ENCODER
     else:
         towers = f"{image_kind or 'a different image tower'}, {text_kind or 'a different text tower'}"
         raise ValueError("VisionTextDualEncoderModel has CLIP's image tower or ViT's, BERT or RoBERTa with a pooler, "
                          "and no logit_bias; CLIPModel, MetaClip2Model and SiglipModel have their own towers. This "
                          f"model has {towers}, pooling={text.pooling!r}, logit_bias={config.logit_bias}: save it as "
                          "format='native'")
-    hf_vision = {"model_type": image_kind, **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()}}
-    if image_kind == "clip_vision_model":
-        hf_vision |= {"projection_dim": config.embed_dim}
+    if whole == "metaclip_2":
+        image_kind, text_kind = (kind.replace("clip", whole) for kind in kinds)
+    size = {"projection_dim": config.embed_dim}
+    hf_vision = {"model_type": image_kind, **{theirs: getattr(vision, ours) for ours, theirs in _VISION.items()},
+                 **(size if vision.ln_pre else {})}
     hf_text = {"model_type": text_kind, **{theirs: getattr(text, ours) for ours, theirs in _TEXT.items()},
                "max_position_embeddings": text.max_length + text.position_offset}
     if text.position_offset:
-        hf_text |= {"pad_token_id": text.position_offset - 1}
-    if whole != "vision-text-dual-encoder":
-        hf_text.pop("type_vocab_size")
+        hf_text["pad_token_id"] = text.position_offset - 1
     if text.pooling == "end":
-        hf_text |= {"eos_token_id": 2 if text.end_id is None else text.end_id, "projection_dim": config.embed_dim}
+        hf_text |= {"eos_token_id": 2 if text.end_id is None else text.end_id, **size}
     if whole == "siglip":
-        hf_text |= {"projection_size": config.embed_dim}
-    else:
-        hf_vision["model_type"], hf_text["model_type"] = (
-            kind.replace("clip", whole) if kind.startswith("clip") and whole == "metaclip_2" else kind
-            for kind in (image_kind, text_kind))
-    names = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel",
-             "vision-text-dual-encoder": "VisionTextDualEncoderModel"}
-    sizes = {"projection_dim": config.embed_dim, "logit_scale_init_value": config.logit_scale}
-    sizes = {} if whole == "siglip" else sizes
-    return {"architectures": [names[whole]], "model_type": whole, **sizes, "dtype": "float32",
-            "vision_config": hf_vision, "text_config": hf_text}
+        hf_text["projection_size"] = config.embed_dim
+    if whole != DUAL_ENCODER:
+        del hf_text["type_vocab_size"]
+    sizes = {} if whole == "siglip" else {**size, "logit_scale_init_value": config.logit_scale}
+    return {"architectures": [WHOLE.get(whole, "VisionTextDualEncoderModel")], "model_type": whole, **sizes,
+            "dtype": "float32", "vision_config": hf_vision, "text_config": hf_text}
 
 
-def _kind(config: VisionConfig | TextConfig, towers: Mapping[str, Tower]) -> str | None:
+def _kind(config: VisionConfig | TextConfig, towers: Mapping[str, Family]) -> str | None:
     """The model_type in whose form a tower is, if there is one."""
     if isinstance(config, TextConfig) and config.position_offset:
         return "roberta" if dataclasses.replace(config, position_offset=0) == _formed(config, {}) else None

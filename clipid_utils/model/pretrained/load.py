@@ -15,7 +15,7 @@ from clipid_utils.model.pretrained.processor_files import MODEL_TYPE, OPEN_CLIP,
 from clipid_utils.model.pretrained.towers import text_rules
 from clipid_utils.model.processor import CLIPProcessor
 
-WHOLE_MODELS = ("vision-text-dual-encoder", "hybrid-clip", *families.WHOLE)
+WHOLE_MODELS = (families.DUAL_ENCODER, "hybrid-clip", *families.WHOLE)
 
 
 def load_clip(
@@ -113,8 +113,6 @@ def _processor(
 ) -> CLIPProcessor:
     """The processor of a model. Raises ValueError if its ids do not fit the text tower."""
     text_folder = rules.folder or text_folder
-    if config.text.mask == "none":  # SigLIP; some folders of its tokenizer do not say so
-        rules = rules._replace(lower=True)
     limit = min(config.text.max_length, rules.max_length or config.text.max_length)
     processor = CLIPProcessor.load(folder, text_folder, image_size=config.vision.image_size, max_length=limit,
                                    needs_tokenizer=needs_tokenizer, rules=rules,

@@ -4,10 +4,11 @@ The results are CLIPProcessor's arguments. Known are the image processors of CLI
 and the tokenizers that transformers has as one of `tokenizers`, and SigLIP's.
 """
 
+import json
 import re
 import string
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -101,12 +102,13 @@ def _sides(size: dict) -> tuple[int, int]:
     return (size["height"], size["width"]) if {"height", "width"} <= set(size) else NO_SIDES
 
 
-def read_tokenizer(folder: Path, max_length: int, rules: TextRules = NO_RULES) -> dict:
+def read_tokenizer(folder: Path, max_length: int, rules: TextRules = NO_RULES, siglip: bool = False) -> dict:
     """The tokenizer, opened by AutoTokenizer if it is not this project's own, and how many tokens a text may have.
 
     That number is the file's model_max_length, or `max_length` if it is less. The rules' prefix and lower-casing become
-    part of the tokenizer. SigLIP 2 was trained on lower-cased texts, so its tokenizer lower-cases always. Raises
-    FileNotFoundError for missing files and ValueError for files that cannot be read.
+    part of the tokenizer. `siglip` says that it is SigLIP's, for folders that do not say so themselves. SigLIP 2 was
+    trained on lower-cased texts, so its tokenizer, Gemma's, lower-cases always; that of the first SigLIP has the key
+    do_lower_case. Raises FileNotFoundError for missing files and ValueError for files that cannot be read.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: is {folder} a checkpoint?")
@@ -115,7 +117,7 @@ def read_tokenizer(folder: Path, max_length: int, rules: TextRules = NO_RULES) -
         raise FileNotFoundError(f"{folder / 'tokenizer_config.json'} is missing: is {folder} a checkpoint?")
     tokens = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
     named = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    siglip = str(config.get("model_type")).removesuffix("_text_model") == "siglip" or named == "SiglipTokenizer"
+    siglip |= str(config.get("model_type")).removesuffix("_text_model") == "siglip" or named == "SiglipTokenizer"
     ours = settings.get("tokenizer_class") == "PreTrainedTokenizerFast" and "pad_token" in tokens
     try:
         if ours and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:  # importing transformers takes seconds
@@ -132,29 +134,46 @@ def read_tokenizer(folder: Path, max_length: int, rules: TextRules = NO_RULES) -
             kind = None if "tokenizer_class" in settings else model_type(part(config, "text") or {})
             named = {} if kind not in ("bert", "roberta", "xlm-roberta") else {"tokenizer_type": kind}
             found = {"tokenizer": AutoTokenizer.from_pretrained(folder, **named)}
-            stated = found["tokenizer"].model_max_length
-            if siglip:
-                rules, stated = rules._replace(lower=True), None
+            stated = None if siglip else found["tokenizer"].model_max_length
     except Exception as error:  # the two libraries raise anything for a broken file
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}): fetch the checkpoint again") from error
-    return {**found, "tokenizer": _with_rules(found["tokenizer"], rules),
-            "max_length": int(min(stated or max_length, max_length))}
+    backend = getattr(found["tokenizer"], "backend_tokenizer", found["tokenizer"])
+    gemma = siglip and isinstance(backend.model, models.BPE)
+    _add_rules(backend, rules._replace(lower=rules.lower or gemma))
+    return {**found, "max_length": int(min(stated or max_length, max_length))}
 
 
-def _with_rules(tokenizer: Any, rules: TextRules) -> Any:
-    """The tokenizer with the rules' lower-casing and prefix before its own normaliser."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    own = backend.normalizer
+def _add_rules(tokenizer: Tokenizer, rules: TextRules) -> None:
+    """Puts the rules' prefix and lower-casing before the tokenizer's own normaliser."""
+    own = tokenizer.normalizer
     first = [normalizers.Prepend(rules.prefix)] if rules.prefix else []
     first += [normalizers.Lowercase()] if rules.lower and "Lowercase()" not in str(own) else []
     if first:
-        backend.normalizer = normalizers.Sequence([*first, *([] if own is None else [own])])
-    return tokenizer
+        tokenizer.normalizer = normalizers.Sequence([*first, *([] if own is None else [own])])
+
+
+def text_prefix(tokenizer: Tokenizer) -> str:
+    """The prefix that a tokenizer's normaliser puts before a text; "" if there is none.
+
+    ▁, which some put there, is the mark of a space and no prefix.
+    """
+    own = tokenizer.normalizer  # not iterated: in tokenizers 0.21.0 that has no end
+    parts = [] if own is None else json.loads(own.__getstate__()).get("normalizers", [])
+    prefixes = (part["prepend"] for part in parts if part["type"] == "Prepend")
+    return next((prefix for prefix in prefixes if prefix != "▁"), "")
+
+
+def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of the tokenizer without its `text_prefix`."""
+    values, prefix = json.loads(tokenizer.to_str()), text_prefix(tokenizer)
+    parts = values["normalizer"]["normalizers"]
+    values["normalizer"]["normalizers"] = [part for part in parts if part.get("prepend") != prefix]
+    return Tokenizer.from_str(json.dumps(values))
 
 
 def siglip_tokenizer(path: Path, settings: dict) -> dict:
-    """SigLIP's tokenizer, which transformers has without one of `tokenizers`: texts are lower-cased and lose their
-    punctuation, and T5's pieces follow."""
+    """SigLIP's tokenizer, which transformers has without one of `tokenizers`: texts are lower-cased (unless
+    do_lower_case is false) and lose their punctuation, and T5's pieces follow."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
@@ -164,7 +183,8 @@ def siglip_tokenizer(path: Path, settings: dict) -> dict:
     tokenizer = Tokenizer(models.Unigram(vocabulary, pieces.unk_id(), proto.trainer_spec.byte_fallback))
     chars = proto.normalizer_spec.precompiled_charsmap
     tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Lowercase(), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+        *([normalizers.Lowercase()] if settings.get("do_lower_case", True) else []),
+        normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
         normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
         *([normalizers.Precompiled(chars), normalizers.Strip(left=False)] if chars else []),
         normalizers.Replace(Regex(" {2,}"), " ")])

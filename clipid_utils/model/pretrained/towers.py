@@ -27,7 +27,7 @@ M_CLIP = "M-CLIP"
 
 
 @dataclasses.dataclass
-class Tower:
+class FoundTower:
     """A folder's tower: its config, its parameters by nnx path, the keys that are not known, a whole model's scale."""
 
     folder: Path
@@ -50,12 +50,12 @@ class Tower:
         self.config = dataclasses.replace(self.config, projection="linear")
 
 
-def image_tower(folder: Path) -> Tower:
+def image_tower(folder: Path) -> FoundTower:
     """The image tower in a folder of transformers. Raises ValueError, with the file, if it does not fit."""
     source, values = Source(folder, "vision"), read_config(folder)
     with naming(folder):
         config = families.vision_config(values, "vision_model.pooler.dense.weight" in source.names)
-        family = families.VISION[families.inner(values, "vision")[1]].family
+        family = families.VISION[families.inner(values, "vision")[1]].table
     size = config.image_size
     if family == "dinov2" and (folder / "preprocessor_config.json").is_file():
         size = read_preprocessor(folder, size)["image_size"]  # 224, where the positions are those of 518
@@ -66,10 +66,10 @@ def image_tower(folder: Path) -> Tower:
         name, table = leaves["vision.position_embedding"]
         leaves["vision.position_embedding"] = Leaf(name, lambda: resized_positions(table(), old, new))
     scale = source.take([keys.Key("logit_scale", "logit_scale", "scalar")]).get("logit_scale")
-    return Tower(folder, config, leaves, source.unknown, scale)
+    return FoundTower(folder, config, leaves, source.unknown, scale)
 
 
-def text_tower(folder: Path, pooling: str | None) -> Tower:
+def text_tower(folder: Path, pooling: str | None) -> FoundTower:
     """The text tower in a folder; `pooling` overrides that of BERT's family. Raises ValueError if it does not fit."""
     modules = sentence_modules(folder)
     inside = folder / modules[0]["path"] if modules else folder
@@ -78,7 +78,7 @@ def text_tower(folder: Path, pooling: str | None) -> Tower:
         m_clip = values.get("model_type") == M_CLIP
         hf_values = read_config(fetch_checkpoint(values["modelBase"], weights=False)) if m_clip else values
         config = families.text_config(hf_values)
-        family = families.TEXT[families.inner(hf_values, "text")[1]].family
+        family = families.TEXT[families.inner(hf_values, "text")[1]].table
         if m_clip:
             config = dataclasses.replace(config, pooling="mean", projection="affine")
     more, projection = {}, None
@@ -99,7 +99,7 @@ def text_tower(folder: Path, pooling: str | None) -> Tower:
             config = dataclasses.replace(config, text=dataclasses.replace(config.text, pooling="first"))
         return source.unknown(config)
 
-    return Tower(folder, config, leaves, unknown)
+    return FoundTower(folder, config, leaves, unknown)
 
 
 def sentence_modules(folder: Path) -> list[dict]:
