@@ -150,3 +150,4 @@ def setup(app) -> None:
     app.add_directive("markdown", Markdown)
     app.add_lexer("python", IPythonLexer)  # cells and a page have lines such as `!git clone`
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+nb_render_markdown_format = "gfm"  # tables in the outputs of cells

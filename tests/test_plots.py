@@ -37,7 +37,7 @@ FIGURES = {
     "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}),
     "differences": lambda: plots.differences(
         {"saringan": {"validation": CELL, "photographs": {"value": 0.0, "low": -0.01, "high": 0.02}}}, "R@10", "Beda"),
-    "suite": lambda: plots.suite_points(SUITE, "Perbandingan"),
+    "suite": lambda: plots.suite_points(SUITE, {"pairs": 0.5}, "Perbandingan"),
     "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
     "parameters": lambda: plots.parameter_bars({"image": 1_200_000, "text": 800_000}),
     "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),
@@ -86,6 +86,12 @@ def test_each_model_has_its_point_interval_and_colour_in_all_panels():
     assert [line.get_color() for line in lines[1::2]] == [first, first, second, second, first, second]
     assert first != second
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mini", "photo"]  # each once
+
+
+def test_chance_is_a_line_in_the_panel_of_its_task():
+    lines = [[line for line in axis.lines if line.get_linestyle() == "--"]
+             for axis in plots.suite_points(SUITE, {"pairs": 0.25}).axes]
+    assert [[list(line.get_xdata()) for line in panel] for panel in lines] == [[], [[0.25, 0.25]]]
 
 
 def test_a_piece_on_several_devices_bears_all_their_numbers():

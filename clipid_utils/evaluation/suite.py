@@ -182,22 +182,27 @@ def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "
 def as_table(report: dict) -> str:
     """The main figures as plain text: a line for each figure, a column for each model, with 95% intervals.
 
-    A difference whose interval does not include 0 is marked with *. Published figures stand apart, below.
+    Differences from the first model stand below; one whose interval does not include 0 is marked with *. Figures that
+    others published come last.
     """
     models = list(report["models"])
-    differences = [f"{name} - {models[0]}" for name in models[1:]]
-    lines = [["task", "figure", *models, *differences]]
+    pairs = [f"{name} - {models[0]}" for name in models[1:]]
+    lines, deltas = [["task", "figure", *models]], [["task", "figure", *pairs]]
     for name, task in report["tasks"].items():
         for part, keys in _main_figures(task).items():
             for key in keys:
-                values = [task["results"][model][part][key] for model in models]
-                deltas = [task["differences"][pair][part][key] for pair in differences]
-                lines.append([name, f"{part} {key}", *map(_cell, values),
-                              *(_cell(delta, "+") + _mark(delta) for delta in deltas)])
+                label = [name, f"{part} {key}"]
+                lines.append([*label, *(_cell(task["results"][model][part][key]) for model in models)])
+                found = [task["differences"][pair][part][key] for pair in pairs]
+                deltas.append([*label, *(_cell(delta, "+") + _mark(delta) for delta in found)])
+    blocks = [_columns(lines), _columns(deltas) if pairs else "", published(report["tasks"])]
+    return "\n\n".join(filter(None, blocks))
+
+
+def _columns(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                      for line in lines)
-    return "\n\n".join([table, *([found] if (found := published(report["tasks"])) else [])])
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)
 
 
 def _cell(figure: dict, sign: str = "") -> str:
