@@ -225,6 +225,8 @@ def evaluate(
     from clipid_utils.files import write_json
 
     out = out or Path("evaluation.json")
+    if out.suffix != ".json":
+        raise ValueError(f"{out}: name a file that ends in .json; the figure goes beside it")
     _check_writable(out)
     report = evaluate_models(models, on or OFFLINE)
     print(as_table(report))

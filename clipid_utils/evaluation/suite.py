@@ -25,6 +25,7 @@ from clipid_utils.inference.index import batch_size
 from clipid_utils.inference.zeroshot import classifier_weights
 from clipid_utils.metrics import hits_at_k, label_ranks, rank_figures, with_intervals
 from clipid_utils.model.embed import embed_pictures, embed_resumably, embed_texts, fingerprint
+from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.paths import CACHE, DATA
 from clipid_utils.pictures import picture_source
@@ -89,10 +90,12 @@ class Embedder:
 
 def open_model(name: str) -> tuple[HybridCLIP, CLIPProcessor]:
     """The model of a name, folder or hub id for `load_clip`, or of two towers for `load_towers`, as "VISION+TEXT"."""
-    if "+" in name and not Path(name).exists():
-        vision, _, text = name.partition("+")
-        return load_towers(vision, text)
-    return load_clip(name)
+    parts = _parts(name)
+    return load_towers(*parts) if len(parts) == 2 else load_clip(name)
+
+
+def _parts(name: str) -> list[str]:
+    return [name] if Path(name).exists() else name.split("+", 1)
 
 
 def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int = 0, progress: bool = True) -> dict:
@@ -105,6 +108,8 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
     repeated = [name for name, count in Counter(models).items() if count > 1]
     if repeated or not models:
         raise ValueError(f"the model {repeated[0]} is named twice" if repeated else "name at least one model")
+    for part in (part for name in models for part in _parts(name)):
+        fetch_checkpoint(part, weights=False)  # a wrong name is an error now, not after the first model was measured
     tasks = [task for request in dict.fromkeys(requests) for task in read_tasks(request)]
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:

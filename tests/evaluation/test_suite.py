@@ -18,6 +18,7 @@ from clipid_utils.files import read_json, write_json_lines
 from clipid_utils.inference import evaluate
 from clipid_utils.metrics import with_interval, with_intervals
 from clipid_utils.model import embed
+from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.paths import DATA
 from clipid_utils.plots.style import COLOURS as PLOTTED
 from clipid_utils.wording import load_wording
@@ -84,6 +85,7 @@ def models(tmp_path_factory):
     """The models by their names, and a cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "load_clip", MODELS.__getitem__)
+        patch.setattr(suite, "fetch_checkpoint", lambda name, weights: None)
         patch.setattr(suite, "CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(suite, "ROWS", 4)  # six pictures are two blocks
         patch.setattr(tasks, "load_minimal_pairs", pairs)
@@ -392,6 +394,13 @@ def test_a_wrong_request_ends_before_a_model_is_opened(names, asked, message, da
     monkeypatch.setattr(suite, "load_clip", None)
     with pytest.raises(ValueError, match=message):
         evaluate_models(names, [request.format(data) for request in asked])
+
+
+def test_a_wrong_name_of_a_later_model_ends_before_the_first_is_opened(monkeypatch):
+    monkeypatch.setattr(suite, "load_clip", None)
+    monkeypatch.setattr(suite, "fetch_checkpoint", fetch_checkpoint)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluate_models(["mini", "./nowhere"], ["pairs"])
 
 
 def test_a_task_that_is_named_twice_is_measured_once(report):
