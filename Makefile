@@ -65,6 +65,9 @@ test-scale: .venv-bench/installed  ## shards through a Ray cluster on this machi
 	.venv-bench/bin/python -c 'import ray.data'
 	.venv-bench/bin/python -m pytest tests/data/test_scale.py
 
+test-page: .venv/installed .venv-page/installed  ## the page without a server in Chromium (Debian's, or CHROMIUM=/path/to/it)
+	CLIPID_PYTHON=$(CURDIR)/$(RUN) .venv-page/bin/python scripts/try_page.py build/page-shots
+
 test-colab: .venv-colab/installed  ## the unit tests with Colab's own jax, flax, optax, orbax and numpy (Python 3.13)
 	.venv-colab/bin/python -m clipid_utils prepare
 	.venv-colab/bin/python -m pytest -p no:nbval
@@ -87,7 +90,7 @@ test-constraints: .venv/installed  ## resolve constraints.txt for each Python an
 	$(RUN) scripts/constraints.py --check
 
 clean:  ## remove environments and build/; the pictures in data/cache stay
-	rm -rf .venv .venv-bench .venv-colab build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-colab .venv-page build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # An environment is finished when its file `installed` exists. A change of the files below installs again.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
@@ -109,6 +112,11 @@ clean:  ## remove environments and build/; the pictures in data/cache stay
 	.venv-colab/bin/python $(INSTALL) -r requirements.txt -c .venv-colab/rest.txt -c constraints-colab.txt orbax-checkpoint
 	$(call package,.venv-colab/bin/python)
 
+.venv-page/installed: constraints.txt
+	$(PYTHON) -m venv .venv-page
+	.venv-page/bin/python $(INSTALL) playwright
+	@touch $@
+
 define environment
 	@$(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "The course needs Python \
 	3.11, 3.12 or 3.13. $(1) is a different version or is missing: name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -122,5 +130,5 @@ define package
 endef
 
 .PHONY: help course test site lab train-mini train-photo evaluate bench parity test-scale test-colab test-wheel mutants \
-	notebooks constraints test-constraints clean
+	test-page notebooks constraints test-constraints clean
 .DELETE_ON_ERROR:

@@ -167,7 +167,8 @@ def measure(embedder: Embedder, task: Task) -> Measured:
 def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "N E"]) -> Measured:
     parts, more, wording = {}, {}, load_wording()
     for key in ("naive", "templates"):
-        weights = classifier_weights(embedder.model, embedder.processor, task.names, wording[key], task.groups)
+        weights = classifier_weights(embedder.model, embedder.processor, task.names, wording[key], task.groups,
+                                     embed=embedder.texts)
         ranks, guesses = [], []
         for start in range(0, len(pictures), ROWS):
             scores = pictures[start : start + ROWS] @ weights.T

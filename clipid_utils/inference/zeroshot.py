@@ -4,7 +4,7 @@ People who describe a picture write seekor kucing and sebuah mobil, so templates
 (`clipid_utils.wording`) are closer to real captions than "foto {name}".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -21,12 +21,13 @@ from clipid_utils.wording import fill, load_wording
 
 def classifier_weights(
     model: nnx.Module, processor: object, names: Sequence[str], templates: Sequence[str] | None = None,
-    groups: Sequence[str | None] | None = None,
+    groups: Sequence[str | None] | None = None, embed: Callable[[list[str]], np.ndarray] | None = None,
 ) -> Float[np.ndarray, "C E"]:
     """A unit vector for each class: the mean of its sentences' unit vectors, renormalised (Radford et al. 2021, 3.1.4).
 
     `templates` are by default those of `data/templates.json` (`load_wording()["naive"]` is the plain "foto {name}").
-    `groups`, one for each name, help to choose classifiers. Raises ValueError if there are no names or no templates,
+    `groups`, one for each name, help to choose classifiers. `embed` replaces `embed_texts`, for example by a function
+    with a cache. Raises ValueError if there are no names or no templates,
     and for an empty name.
     """
     templates = load_wording()["templates"] if templates is None else list(templates)
@@ -35,7 +36,8 @@ def classifier_weights(
         raise ValueError("classifier_weights needs names, none of them empty, and at least one template")
     sentences = [fill(template, name, group) for name, group in zip(names, groups, strict=True)
                  for template in templates]
-    embeds = embed_texts(model, processor, sentences).reshape(len(names), len(templates), -1)  # [C, templates, E]
+    vectors = embed_texts(model, processor, sentences) if embed is None else embed(sentences)
+    embeds = vectors.reshape(len(names), len(templates), -1)  # [C, templates, E]
     means = embeds.mean(axis=1)
     return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
