@@ -27,8 +27,7 @@ def classifier_weights(
 
     `templates` are by default those of `data/templates.json` (`load_wording()["naive"]` is the plain "foto {name}").
     `groups`, one for each name, help to choose classifiers. `embed` replaces `embed_texts`, for example by a function
-    with a cache. Raises ValueError if there are no names or no templates,
-    and for an empty name.
+    with a cache. Raises ValueError if there are no names or no templates, and for an empty name.
     """
     templates = load_wording()["templates"] if templates is None else list(templates)
     groups = [None] * len(names) if groups is None else groups

@@ -198,7 +198,7 @@ def test_figures_are_those_of_evaluate_checkpoint(monkeypatch):
     dictionary = DatasetDict(unseen_artist=rows, photographs=rows)
     monkeypatch.setattr(tasks, "load_picture_dictionary", lambda: dictionary)
     asked, weights = [], suite.classifier_weights
-    monkeypatch.setattr(suite, "classifier_weights", lambda *given: asked.append(given[2:]) or weights(*given))
+    monkeypatch.setattr(suite, "classifier_weights", lambda *given, embed: asked.append(given[2:]) or weights(*given))
     found = evaluate_models(["tahu"], ["unseen_artist", "photographs:en", "groups"], seed=3, progress=False)["tasks"]
     english = rows.remove_columns("name_id").rename_column("name_en", "name_id")
     expected = evaluate.evaluate_checkpoint(MODELS["tahu"], dictionary | {"photographs": english}, seed=3,
