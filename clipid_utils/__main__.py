@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import io
-import json
 import os
 import re
 import signal
@@ -218,42 +217,9 @@ def evaluate(
             groups foto-contoh pairs; with your files xm3600=captions.jsonl,FOLDER and others (a wrong name lists them)
         out: file for all figures; by default metrics.json in the model's folder, or evaluation.json here
     """
-    if len(models) == 1 and not on:
-        return _evaluate_one(models[0], out)
-    from clipid_utils.evaluation.suite import as_table, evaluate_models, figure
-    from clipid_utils.evaluation.tasks import OFFLINE
-    from clipid_utils.files import write_json
+    from clipid_utils.evaluation.command import evaluate_one, evaluate_several
 
-    out = out or Path("evaluation.json")
-    if out.suffix != ".json":
-        raise ValueError(f"{out}: name a file that ends in .json; the figure goes beside it")
-    _check_writable(out)
-    report = evaluate_models(models, on or OFFLINE)
-    print(as_table(report))
-    write_json(out, report, indent=1)
-    figure(report).savefig(out.with_suffix(".png"), dpi=150)
-    print(f"all figures: {out}, and as a picture: {out.with_suffix('.png')}")
-
-
-def _evaluate_one(model: str, out: Path | None) -> None:
-    """Writes a model's metrics.json."""
-    from clipid_utils.data.dictionary.build import load_picture_dictionary
-    from clipid_utils.files import write_json
-    from clipid_utils.inference.evaluate import evaluate_checkpoint
-    from clipid_utils.model.pretrained.hub import fetch_checkpoint
-
-    folder = fetch_checkpoint(model)
-    out = out or folder / "metrics.json"
-    _check_writable(out)
-    report = evaluate_checkpoint(folder, load_picture_dictionary())
-    print(json.dumps(report["retrieval"], indent=1))
-    write_json(out, report, indent=1)
-    print(f"all figures: {out}")
-
-
-def _check_writable(out: Path) -> None:
-    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
-        raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")
+    evaluate_one(models[0], out) if len(models) == 1 and not on else evaluate_several(models, on, out)
 
 
 @command
@@ -292,8 +258,7 @@ def export(
         from clipid_utils import load_clip
         from clipid_utils.model.pretrained.onnx import export_onnx
 
-        clip, processor = load_clip(model)
-        for path in export_onnx(clip, out, processor):
+        for path in export_onnx((clip := load_clip(model))[0], out, clip[1]):
             print(path)
         return
     from clipid_utils.inference.page import write_page

@@ -22,10 +22,10 @@ from clipid_utils.data import photographs
 from clipid_utils.data.download import download
 from clipid_utils.data.report import Report
 from clipid_utils.data.translation import on_ray, translate
+from clipid_utils.evaluation import command as evaluating
 from clipid_utils.evaluation import suite
 from clipid_utils.evaluation.tasks import OFFLINE
 from clipid_utils.inference import command as searching
-from clipid_utils.inference import evaluate
 from clipid_utils.inference.index import build_index
 from clipid_utils.inference.search import query_embeds
 from clipid_utils.paths import CHECKPOINTS
@@ -203,15 +203,14 @@ def test_a_run_that_was_stopped_says_how_to_continue(asked, tmp_path, capsys):
 def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypatch, capsys):
     clipid_utils.save_clip(*tiny_clip(), tmp_path / "run" / "model")
     measured = {"retrieval": {"validation": 1}}
-    monkeypatch.setattr(clipid_utils.data.dictionary.build, "load_picture_dictionary", dict)
-    monkeypatch.setattr(evaluate, "evaluate_checkpoint",
-                        lambda checkpoint, _: measured)
+    monkeypatch.setattr(evaluating, "load_picture_dictionary", dict)
+    monkeypatch.setattr(evaluating, "evaluate_checkpoint", lambda checkpoint, _: measured)
     assert run(f"evaluate {tmp_path}/run", capsys)[0] == 0
     assert run(f"evaluate {tmp_path}/run --out {tmp_path}/a.json", capsys)[0] == 0
     for path in (tmp_path / "run" / "model" / "metrics.json", tmp_path / "a.json"):
         assert json.loads(path.read_text()) == measured
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)  # nothing is measured in vain
+    monkeypatch.setattr(evaluating, "evaluate_checkpoint", None)  # nothing is measured in vain
     status, *_ = run(f"evaluate {tmp_path}/run", capsys)
     assert "run/model cannot be written to: name a file elsewhere with --out" in status
 
@@ -226,7 +225,7 @@ def test_models_are_compared_on_tasks(line, models, on, tmp_path, monkeypatch, c
     report = {"models": dict.fromkeys(models), "tasks": {"pairs": {
         "kind": "Pairs", "results": {name: {"all": {"accuracy": cell}} for name in models},
         "differences": {f"{name} - a": {"all": {"accuracy": cell}} for name in models[1:]}}}}
-    monkeypatch.setattr(suite, "evaluate_models", lambda *given: asked.append(given) or report)
+    monkeypatch.setattr(evaluating, "evaluate_models", lambda *given: asked.append(given) or report)
     monkeypatch.chdir(tmp_path)
     for option, out in (("", "evaluation.json"), (f" --out {tmp_path}/b.json", "b.json")):
         status, said, _ = run(f"evaluate {line}{option}", capsys)
@@ -235,7 +234,7 @@ def test_models_are_compared_on_tasks(line, models, on, tmp_path, monkeypatch, c
         assert Image.open(tmp_path / out.replace("json", "png")).width > 500
     assert asked == [(models, on)] * 2
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(suite, "evaluate_models", None)  # nothing is measured in vain
+    monkeypatch.setattr(evaluating, "evaluate_models", None)  # nothing is measured in vain
     assert "name a file elsewhere with --out" in run(f"evaluate {line}", capsys)[0]
 
 
