@@ -114,7 +114,7 @@ clean:  ## remove environments and build/; the pictures in data/cache stay
 
 .venv-page/installed: constraints.txt
 	$(PYTHON) -m venv .venv-page
-	.venv-page/bin/python $(INSTALL) playwright
+	.venv-page/bin/python $(INSTALL) playwright==1.65.2
 	@touch $@
 
 define environment

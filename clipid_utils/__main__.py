@@ -218,8 +218,10 @@ def evaluate(
         out: file for all figures; by default metrics.json in the model's folder, or evaluation.json here
     """
     from clipid_utils.evaluation.command import evaluate_one, evaluate_several
+    from clipid_utils.evaluation.suite import parts_of
 
-    evaluate_one(models[0], out) if len(models) == 1 and not on else evaluate_several(models, on, out)
+    single = len(models) == 1 and not on and len(parts_of(models[0])) == 1
+    evaluate_one(models[0], out) if single else evaluate_several(models, on, out)
 
 
 @command
@@ -258,6 +260,8 @@ def export(
         from clipid_utils import load_clip
         from clipid_utils.model.pretrained.onnx import export_onnx
 
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} is there already: name a new folder")
         for path in export_onnx((clip := load_clip(model))[0], out, clip[1]):
             print(path)
         return

@@ -200,7 +200,7 @@ def use(page, known: dict, shots: Path) -> None:
     print(f"bangunan tua, and {known['name']}: {both.inner_text()!r}; the library: {name} {score:.3f}")
     assert name in both.inner_text() and abs(shown - score) < 0.03
     shot("2-both")
-    page.get_by_role("button", name="Lepas foto").click()
+    page.get_by_role("button", name="Hapus foto").click()
     expect(page.locator("#like")).to_be_hidden()
 
     drop(("rusak.jpg", b"\xff\xd8\xff bukan gambar"))

@@ -24,7 +24,6 @@ from clipid_utils.data.report import Report
 from clipid_utils.data.translation import on_ray, translate
 from clipid_utils.evaluation import command as evaluating
 from clipid_utils.evaluation import suite
-from clipid_utils.evaluation.tasks import OFFLINE
 from clipid_utils.inference import command as searching
 from clipid_utils.inference.index import build_index
 from clipid_utils.inference.search import query_embeds
@@ -216,7 +215,7 @@ def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("line, models, on", [
-    ("a b", ("a", "b"), OFFLINE), ("a --on pairs groups", ("a",), ("pairs", "groups")),
+    ("a b", ("a", "b"), ()), ("v+t", ("v+t",), ()), ("a --on pairs groups", ("a",), ("pairs", "groups")),
     ("a b v+t --on xm3600=~/c.jsonl,~/x", ("a", "b", "v+t"), ("xm3600=~/c.jsonl,~/x",)),
 ])
 def test_models_are_compared_on_tasks(line, models, on, tmp_path, monkeypatch, capsys):
@@ -224,7 +223,7 @@ def test_models_are_compared_on_tasks(line, models, on, tmp_path, monkeypatch, c
     asked, cell = [], {"value": 0.5, "low": 0.4, "high": 0.6}
     report = {"models": dict.fromkeys(models), "tasks": {"pairs": {
         "kind": "Pairs", "results": {name: {"all": {"accuracy": cell}} for name in models},
-        "differences": {f"{name} - a": {"all": {"accuracy": cell}} for name in models[1:]}}}}
+        "differences": {f"{name} - {models[0]}": {"all": {"accuracy": cell}} for name in models[1:]}}}}
     monkeypatch.setattr(evaluating, "evaluate_models", lambda *given: asked.append(given) or report)
     monkeypatch.chdir(tmp_path)
     for option, out in (("", "evaluation.json"), (f" --out {tmp_path}/b.json", "b.json")):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from clipid_utils.data.dictionary.build import load_picture_dictionary
 from clipid_utils.evaluation.suite import as_table, evaluate_models, figure
-from clipid_utils.evaluation.tasks import OFFLINE
 from clipid_utils.files import write_json
 from clipid_utils.inference.evaluate import evaluate_checkpoint
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
@@ -22,7 +21,7 @@ def evaluate_several(models: Sequence[str], tasks: Sequence[str], out: Path | No
     if out.suffix != ".json":
         raise ValueError(f"{out}: name a file that ends in .json; the figure goes beside it")
     _check_writable(out)
-    report = evaluate_models(models, tasks or OFFLINE)
+    report = evaluate_models(models, tasks)
     print(as_table(report))
     write_json(out, report, indent=1)
     figure(report).savefig(out.with_suffix(".png"), dpi=150)
@@ -41,5 +40,7 @@ def evaluate_one(model: str, out: Path | None) -> None:
 
 
 def _check_writable(out: Path) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: name a file with --out")
     if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
         raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")

@@ -8,6 +8,7 @@ The same files give the same figures: the report has the checksums of pictures a
 
 import hashlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,15 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from clipid_utils import HybridCLIP, load_clip, load_towers
+from clipid_utils.data.dictionary.fetch import FetchError
 from clipid_utils.evaluation.scoring import ranks_both_ways
-from clipid_utils.evaluation.tasks import Pairs, Pictures, Retrieval, Task, ZeroShot, read_tasks
+from clipid_utils.evaluation.tasks import OFFLINE, Pairs, Pictures, Retrieval, Task, ZeroShot, read_tasks
 from clipid_utils.files import read_json
 from clipid_utils.inference.evaluate import PACKAGES, rounded
 from clipid_utils.inference.index import batch_size
 from clipid_utils.inference.zeroshot import classifier_weights
 from clipid_utils.metrics import hits_at_k, label_ranks, rank_figures, with_intervals
-from clipid_utils.model.embed import embed_pictures, embed_resumably, embed_texts, fingerprint
+from clipid_utils.model.embed import embed_pictures, embed_resumably, embed_texts, fingerprint, text_fingerprint
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.paths import CACHE, DATA
@@ -56,9 +58,7 @@ class Embedder:
         self.name, self.model, self.processor, self.progress = name, model, processor, progress
         self.fingerprint = fingerprint(model, processor)
         self.folder = CACHE / "evaluate" / self.fingerprint
-        tokenizer = processor.tokenizer.to_str() if processor.tokenizer else None
-        reading = f"{tokenizer} {processor.max_length} {processor.fixed_length}"
-        self.reading = hashlib.sha256(reading.encode()).hexdigest()[:16]  # the fingerprint does not know the tokenizer
+        self.reading = text_fingerprint(processor)  # the fingerprint does not know the tokenizer
 
     def pictures(self, pictures: Pictures) -> Float[np.ndarray, "N E"]:
         """Raises ValueError for a picture that cannot be read, because all models must see the same."""
@@ -90,16 +90,20 @@ class Embedder:
 
 def open_model(name: str) -> tuple[HybridCLIP, CLIPProcessor]:
     """The model of a name, folder or hub id for `load_clip`, or of two towers for `load_towers`, as "VISION+TEXT"."""
-    parts = _parts(name)
+    parts = parts_of(name)
     return load_towers(*parts) if len(parts) == 2 else load_clip(name)
 
 
-def _parts(name: str) -> list[str]:
+def parts_of(name: str) -> list[str]:
+    """The name, or the names of the two towers of "VISION+TEXT"."""
     return [name] if Path(name).exists() else name.split("+", 1)
 
 
-def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int = 0, progress: bool = True) -> dict:
-    """Every model on every task, as one dict for JSON; `requests` are names for `tasks.read_tasks`.
+def evaluate_models(
+    models: Sequence[str], requests: Sequence[str] = (), *, seed: int = 0, progress: bool = True
+) -> dict:
+    """Every model on every task, as one dict for JSON; `requests` are names for `tasks.read_tasks`, without one all
+    of `OFFLINE` whose pictures are there.
 
     Each figure has its mean and a 95% bootstrap interval. If there are several models, `differences` has those of each
     later one from the first, paired item by item. Whole clusters are drawn (see `metrics.bootstrap_interval`). Vectors
@@ -108,9 +112,9 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
     repeated = [name for name, count in Counter(models).items() if count > 1]
     if repeated or not models:
         raise ValueError(f"the model {repeated[0]} is named twice" if repeated else "name at least one model")
-    for part in (part for name in models for part in _parts(name)):
+    for part in (part for name in models for part in parts_of(name)):
         fetch_checkpoint(part, weights=False)  # a wrong name is an error now, not after the first model was measured
-    tasks = [task for request in dict.fromkeys(requests) for task in read_tasks(request)]
+    tasks = _read(requests)
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is asked for with two sets of files: measure each in a call of its own")
@@ -118,7 +122,7 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
         task.name: {"kind": type(task).__name__, "protocol": task.protocol, "data": _data(task), "results": {},
                     "differences": {}} for task in tasks}}
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
-    for name in models:  # one model is in memory
+    for name in models:  # one model is in memory at a time
         embedder = Embedder(name, *open_model(name), progress)
         report["models"][name] = {"fingerprint": embedder.fingerprint, "tokenizer": embedder.reading}
         for task in tasks:
@@ -126,6 +130,7 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
             measured[task.name].append(found)
             report["tasks"][task.name]["results"][name] = found.more | {
                 part: with_intervals(figures, seed, clusters) for part, (figures, clusters) in found.parts.items()}
+        del embedder  # before the next model is opened
     for task in tasks:
         first, *others = measured[task.name]
         for name, other in zip(models[1:], others, strict=True):
@@ -133,6 +138,18 @@ def evaluate_models(models: Sequence[str], requests: Sequence[str], *, seed: int
                 part: with_intervals({key: other.parts[part][0][key] - values for key, values in figures.items()}, seed,
                                      clusters) for part, (figures, clusters) in first.parts.items()}
     return rounded(report)
+
+
+def _read(requests: Sequence[str]) -> list[Task]:
+    found = []
+    for request in dict.fromkeys(requests or OFFLINE):
+        try:
+            found += read_tasks(request)
+        except (ValueError, FetchError) as error:  # a package that cannot be had here
+            if requests:
+                raise
+            print(f"{request} is left out: {error}", file=sys.stderr)
+    return found
 
 
 def _data(task: Task) -> dict:
@@ -174,7 +191,7 @@ def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "
             scores = pictures[start : start + ROWS] @ weights.T
             ranks.append(label_ranks(scores, task.labels[start : start + ROWS]))
             guesses.append(scores.argmax(axis=1))
-        hits = {f"top{k}": hits_at_k(np.concatenate(ranks), k) for k in (1, 5)}
+        hits = {f"top{k}": hits_at_k(np.concatenate(ranks), k) for k in (1, 5) if k < len(task.names)}
         parts[key] = (hits, task.clusters)
     found = Counter(zip(task.labels.tolist(), np.concatenate(guesses).tolist(), strict=True))
     wrong = ((pair, count) for pair, count in found.most_common() if pair[0] != pair[1])
@@ -223,7 +240,7 @@ def _main_figures(task: dict) -> dict[str, list[str]]:
     parts = {part: figures for part, figures in next(iter(task["results"].values())).items()
              if part not in ("per_class", "confusions")}
     wanted = {"Retrieval": ["R@1", "R@10"], "ZeroShot": ["top1", "top5"], "Pairs": ["accuracy"]}[task["kind"]]
-    return {part: wanted for part in parts}
+    return {part: [key for key in wanted if key in figures] for part, figures in parts.items()}
 
 
 def published(tasks: dict) -> str:

@@ -133,6 +133,8 @@ def read_tasks(request: str) -> list[Task]:
         return [Pairs(name, _stored(rows), *(list(rows[key]) for key in ("right", "wrong", "phenomenon", "cluster")))]
     split, _, language = name.partition(":")
     rows = load_picture_dictionary()["unseen_artist" if name == "groups" else split]
+    if not len(rows):
+        raise ValueError(f"{name} has no pictures here, because a package of Debian could not be fetched: leave it out")
     return [_groups(rows) if name == "groups" else _named(name, rows, "name_" + (language or "id"))]
 
 
@@ -228,6 +230,8 @@ def _folders(name: str, folder: Path) -> list[Task]:
     """Zero-shot over a folder of folders; a subfolder's name, with _ as a space, is the name of its class."""
     classes, paths, labels = folder_of_folders(folder)
     names = [found.replace("_", " ") for found in classes]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two subfolders of {folder} have the name {repeated[0]!r}: put their pictures together")
     return [ZeroShot(name, Pictures(paths), labels, names, [*range(len(paths))], "classes are named by subfolders")]
 
 
@@ -247,10 +251,11 @@ def _imagenet(name: str, folder: Path, labels_file: Path | None) -> list[Task]:
             raise ValueError(f"{labels_file} has no key 'ID': take Babel-ImageNet's babel_imagenet.json")
         names = dict(zip(*found["ID"], strict=True))
     kept = np.isin(labels, list(names))
-    order = {number: place for place, number in enumerate(names)}
+    different = list(dict.fromkeys(names.values()))  # classes of one name are one class
+    order = {number: different.index(name) for number, name in names.items()}
     named_by = labels_file.name if labels_file else "this project"
     return [ZeroShot(name, Pictures([path for path, keep in zip(paths, kept, strict=True) if keep]),
-                     np.array([order[label] for label in labels[kept].tolist()]), list(names.values()),
+                     np.array([order[label] for label in labels[kept].tolist()]), different,
                      [*range(int(kept.sum()))], f"{len(names)} classes, named by {named_by}")]
 
 

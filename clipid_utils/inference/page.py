@@ -12,6 +12,8 @@
 | `library/` | onnxruntime-web and tokenizers in JavaScript, with their licences |
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from clipid_utils.data.dictionary.fetch import fetch_npm
 from clipid_utils.files import json_lines, read_json, whole_file, whole_folder, write_json
 from clipid_utils.inference.index import PictureIndex, build_index
 from clipid_utils.inference.zeroshot import class_names, classifier_weights
-from clipid_utils.model.embed import fingerprint
+from clipid_utils.model.embed import fingerprint, text_fingerprint
 from clipid_utils.model.pretrained.load import load_clip
 from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.paths import CACHE, DATA
@@ -104,7 +106,9 @@ def label_vectors(
     model: nnx.Module, processor: CLIPProcessor, names: list[str], cache: Path
 ) -> Float[np.ndarray, "C E"]:
     """`classifier_weights` of the names, kept in `cache` for the next page: they take minutes."""
-    path = Path(cache) / f"labels-{fingerprint(model, processor)}.npz"
+    key = [fingerprint(model, processor), text_fingerprint(processor), load_wording()["templates"],
+           load_wording()["classifiers"], names]
+    path = Path(cache) / f"labels-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
     if path.is_file():
         with np.load(path) as stored:
             if stored["names"].tolist() == names:

@@ -133,6 +133,14 @@ def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | N
     return digest.hexdigest()[:16]
 
 
+def text_fingerprint(processor: CLIPProcessor) -> str:
+    """16 hexadecimal digits that change with anything in the processor's way with texts."""
+    tokenizer = processor.tokenizer and processor.tokenizer.to_str()
+    rest = [getattr(processor, name, None) for name in
+            ("max_length", "fixed_length", "padding_side", "truncation_side", "pad_id")]
+    return hashlib.sha256(f"{tokenizer} {rest}".encode()).hexdigest()[:16]
+
+
 def _later_settings(model: nnx.Module) -> str:
     """The settings of the towers that their repr leaves out, where they are not the defaults."""
     config = getattr(model, "config", None)

@@ -1,5 +1,6 @@
 """Models on tasks: known answers, paired differences, checksums, runs that are interrupted, and the table."""
 
+import copy
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def test_a_model_that_knows_gets_everything_right_in_each_kind_of_task(report):
         for direction in ("text_to_image", "image_to_text"):
             assert found[name][direction] == dict.fromkeys(("R@1", "R@5", "R@10", "MRR@10"), SURE)
     for key in ("naive", "templates"):
-        assert found["folders"][key] == {"top1": SURE, "top5": SURE}
+        assert found["folders"][key] == {"top1": SURE}  # three classes: among five would always be right
     assert found["folders"]["per_class"] == dict.fromkeys(sorted(COLOURS), 1.0) and not found["folders"]["confusions"]
     assert found["pairs"]["warna"] == {"accuracy": SURE}
 
@@ -212,7 +213,10 @@ def test_figures_are_those_of_evaluate_checkpoint(monkeypatch):
                          ("photographs:en", expected["retrieval"]["photographs"]),
                          ("groups", expected["zero_shot"]["unseen_artist"]["group"])):
         figures = without_sizes(found[name]["results"]["tahu"])
-        assert figures == without_sizes(wanted)
+        wanted = without_sizes(wanted)
+        if name == "groups":  # of fewer than five classes
+            wanted = {part: {"top1": cells["top1"]} for part, cells in wanted.items()}
+        assert figures == wanted
         assert all(0 < list(cells.values())[0]["value"] < 1 for cells in figures.values())
     groups, wording = sorted(set(drawn)), load_wording()
     assert asked == [(groups, wording[key], groups) for key in ("naive", "templates")]  # each is its own name here
@@ -231,7 +235,7 @@ def test_a_model_has_no_difference_from_itself(data):
             for cell in figures.values():
                 assert cell == {"value": 0, "low": 0, "high": 0}
                 seen += 1
-    assert seen == 2 * 2 * 4 + 2 * 2 + 3
+    assert seen == 2 * 2 * 4 + 2 * 1 + 3
     assert 0 < value(found, "records:all", "setengah", "text_to_image", "R@1") < 1
 
 
@@ -454,11 +458,11 @@ def test_a_table_of_all_kinds_has_a_line_for_each_figure(report):
     first, second = (block.splitlines() for block in as_table(report).split("\n\n"))
     for (head, *lines), names in ((second, ("buta - tahu", "setengah - tahu")), (first, ("tahu", "buta", "setengah"))):
         places = [head.index(word) for word in ("figure", *names)]
-        assert len(lines) == 2 * 4 + 4 + 3
+        assert len(lines) == 2 * 4 + 2 + 3
         for line in lines:
             assert all(line[place - 2 : place] == "  " and line[place] != " " for place in places)
     assert [line[places[0] : places[1]].strip() for line in lines[8:]] == [
-        "naive top1", "naive top5", "templates top1", "templates top5", "all accuracy", "warna accuracy",
+        "naive top1", "templates top1", "all accuracy", "warna accuracy",
         "urutan accuracy"]
     assert "ublished" not in as_table(report)
 
@@ -488,3 +492,23 @@ def test_the_figure_has_a_panel_for_each_task(report):
     points = [line for line in figure.axes[2].lines if len(line.get_xdata()) == 1]
     assert [float(point.get_xdata()[0]) for point in points[:2]] == [1.0, 1.0]
     assert {point.get_color() for point in points} == set(PLOTTED[:3])
+
+
+def test_by_default_a_task_without_pictures_is_left_out(monkeypatch, capsys):
+    empty = Dataset.from_dict({"image": [], "concept": [], "name_id": []}).cast_column("image", Image())
+    splits = dict.fromkeys(("photographs", "unseen_artist"), empty)
+    monkeypatch.setattr(tasks, "load_picture_dictionary", lambda: splits)
+    monkeypatch.setattr(suite, "OFFLINE", ("photographs", "groups", "pairs"))
+    assert list(evaluate_models(["tahu"], progress=False)["tasks"]) == ["pairs"]
+    assert capsys.readouterr().err.count("has no pictures here, because a package of Debian could not be fetched") == 2
+    with pytest.raises(ValueError, match="groups has no pictures here"):
+        evaluate_models(["tahu"], ["groups"], progress=False)
+
+
+@pytest.mark.parametrize("setting, new", [("padding_side", "left"), ("truncation_side", "left"), ("max_length", 5)])
+def test_texts_that_are_read_in_a_different_way_are_embedded_again(setting, new):
+    model, processor = MODELS["tahu"]
+    other = copy.copy(processor)
+    setattr(other, setting, new)
+    readings = {suite.Embedder("tahu", model, one, progress=False).reading for one in (processor, other)}
+    assert len(readings) == 2

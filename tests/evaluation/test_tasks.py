@@ -309,3 +309,11 @@ def test_a_picture_is_known_by_its_bytes_alone(tmp_path):
               {"bytes": None, "path": str(tmp_path / "a.png")}]
     assert set(tasks.Pictures(stored).digests.tolist()) == {digest(b"isi")}
     assert tasks.Pictures([{"bytes": b"isi ", "path": None}]).digests.tolist() != [digest(b"isi")]
+
+
+def test_two_subfolders_of_one_name_are_refused(tmp_path):
+    for name in ("kucing_hitam", "kucing hitam", "anjing"):
+        (tmp_path / name).mkdir()
+        spot("merah").save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match="two subfolders of .* have the name 'kucing hitam'"):
+        read_tasks(f"folders={tmp_path}")

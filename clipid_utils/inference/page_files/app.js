@@ -91,7 +91,7 @@ function counted(name) {
 export async function labelVector(name) {
   const vectors = [];
   for (const template of page.templates)
-    vectors.push(await textVector(template.replace("{counted}", counted(name)).replace("{name}", name)));
+    vectors.push(await textVector(template.replace("{counted}", () => counted(name)).replace("{name}", () => name)));
   return unit(vectors[0].map((_, i) => vectors.reduce((sum, vector) => sum + vector[i], 0)));
 }
 
