@@ -17,6 +17,7 @@ try:  # Ctrl-C here comes before `main` can catch it
     import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+    from clipid_utils.files import use_one_arena
     from clipid_utils.paths import CACHE
 except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
@@ -342,6 +343,7 @@ def with_home(word: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Exit status: 0 done, 1 bad input or nothing fetched, 2 wrong usage, 130 stopped by Ctrl-C."""
+    use_one_arena()
     words = list(map(with_home, sys.argv[1:] if arguments is None else arguments))
     name, before = next(iter(words), ""), signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:

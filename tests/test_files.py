@@ -1,5 +1,6 @@
 """Files: whole or not at all after an error or a kill, JSON lines as people save them."""
 
+import ctypes
 import gzip
 import json
 import os
@@ -167,3 +168,32 @@ def test_an_absent_dependency_is_named_with_its_extra():
     assert need("json", "train") is json
     with pytest.raises(ImportError, match=r"this needs not_there, .*: pip install .*\[train\]"):
         need("not_there", "train")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not glibc")
+def test_threads_share_one_heap(tmp_path):
+    code = f"""
+import ctypes, sys, threading
+from clipid_utils.files import use_one_arena
+if sys.argv[1] == "one":
+    use_one_arena()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes, libc.fopen.restype = ctypes.c_void_p, [ctypes.c_void_p], ctypes.c_void_p
+libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+together = threading.Barrier(4)
+def work():
+    block = libc.malloc(5000)
+    together.wait()
+    libc.free(block)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = libc.fopen({str(tmp_path / "heaps.xml")!r}.encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(open({str(tmp_path / "heaps.xml")!r}).read().count("<heap nr="))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    heaps = {how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True,
+                                     env=environment).stdout) for how in ("one", "usual")}
+    assert heaps["one"] == 1 < heaps["usual"]
