@@ -205,8 +205,8 @@ def _zero_shot(embedder: Embedder, task: ZeroShot, pictures: Float[np.ndarray, "
 def as_table(report: dict) -> str:
     """The main figures as plain text: a line for each figure, a column for each model, with 95% intervals.
 
-    Differences from the first model stand below; one whose interval does not include 0 is marked with *. Figures that
-    others published come last.
+    A second table has the differences from the first model. A difference is marked with * if its interval does not
+    include 0. Figures that others published come last.
     """
     models = list(report["models"])
     pairs = [f"{name} - {models[0]}" for name in models[1:]]
