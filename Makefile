@@ -30,7 +30,8 @@ test: .venv/installed  ## ruff, the unit tests, and every notebook
 	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 site: .venv/installed  ## the course as a book, to read in build/site/index.html; every link inside it is checked
-	rm -rf build/site
+	rm -rf build/site build/page
+	-$(RUN) -m clipid_utils export page build/page  # the site has it as "Try it here"; without npm it is left out
 	$(RUN) site/build.py
 
 lab: .venv/installed  ## open JupyterLab

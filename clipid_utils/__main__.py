@@ -1,11 +1,9 @@
 """The command `clipid`: the library's long runs in a shell. `python -m clipid_utils` is the same."""
 
 import contextlib
-import difflib
 import functools
 import io
 import os
-import re
 import signal
 import sys
 import warnings
@@ -19,6 +17,7 @@ try:  # Ctrl-C here comes before `main` can catch it
 
     from clipid_utils.files import use_one_arena
     from clipid_utils.paths import CACHE
+    from clipid_utils.terminal import short, stop, with_home
 except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
     raise SystemExit(130) from None
@@ -308,37 +307,9 @@ def parse(arguments: list[str]) -> Callable[[], None]:
             parsed = cli(prog=prog, description=words, args=arguments, config=(FlagCreatePairsOff,))
     except SystemExit as ended:
         if ended.code:
-            print(short(said.getvalue(), name), file=sys.stderr)
+            print(short(said.getvalue(), name, EXTRAS), file=sys.stderr)
         raise
     return functools.partial(run_recipe, parsed) if name == "train" else parsed
-
-
-def short(box: str, name: str) -> str:
-    """tyro's box around an error as one line: the problem, the nearest name, and where the options are listed."""
-    prog = f"clipid {name}" if name in EXTRAS else "clipid"
-    inside = re.sub("[│╭╮╰╯|+]", " ", re.sub(r"\x1b\[[\d;]*m", "", box).partition("\n")[2])
-    problem, *rest = (text for part in re.split("[─-]{4,}", inside) if (text := " ".join(part.split())))
-    nearest = re.findall(r"Perhaps you meant: (--[\w.-]+)", "\n".join(rest))
-    nearest += [] if name in EXTRAS else difflib.get_close_matches(name, EXTRAS, 1)
-    guess = f": did you mean {nearest[0]}?" if nearest else ""
-    return f"{prog}: {problem}{guess} ({prog} --help)"
-
-
-def stop(number: int, frame) -> None:
-    """Ctrl-C raises KeyboardInterrupt, but ends the process at once during an import, and when it comes again."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):  # an import may swallow the exception
-            os.write(2, b"stopped\n")
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def with_home(word: str) -> str:
-    """An argument with `~` expanded, where the shell leaves it: in quotes and behind `=`."""
-    option, sign, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-    return option + sign + os.path.expanduser(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

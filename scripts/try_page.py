@@ -3,8 +3,8 @@
     python scripts/try_page.py SHOTS [PAGE]   # screenshots go to SHOTS; PAGE is a folder that is there already
 
 It needs playwright and Chromium, which no extra installs; CLIPID_PYTHON names a Python with this package if it is
-not the one that runs this. An assertion that fails says which answer was wrong. The times are of this machine: the
-last two assertions need one that is not busy.
+not the one that runs this. An assertion that fails says which answer was wrong. The times that it prints are of this
+machine, and nothing depends on them.
 """
 
 import base64
@@ -289,8 +289,8 @@ def offline(page) -> None:
     print("without a network: search and pictures work")
 
 
-def times(page, address: str) -> tuple[float, float]:
-    """Seconds from the address to the first result, and the median of ten queries in milliseconds."""
+def times(page, address: str) -> None:
+    """Prints the seconds from the address to the first result, and the median of ten queries in milliseconds."""
     from playwright.sync_api import expect
 
     start = time.monotonic()
@@ -310,7 +310,6 @@ def times(page, address: str) -> tuple[float, float]:
         }}
         return took.slice(1) }}""")
     print(f"a query takes {statistics.median(took):.0f} ms")
-    return first, statistics.median(took)
 
 
 def main() -> None:
@@ -341,7 +340,7 @@ def main() -> None:
             page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-            first, query = times(page, address)
+            times(page, address)
             page.goto("about:blank")
             page.goto(address)
             page.locator("body[data-ready=all]").wait_for(state="attached", timeout=WAIT)
@@ -354,8 +353,6 @@ def main() -> None:
         assert not errors, errors
         assert hosts - {""} == {urlsplit(address).netloc}, f"requests went to {hosts}"
         print(f"all requests went to 127.0.0.1; screenshots: {shots}")
-        assert first < 10, f"the first result took {first:.1f} s: run it on a machine that is not busy"
-        assert query < 300, f"a query took {query:.0f} ms: run it on a machine that is not busy"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import tiny_clip
 
 import clipid_utils
-from clipid_utils.__main__ import EXTRAS, MODEL, main, short
+from clipid_utils.__main__ import EXTRAS, MODEL, main
 from clipid_utils.data import photographs
 from clipid_utils.data.download import download
 from clipid_utils.data.report import Report
@@ -28,6 +28,7 @@ from clipid_utils.inference import command as searching
 from clipid_utils.inference.index import build_index
 from clipid_utils.inference.search import query_embeds
 from clipid_utils.paths import CHECKPOINTS
+from clipid_utils.terminal import short
 from clipid_utils.training import command as training
 
 LINES = [b'{"image_path": "a.png", "captions": ["seekor kucing"], "url": "http://localhost/a.png"}',
@@ -115,7 +116,7 @@ def test_wrong_usage_is_one_line_with_the_nearest_name_and_status_2(line, words,
 
 def test_a_box_in_colour_is_read_too():
     box = "╭─ \x1b[1mValue error\x1b[0m ───╮\n│ Error parsing \x1b[91m--k\x1b[0m: no │\n│ ───── │\n│ Help │\n╰────╯\n"
-    assert short(box, "search") == "clipid search: Error parsing --k: no (clipid search --help)"
+    assert short(box, "search", EXTRAS) == "clipid search: Error parsing --k: no (clipid search --help)"
 
 
 @pytest.mark.parametrize("line, words", [
@@ -212,6 +213,26 @@ def test_the_figures_of_a_run_are_written_beside_its_weights(tmp_path, monkeypat
     monkeypatch.setattr(evaluating, "evaluate_checkpoint", None)  # nothing is measured in vain
     status, *_ = run(f"evaluate {tmp_path}/run", capsys)
     assert "run/model cannot be written to: name a file elsewhere with --out" in status
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluating, "evaluate_checkpoint", None)
+    (tmp_path / "file").touch()
+    status, *_ = run(f"evaluate {tmp_path}/run --out {tmp_path}/file/new/a.json", capsys)
+    assert "file is a file, not a folder: name a file elsewhere with --out" in status
+
+
+def test_figures_of_an_installed_or_fetched_model_are_written_here(tmp_path, monkeypatch, capsys):
+    """The folders of an installed package and of the hub's cache belong to others."""
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(evaluating, "load_picture_dictionary", dict)
+    monkeypatch.setattr(evaluating, "evaluate_checkpoint", lambda checkpoint, _: {"retrieval": {}})
+    monkeypatch.setattr(evaluating, "fetch_checkpoint", lambda name: tmp_path / "checkpoints" / name)
+    for checkpoints, in_clone, written in (("checkpoints", False, here), ("other", True, here),
+                                           ("checkpoints", True, tmp_path / "checkpoints" / "mini")):
+        monkeypatch.setattr(evaluating, "CHECKPOINTS", tmp_path / checkpoints)
+        monkeypatch.setattr(evaluating, "IN_CLONE", in_clone)
+        assert run("evaluate mini", capsys)[0] == 0
+        (written / "metrics.json").unlink()
 
 
 @pytest.mark.parametrize("line, models, on", [

@@ -10,6 +10,7 @@ from clipid_utils.evaluation.suite import as_table, evaluate_models, figure
 from clipid_utils.files import write_json
 from clipid_utils.inference.evaluate import evaluate_checkpoint
 from clipid_utils.model.pretrained.hub import fetch_checkpoint
+from clipid_utils.paths import CHECKPOINTS, IN_CLONE
 
 
 def evaluate_several(models: Sequence[str], tasks: Sequence[str], out: Path | None) -> None:
@@ -29,9 +30,14 @@ def evaluate_several(models: Sequence[str], tasks: Sequence[str], out: Path | No
 
 
 def evaluate_one(model: str, out: Path | None) -> None:
-    """Measures a model on the picture dictionary and writes `out`, by default metrics.json in its folder."""
+    """Measures a model on the picture dictionary and writes `out`, by default metrics.json in its folder.
+
+    A shipped model of an installed package and a model of the hub are measured into metrics.json here.
+    """
     folder = fetch_checkpoint(model)
-    out = out or folder / "metrics.json"
+    if out is None:
+        is_own = IN_CLONE if folder.is_relative_to(CHECKPOINTS) else Path(model).expanduser().exists()
+        out = (folder if is_own else Path()) / "metrics.json"
     _check_writable(out)
     report = evaluate_checkpoint(folder, load_picture_dictionary())
     print(json.dumps(report["retrieval"], indent=1))
@@ -40,7 +46,11 @@ def evaluate_one(model: str, out: Path | None) -> None:
 
 
 def _check_writable(out: Path) -> None:
+    """Raises OSError if the file could not be written, before the minutes that measuring takes."""
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: name a file with --out")
-    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):  # measuring takes minutes
-        raise PermissionError(f"{out.parent} cannot be written to: name a file elsewhere with --out")
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())  # the folders below it are made
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file, not a folder: name a file elsewhere with --out")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} cannot be written to: name a file elsewhere with --out")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Shaped
 
 from clipid_utils import HybridCLIP, load_clip, load_towers
@@ -89,9 +90,19 @@ class Embedder:
 
 
 def open_model(name: str) -> tuple[HybridCLIP, CLIPProcessor]:
-    """The model of a name, folder or hub id for `load_clip`, or of two towers for `load_towers`, as "VISION+TEXT"."""
+    """The model of a name, folder or hub id for `load_clip`, or of two towers for `load_towers`, as "VISION+TEXT".
+
+    Raises ValueError for towers that need a new layer, because a model with random weights has nothing to measure.
+    """
     parts = parts_of(name)
-    return load_towers(*parts) if len(parts) == 2 else load_clip(name)
+    if len(parts) == 1:
+        return load_clip(name)
+    drawn = nnx.Rngs(0)
+    opened = load_towers(*parts, rngs=drawn)
+    if int(drawn.default.count[...]):
+        raise ValueError(f"{name}: these towers have no projections to one space, and new ones are random: train the "
+                         "model first (clipid train), and measure the trained model")
+    return opened
 
 
 def parts_of(name: str) -> list[str]:

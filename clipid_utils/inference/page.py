@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int8
 
+from clipid_utils.data.captions import check_captions
 from clipid_utils.data.dictionary.fetch import fetch_npm
 from clipid_utils.files import json_lines, read_json, whole_file, whole_folder, write_json
 from clipid_utils.inference.index import PictureIndex, build_index
@@ -137,9 +139,7 @@ def without_nmt(normalizer: dict | None) -> dict | None:
 
 def _pictures(index: PictureIndex, page: Path) -> Iterator[dict]:
     """Writes the reduced pictures, and gives what the page shows with each."""
-    captions = index.source / "captions.jsonl"
-    records = {record.get("image_path"): record for _, record, problem in json_lines(captions) if not problem} \
-        if captions.is_file() else {}
+    records = _records(index.source)
     for row, key in enumerate(index.keys):
         image = open_picture(index.source / key, draft=2 * SIDE)
         image.thumbnail((SIDE, SIDE))
@@ -147,4 +147,21 @@ def _pictures(index: PictureIndex, page: Path) -> Iterator[dict]:
         image.save(page / name, quality=80, method=6)
         texts = record.get("captions") or [key]
         yield {"file": name, "width": image.width, "height": image.height, "name": texts[0], "alt": texts[-1],
-               **{field: record[field] for field in ("credit", "licence") if record.get(field)}}
+               **{field: str(record[field]) for field in ("credit", "licence") if record.get(field)}}
+
+
+def _records(folder: Path) -> dict[str, dict]:
+    """The captions records of the folder by the keys of an index. One warning reports the bad ones, which are left out.
+    """
+    path, found, bad = folder / "captions.jsonl", {}, []
+    if not path.is_file():
+        return found
+    for (_, record, _), problem in zip(json_lines(path), check_captions(path), strict=False):
+        if problem:
+            bad.append(problem)
+        else:
+            found[os.path.relpath(folder / record["image_path"], folder).replace(os.sep, "/")] = record
+    if bad:
+        warnings.warn(f"{len(bad)} records of {path} are left out of the page. The first: {bad[0]}. clipid check lists "
+                      "all", stacklevel=2)
+    return found

@@ -414,13 +414,16 @@ def test_a_task_that_is_named_twice_is_measured_once(report):
 
 def test_two_towers_are_joined(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(suite, "load_towers", lambda *names: asked.append(names) or MODELS["tahu"])
+    monkeypatch.setattr(suite, "load_towers", lambda *names, rngs: asked.append(names) or MODELS["tahu"])
     monkeypatch.setattr(suite, "load_clip", lambda name: asked.append(name) or MODELS["buta"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c++").mkdir()
     assert suite.open_model("org/vision+org/text") is MODELS["tahu"] and suite.open_model("mini") is MODELS["buta"]
     assert suite.open_model("c++") is MODELS["buta"]  # a folder
     assert asked == [("org/vision", "org/text"), "mini", "c++"]
+    monkeypatch.setattr(suite, "load_towers", lambda *names, rngs: rngs.params())
+    with pytest.raises(ValueError, match=r"vision\+text: these towers have no projections .* train the model first"):
+        suite.open_model("vision+text")
 
 
 # The table and the figure

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_pictures_are_reduced_and_have_captions_or_paths(written):
     for picture in listed:
         with Image.open(written / picture["file"]) as image:
             assert image.size == (picture["width"], picture["height"]) == (480, 320) and image.format == "WEBP"
+
+
+def test_bad_records_are_left_out_with_one_warning(settings, model, pictures, tmp_path):
+    """A path may begin with "./"; the others have a caption that is no list, a path that is none, and no picture."""
+    shutil.copytree(pictures, tmp_path / "foto")
+    lines = ['{"image_path": "./merah.png", "captions": ["kotak"], "credit": {"name": "Ani"}}',
+             '{"image_path": "dalam/biru.png", "captions": "biru"}', '{"image_path": 3, "captions": ["hijau"]}', "{"]
+    (tmp_path / "foto" / "captions.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match=r"3 records of .*captions.jsonl are left out .*:2: captions is 'biru'"):
+        written = write_page(tmp_path / "halaman", model, tmp_path / "foto")
+    listed = read_json(written / "page.json")["pictures"]
+    assert [picture["name"] for picture in listed] == ["dalam/biru.png", "dalam/hijau.png", "kotak"]
+    assert listed[2]["credit"] == "{'name': 'Ani'}"
 
 
 def test_vectors_are_the_librarys(written, model, pictures):

@@ -581,3 +581,12 @@ def test_two_towers_and_their_processor_come_together(with_processor):
 def test_towers_whose_tokenizer_has_more_ids_are_refused(with_processor):
     with pytest.raises(ValueError, match=r"text has 41 tokens with ids up to 40, .* table has 40 rows"):
         load_towers(**with_processor(41))
+
+
+@pytest.mark.parametrize("vision, text, drawn", [("clip", "clip", 0), (VISION, "clip", 1), (VISION, TEXT, 2)])
+def test_only_new_layers_draw_numbers(towers, vision, text, drawn):
+    rngs = nnx.Rngs(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        towers(vision, text, rngs=rngs, pooling=None if text == "clip" else "mean")
+    assert int(rngs.default.count[...]) == drawn

@@ -7,7 +7,7 @@ A folder is one of transformers (a tower alone, or a whole CLIP, Meta CLIP 2 or 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -212,19 +212,21 @@ def join_towers(
         leaves["logit_scale"] = image.scale
         config = with_scale(config, leaves, linear_scale=False)
     unknown = [*image.unknown(config), *words.unknown(config)]
-    leaves = _new_leaves(config, nnx.Rngs(0) if rngs is None else rngs, new_pooler) | leaves
+    leaves |= _new_leaves(config, nnx.Rngs(0) if rngs is None else rngs, new_pooler, leaves)
     return fill(model_class, config, leaves, unknown, f"{image.folder} or {words.folder}", dtype, param_dtype)
 
 
-def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs, pooler: bool) -> dict[str, Leaf]:
-    """Initial values of what two towers lack: projections, a pooler and the scale."""
+def _new_leaves(config: CLIPConfig, rngs: nnx.Rngs, pooler: bool, known: Collection[str]) -> dict[str, Leaf]:
+    """Initial values of the projections, the pooler and the scale that `known` lacks. Only new layers draw numbers."""
     layers = {f"{side}.projection": linear(tower.width, config.embed_dim, dtype=None, rngs=rngs, bias=False)
-              for side, tower in (("text", config.text), ("vision", config.vision)) if tower.projection == "linear"}
+              for side, tower in (("text", config.text), ("vision", config.vision))
+              if tower.projection == "linear" and f"{side}.projection.kernel" not in known}
     if pooler:
         layers["text.pooler"] = linear(config.text.width, config.text.width, dtype=None, rngs=rngs)
     arrays = {f"{name}.{part}": np.asarray(value) for name, layer in layers.items()
               for part, value in flatten_params(nnx.state(layer)).items()}
-    arrays["logit_scale"] = np.float32(config.logit_scale)
+    if "logit_scale" not in known:
+        arrays["logit_scale"] = np.float32(config.logit_scale)
     return {path: Leaf(path, lambda array=array: array) for path, array in arrays.items()}
 
 
