@@ -34,6 +34,10 @@ site: .venv/installed  ## the course as a book, to read in build/site/index.html
 	-$(RUN) -m clipid_utils export page build/page  # the site has it as "Try it here"; without npm it is left out
 	$(RUN) site/build.py
 
+indonesian: .venv/installed  ## the Indonesian notebooks from site/locale, after new messages were added to it
+	$(RUN) site/indonesian.py update
+	$(RUN) site/indonesian.py
+
 lab: .venv/installed  ## open JupyterLab
 	$(RUN) -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
@@ -82,6 +86,7 @@ mutants: .venv/installed  ## small wrong changes of the code, one at a time: whi
 notebooks: .venv/installed  ## run every notebook and keep its outputs in notebooks/, as they are committed
 	$(RUN) -m clipid_utils prepare
 	$(RUN) scripts/course.py --in-place
+	$(RUN) site/indonesian.py
 	$(RUN) scripts/course.py --in-place --out build/solutions notebooks/solutions/*.ipynb
 
 constraints: .venv/installed  ## make constraints.txt again from requirements.txt: one set for every Python and platform
@@ -130,6 +135,6 @@ define package
 	@touch $(dir $(1))../installed
 endef
 
-.PHONY: help course test site lab train-mini train-photo evaluate bench parity test-scale test-colab test-wheel mutants \
-	test-page notebooks constraints test-constraints clean
+.PHONY: help course test site indonesian lab train-mini train-photo evaluate bench parity test-scale test-colab \
+	test-wheel mutants test-page notebooks constraints test-constraints clean
 .DELETE_ON_ERROR:
