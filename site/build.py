@@ -23,9 +23,11 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
-COPIED = "README.md", "notebooks/tpu.md", "data/README.md", "data/checkpoints/README.md", "data/images/search.png"
-LESSONS = "[0-9][0-9]_*.ipynb"
+COPIED = ("README.md", "notebooks/glossary.md", "notebooks/tpu.md", "data/README.md", "data/checkpoints/README.md",
+          "data/images/search.png")
+LESSONS = "[0-9][0-9]*_*.ipynb"  # 02b_jax_and_nnx too
 PARTS = {"inference": "Search and zero-shot"}  # titles of API pages that are not the name of the part
+INDONESIAN = ROOT / "notebooks" / "id"
 DEMO = ROOT / "build" / "page"
 
 
@@ -95,7 +97,8 @@ def lay_out(source: Path, notebooks: Path, front: Path | None) -> None:
         raise SystemExit(f"no notebook in {notebooks}: is the clone complete?")
     pages = {name: (ROOT / name).read_bytes() for name in COPIED}
     pages |= {f"notebooks/{path.name}": with_setup_folded(path).encode() for path in lessons}
-    pages["glossary.md"] = (SITE / "glossary.md").read_bytes()
+    if front is None:
+        pages |= {f"notebooks/id/{path.name}": with_setup_folded(path).encode() for path in INDONESIAN.glob(LESSONS)}
     index = (SITE / "index.md").read_text(encoding="utf-8")
     address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     index = index.replace("{{ repository }}", address).replace("{{ folder }}", address.rsplit("/", 1)[1])
@@ -104,6 +107,7 @@ def lay_out(source: Path, notebooks: Path, front: Path | None) -> None:
         pages |= {name: text.encode() for name, text in api_pages().items()}
     else:
         contents = index[index.index("<!-- contents -->"):].replace("\napi/index\n", "\n")
+        contents = re.sub(r"```{toctree}\n:caption: Bahasa Indonesia\n.*?```\n", "", contents, flags=re.DOTALL)
         index = front.read_text(encoding="utf-8") + "\n" + contents
     if front is None and (DEMO / "index.html").exists():
         pages["demo.md"] = (SITE / "demo.md").read_bytes()

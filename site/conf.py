@@ -92,11 +92,12 @@ def badges_to_text(app, document) -> None:
 
 
 def fold_optional(app, document) -> None:
-    """Sections with `Optional` in their title are folded; the reader opens them with one click."""
+    """Sections with `Optional`, or Opsional, in their title are folded; the reader opens them with one click."""
     for section in document.findall(nodes.section):
         title = section.next_node(nodes.title)
-        if re.search(r"\bOptional\b", title.astext()):
-            summary = '<details class="optional"><summary>Optional: show this section</summary>'
+        if re.search(r"\bO(ptional|psional)\b", title.astext()):
+            words = "Opsional: tampilkan bagian ini" if "Opsional" in title.astext() else "Optional: show this section"
+            summary = f'<details class="optional"><summary>{words}</summary>'
             section.insert(section.index(title) + 1, nodes.raw("", summary, format="html"))
             section.append(nodes.raw("", "</details>", format="html"))
 

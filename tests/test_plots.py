@@ -34,6 +34,8 @@ FIGURES = {
     "similarity": lambda: plots.similarity_matrix(rng.random((3, 3)), NAMES, NAMES, PICTURES, "Kemiripan"),
     "heatmap": lambda: plots.heatmap_overlay(PICTURES[0], {"penutupan": rng.normal(size=(4, 4))}, "kucing"),
     "heatmap_flat": lambda: plots.heatmap_overlay(PICTURES[0], {"nol": np.zeros((4, 4))}),
+    "attention": lambda: plots.attention_over_picture(PICTURES[0], {"satu": rng.random(9), "dua": np.zeros(9)}),
+    "attention_text": lambda: plots.attention_between_tokens({"blok 1": rng.random((2, 3))}, list("ab"), list("abc")),
     "recall": lambda: plots.recall_bars({"uji": {f"R@{k}": CELL for k in (1, 5, 10)}}),
     "differences": lambda: plots.differences(
         {"saringan": {"validation": CELL, "photographs": {"value": 0.0, "low": -0.01, "high": 0.02}}}, "R@10", "Beda"),
@@ -41,6 +43,8 @@ FIGURES = {
     "confusion": lambda: plots.confusion_matrix(np.array([0, 1, 1]), np.array([0, 1, 2]), NAMES),
     "parameters": lambda: plots.parameter_bars({"image": 1_200_000, "text": 800_000}),
     "schedule": lambda: plots.schedule(np.hstack([np.linspace(0, 1e-3, 10), np.linspace(1e-3, 0, 90)])),
+    "curves": lambda: plots.curves({"loop": [3, 2, 1], "library": [3, 2, 1]}, "step", "loss", "Sama"),
+    "curves_many": lambda: plots.curves({f"_{i}": 0.1 ** i * np.ones(4) for i in range(12)}, "n", "value", log=True),
     "augmentations": lambda: plots.augmentations(PICTURES[:2], [PICTURES, [np.full((8, 8, 3), 1.2)] * 3], NAMES[:2]),
     "projection": lambda: plots.projection(rng.normal(size=(9, 5)), NAMES * 3, np.arange(9) < 3, title="Peta"),
     "placements": lambda: plots.placements(
@@ -94,6 +98,18 @@ def test_chance_is_a_line_in_the_panel_of_its_task():
     assert [[list(line.get_xdata()) for line in panel] for panel in lines] == [[], [[0.25, 0.25]]]
 
 
+def test_equal_curves_are_both_seen():
+    first, second = plots.curves({"loop": [2, 1], "library": [2, 1]}, "step", "loss").axes[0].lines
+    assert list(first.get_ydata()) == list(second.get_ydata()) == [2, 1]
+    assert first.get_linewidth() > second.get_linewidth() and first.get_color() != second.get_color()
+
+
+def test_unnamed_curves_have_no_legend_and_a_shade_each():
+    axis = plots.curves({f"_{i}": [1.0, 2.0] for i in range(12)}, "n", "value", log=True).axes[0]
+    assert axis.get_legend() is None and axis.get_yscale() == "log"
+    assert len({tuple(line.get_color()) for line in axis.lines}) == 12
+
+
 def test_a_piece_on_several_devices_bears_all_their_numbers():
     held = {0: (slice(0, 2), slice(None)), 4: (slice(0, 2), slice(None)), 1: (slice(2, 4), slice(None))}
     axis = plots.placements({"x": ((4, 4), held)}).axes[0]
@@ -108,3 +124,22 @@ def test_an_exchanged_number_keeps_the_colour_of_its_device():
     first, second, *rest = [cell.get_facecolor() for cell in cells]
     assert first != second and [rest[0], rest[2]] == [second, first]
     assert rest[1] == rest[3] and rest[1] not in (first, second)
+
+
+def test_similarities_with_the_same_limits_have_the_same_colours():
+    meshes = [plots.similarity_matrix(rng.random((3, 3)) * size, NAMES, limits=(-0.1, 0.8)).axes[0].images[0]
+              for size in (0.1, 0.7)]
+    assert [mesh.get_clim() for mesh in meshes] == [(-0.1, 0.8)] * 2
+
+
+def test_a_few_long_captions_do_not_stretch_the_axis_and_are_counted():
+    axis = plots.caption_lengths({"nama": [2] * 999 + [40], "kata kunci": [5] * 998 + [90, 100]}).axes[0]
+    assert axis.get_xlim()[1] < 8
+    assert "not shown: 3 longer than 5, up to 100" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_the_attention_of_all_heads_has_one_colour_scale():
+    weights = {"one": np.full(4, 0.25), "two": np.array([0.7, 0.3, 0.0, 0.0])}
+    panels = plots.attention_over_picture(PICTURES[0], weights).axes[1:3]
+    assert [panel.images[1].get_clim() for panel in panels] == [(0, 0.7)] * 2
+    np.testing.assert_array_equal(panels[1].images[1].get_array(), [[0.7, 0.3], [0.0, 0.0]])  # row by row

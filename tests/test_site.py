@@ -14,9 +14,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import clipid_utils
 
 ROOT = Path(__file__).resolve().parent.parent
+GLOSSARY = ROOT / "notebooks" / "glossary.md"
 SITE = ROOT / "site"
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-ENTRY = re.compile(r"^(\S.*)\n  \*(.+?)\*\. (.+)$", re.MULTILINE)
+ENTRY = re.compile(r"^### (.+)\n\n\*(.+?)\*\. (.+)\n", re.MULTILINE)
 LESSON = """# 00 · A lesson
 
 [![Open in Colab](https://example.org/badge.svg)](https://example.org/00)
@@ -61,7 +62,12 @@ def page(build, tmp_path_factory):
 
 
 def glossary():
-    return ENTRY.findall((SITE / "glossary.md").read_text(encoding="utf-8"))
+    return ENTRY.findall(GLOSSARY.read_text(encoding="utf-8"))
+
+
+def anchors():
+    """The anchors of the terms; JupyterLab, GitHub and the site give a heading the same one only in lower case."""
+    return {term.replace(" ", "-") for term, _, _ in glossary()}
 
 
 def test_settings_can_be_read_and_have_the_release():
@@ -93,22 +99,29 @@ def test_every_page_is_in_the_contents(laid_out):
 
 
 def test_every_glossary_term_is_unique_and_has_both_languages_and_a_sentence():
-    text = (SITE / "glossary.md").read_text(encoding="utf-8")
-    block = re.search(r"```\{glossary\}\n:sorted:\n\n(.+?)\n```", text, re.DOTALL)[1]
-    entries = block.split("\n\n")
-    assert [entry for entry in entries if not ENTRY.fullmatch(entry)] == []
-    terms = [term.lower() for term, _, _ in glossary()]
-    assert len(terms) == len(entries) >= 60 and len(set(terms)) == len(terms)
+    headings = re.findall(r"^#{2,} .+$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    terms = [term for term, _, _ in glossary()]
+    assert terms == [heading[4:] for heading in headings if heading.startswith("### ")]
+    assert len(terms) >= 60 and len(set(terms)) == len(terms)
+    assert [term for term in terms if not re.fullmatch(r"[a-z0-9]+(?:[ -][a-z0-9]+)*", term)] == []
     assert ("caption", "takarir") in [(term, indonesian) for term, indonesian, _ in glossary()]
     assert [term for term, _, sentence in glossary() if not sentence.endswith(".")] == []
 
 
+def test_glossary_is_in_alphabetical_order():
+    headings = re.findall(r"^##+ (.+)$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    letters = {term[0].upper() for term, _, _ in glossary()}
+    terms = [term for term, _, _ in glossary()]
+    order = sorted([*terms, *letters], key=lambda name: name.lower().replace("-", " "))
+    assert headings == order
+
+
 def test_every_link_to_a_term_has_its_term():
-    terms = {term for term, _, _ in glossary()}
-    for path in SITE.glob("*.md"):
-        for link in re.findall(r"\{term\}`(.+?)`", path.read_text(encoding="utf-8")):
-            named = re.fullmatch(r".+ <(.+)>", link)
-            assert (named[1] if named else link) in terms, path.name
+    links = re.findall(r"\]\(#(.+?)\)", GLOSSARY.read_text(encoding="utf-8"))
+    pages = [*SITE.glob("*.md"), *ROOT.glob("notebooks/**/*.ipynb"), ROOT / "notebooks" / "tpu.md"]
+    for path in pages:
+        links += re.findall(r"\bglossary\.(?:md|html)#([^)\s\"\\]+)", path.read_text(encoding="utf-8"))
+    assert "cosine-similarity" in links and set(links) - anchors() == set()
 
 
 def test_api_has_each_module_that_the_notebooks_import_once(build):

@@ -6,10 +6,12 @@ elsewhere save it with `figure.savefig`.
 """
 # ruff: noqa: F401  (the figures are offered from here)
 
+from clipid_utils.plots.attention import attention_between_tokens, attention_over_picture
 from clipid_utils.plots.charts import (
     caption_lengths,
     confusion_matrix,
     counts_by_group,
+    curves,
     differences,
     parameter_bars,
     projection,

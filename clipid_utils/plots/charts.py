@@ -40,9 +40,13 @@ def counts_by_group(counts: Mapping[str, Mapping[str, int]], title: str = "", un
 def caption_lengths(
     lengths: Mapping[str, Sequence[int]], limit: int | None = None, unit: str = "tokens", title: str = ""
 ) -> Figure:
-    """Histogram of caption lengths, an outline for each kind of caption; `limit` marks where the tokenizer cuts."""
+    """Histogram of caption lengths, an outline for each kind of caption; `limit` marks where the tokenizer cuts.
+
+    The axis ends where at most 1 in 200 captions of each kind is longer; the legend counts these few.
+    """
     figure, axis = plt.subplots(figsize=(8, 3.2))
-    longest = max(max(values) for values in lengths.values())
+    longest = int(max(np.ceil(np.quantile(list(values), 0.995)) for values in lengths.values()))
+    beyond = [value for values in lengths.values() for value in values if value > longest]
     step = max(1, longest // 60)
     edges = np.arange(0.5, longest + step + 0.5, step)
     for (name, values), colour in zip(lengths.items(), COLOURS, strict=False):
@@ -51,7 +55,9 @@ def caption_lengths(
     if limit is not None:
         over = sum(int((np.asarray(values) > limit).sum()) for values in lengths.values())
         axis.axvline(limit + 0.5, color=GREY, linestyle="--", label=f"cut after {limit} ({over:,} longer)")
-    axis.set(xlabel=f"{unit} in a caption", ylabel="captions", title=title)
+    if beyond:
+        axis.plot([], [], " ", label=f"not shown: {len(beyond):,} longer than {longest}, up to {max(beyond)}")
+    axis.set(xlabel=f"{unit} in a caption", ylabel="captions", title=title, xlim=(0, longest + step))
     axis.legend()
     return figure
 
@@ -212,6 +218,28 @@ def schedule(rates: Float[np.ndarray, " steps"] | Sequence[float], title: str = 
     note = f"{rates[peak]:.2g} at step {peak:,}"
     axis.annotate(note, (peak, rates[peak]), xytext=(10, 4), textcoords="offset points")
     axis.set(xlabel="step", title=title, ylim=(0, rates.max() * 1.2))
+    return figure
+
+
+@styled
+def curves(
+    series: Mapping[str, Sequence[int | float] | Float[np.ndarray, " N"]], xlabel: str, ylabel: str, title: str = "",
+    log: bool = False,
+) -> Figure:
+    """Lines over 0, 1, 2, …; each is drawn thinner than the one before, so that equal lines are both seen.
+
+    A name that begins with "_" is left out of the legend. With more than eight lines, dark ones come first.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    many = len(series) > len(COLOURS)
+    shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(series))) if many else COLOURS
+    for i, ((name, values), colour) in enumerate(zip(series.items(), shades, strict=False)):
+        width = 1.2 if many else max(1.2, 5.0 - 3.6 * i)
+        axis.plot(np.asarray(values), color=colour, linewidth=width, label=name, alpha=1.0 if i or many else 0.6)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    if any(not name.startswith("_") for name in series):
+        axis.legend()
     return figure
 
 

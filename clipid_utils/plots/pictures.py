@@ -48,16 +48,20 @@ def search_grid(
 @styled
 def similarity_matrix(
     similarity: Float[np.ndarray, "N M"], rows: Sequence[object], columns: Sequence[object] | None = None,
-    images: Sequence | None = None, title: str = "",
+    images: Sequence | None = None, title: str = "", limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Every text (row) against every picture (column), with the values; `images` are drawn above the columns."""
+    """Every text (row) against every picture (column), with the values; `images` are drawn above the columns.
+
+    `limits` are the least and the greatest value of the colour scale: give two figures the same to compare them.
+    """
     count, width = similarity.shape
     figure, axis = plt.subplots(figsize=(2.6 + 0.62 * width, 1.0 + 0.5 * count + (0.7 if images is not None else 0)))
-    mesh = axis.imshow(similarity, aspect="auto")
+    low, high = (similarity.min(), similarity.max()) if limits is None else limits
+    mesh = axis.imshow(similarity, aspect="auto", vmin=low, vmax=high)
     labels = [""] * width if columns is None else [cut(column, 20, 1) for column in columns]
     named_cells(axis, [cut(row, 26, 1) for row in rows], labels)
     axis.tick_params(length=0)
-    written_matrix(axis, similarity, (similarity.min() + similarity.max()) / 2, "{:.2f}")
+    written_matrix(axis, similarity, (low + high) / 2, "{:.2f}")
     for x, image in enumerate([] if images is None else images):
         inset = axis.inset_axes((x / width + 0.05 / width, 1.01, 0.9 / width, 1.3 / count))
         inset.imshow(np.asarray(image))
