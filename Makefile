@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1310
 # them in a third less time; it is slower for the notebooks' optimized programs. The notebooks share one cache of compiled
 # programs, and every test process reads the bytecode that the first one kept.
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
-test: export PYTHONDONTWRITEBYTECODE :=
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 GPU := $(shell command -v nvidia-smi)
 # Compiling all installed modules took a quarter of the installation; Python compiles those that are imported.
@@ -22,12 +22,16 @@ course: .venv/installed  ## run every notebook; the executed pages are in build/
 	$(RUN) -m clipid_utils prepare
 	$(RUN) scripts/course.py
 
-test: .venv/installed  ## ruff, the unit tests, and every notebook
+test: .venv/installed  ## ruff, the unit tests except the slow ones, and every notebook
 	$(RUN) -m clipid_utils prepare
 	$(RUN) -m ruff check
-	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval
+	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval -m "not slow"
 	rm -rf build/compiled
-	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
+	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider --ignore notebooks/id notebooks
+
+test-slow: .venv/installed  ## runs that are killed and resumed, several processes, the true networks
+	$(RUN) -m clipid_utils prepare
+	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval -m slow
 
 site: .venv/installed  ## the course as a book, to read in build/site/index.html; every link inside it is checked
 	rm -rf build/site build/page
@@ -136,5 +140,5 @@ define package
 endef
 
 .PHONY: help course test site indonesian lab train-mini train-photo evaluate bench parity test-scale test-colab \
-	test-wheel mutants test-page notebooks constraints test-constraints clean
+	test-wheel test-slow mutants test-page notebooks constraints test-constraints clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Pictures a second that `download` fetches, decodes, shrinks and keeps, from a server of its own process; its memory.
+"""Pictures a second that `download` fetches, decodes, shrinks and keeps, from a local server; and its memory.
 
 The server (tests/picture_server.py) answers from memory with JPEGs of 500 x 375 pixels, as bench_loader.py makes them,
 under 50 host names, so that most requests need a new connection, as on the web. There is no wait between two requests

@@ -1,10 +1,10 @@
-"""Caption and picture filters: rows a second and the memory that what they remember takes, few rows beside many.
+"""Caption and picture filters: rows a second, and the memory for the rows that they remember, for few and many rows.
 
     python benchmarks/bench_filters.py [--captions 10000 1000000] [--pictures 1000 4000] [--out FILE]
 
 Each filter alone, in a process of its own that keeps no row. Captions are sentences of ten words, made up; pictures are
-Open Clip Art's, as `load_openclipart` prepares them. Seconds are of that process on a processor, so that a busy machine
-slows it little; memory is what the peak grew by after the imports and, of pictures, after the first hundred.
+Open Clip Art's, as `load_openclipart` prepares them. Seconds are processor seconds of that process, which a busy
+machine changes little; memory is the growth of the peak after the imports and, for pictures, after the first hundred.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Loading a checkpoint: the memory that it takes at its peak, beside the size of its weights, and the time.
+"""Loading a checkpoint: its peak of memory, compared with the size of its weights, and the time.
 
     python benchmarks/bench_load.py [--out build/bench/load.json]
 
 ViT-B/32 + IndoBERT-large's sizes (1.7 GB in float32) with random weights, in each form that `read_weights` knows, and
 SigLIP 2 B/16 at 224 pixels (1.5 GB), each loaded in a new process; then the shipped mini checkpoint from a cold start
-of Python to its first answer, imports and compilation included. Memory is the process's largest resident set, whole,
-and less what it was after the imports.
+of Python to its first answer, imports and compilation included. Memory is the process's largest resident set, in total
+and beyond the imports.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def write_siglip(folder: Path) -> int:
 
 
 def load_large(name: str, folder: str, size: int, dtype: str) -> dict:
-    """Loads a checkpoint in a new process, and says what that took."""
+    """Loads a checkpoint in a new process, and prints the memory and the time."""
     answer = subprocess.run([sys.executable, "-c", LOAD, folder, dtype], check=True, capture_output=True, text=True)
     found = {"bytes": size, **json.loads(answer.stdout)}
     print(f"{name}, {size / 1e9:.2f} GB, as {dtype}: peak {found['peak'] / 1e9:.2f} GB, {found['peak'] / size:.2f} "

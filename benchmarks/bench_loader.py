@@ -3,11 +3,11 @@
 All three shuffle 600 JPEGs of 500 x 375 pixels, decode them, resize them to 224 by the same Pillow calls
 (`decode_square`), draw a caption for each and tokenize a batch of 16. On one core each side works in its own process,
 pinned to that core; on two it has two worker processes, where `datasets`, which has none, is read through torch's
-DataLoader, as its manual says, and ours also stands with the threads that it has without workers (`threads`). Before a
-timed stretch each side gives away what it has made ahead. How ours compare is the median over the rounds of the two
-rates of a round, with a 95% bootstrap interval: a shared machine's rate changes by a third within minutes. Then it
-tells which share of its time a training step of ViT-B/32 and BERT-base, on the CPU, waits for its batch; `--wait` tells
-that alone.
+DataLoader, as its manual says, and ours is also measured with threads in place of workers (`threads`). Before a timed
+stretch each side uses up the batches that it has made ahead. The comparison is the median, over the rounds, of the
+ratio of the two rates in a round, with a 95% bootstrap interval: the rate of a shared machine changes by a third within
+minutes. Then it prints the share of its time that a training step of ViT-B/32 and BERT-base, on the CPU, waits for its
+batch; `--wait` prints only that.
 
     python benchmarks/bench_loader.py [--rounds 15] [--wait] [--out build/bench/loader.json]
 """

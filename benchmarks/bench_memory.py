@@ -1,7 +1,7 @@
 """The memory of one step of fine-tuning, as XLA counts it when it compiles the step; nothing is run.
 
 SigLIP 2 B/16 at 224 pixels, a batch of 256 pairs: all parameters in one piece, and low-rank adapters in the gradient
-cache (`clipid train tune --learn lora --chunks N --remat`). Counted are the step's arguments (weights, the optimizer's
+cache (`clipid train tune --learn lora --chunks N --remat`). It counts the step's arguments (weights, the optimizer's
 state, the batch) and its temporary arrays. XLA for a CPU plans in float32; an accelerator needs about as much, or less.
 
     python benchmarks/bench_memory.py [--out build/bench/memory.json]

@@ -4,10 +4,11 @@
     python benchmarks/bench_milvus.py --size 1000000 --width 128 --rounds 5
     python benchmarks/bench_milvus.py --address http://localhost:19530   # a server in place of the embedded engine
 
-The vectors are made, in the manner of a CLIP's pictures: all share a direction (the cone of Liang et al. 2022), groups
-of about 50 share a second one, and the rest is noise; both vary less from axis to axis. Queries are made alike and are
-not in the index. Recall is the share of the exact 10 that is found. In every round each contender answers the same
-single query and the same 64 queries; the table shows medians. Every contender may use all threads of the machine.
+The vectors are artificial, but like those of a CLIP's pictures: all share a direction (the cone of Liang et al. 2022),
+groups of about 50 share a second one, and the rest is noise; both vary less from axis to axis. Queries are made in the
+same way and are not in the index. Recall is the share of the exact 10 that is found. In every round each contender
+answers the same single query and the same 64 queries; the table shows medians. Every contender may use all threads of
+the machine.
 """
 
 import argparse

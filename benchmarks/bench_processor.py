@@ -5,7 +5,7 @@
 The pictures are one photograph (matplotlib's) at the sizes of thumbnails, web pages and cameras, decoded beforehand.
 "In turns" means that every round times each contender once, so that a busy machine slows all of them alike; the table
 shows medians, and the greatest difference of pixel values from CLIPImageProcessor's, in levels of 255. `reducing_gap`
-and `draft`, Pillow's two ways to do less, are what was tried and left: see the last column.
+and `draft`, Pillow's two ways to do less work, were tried and not used: see the last column.
 """
 
 import argparse

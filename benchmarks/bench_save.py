@@ -1,4 +1,4 @@
-"""How long a checkpoint takes: what SIGTERM leaves a preempted machine to wait for, and a resumed one.
+"""How long a checkpoint takes: the time to save it after SIGTERM on a preempted machine, and the time to resume.
 
 The state is that of ViT-B/32 and BERT base under AdamW with averaged weights, in float32; it is saved three times and
 restored once, to the folder that `--folder` names (of a disk like the run's own). Each save includes the checksums of
@@ -31,7 +31,7 @@ def measure(folder: Path) -> dict:
     config = our_config("vit_b32_bert_base")
     model = HybridCLIP(config, rngs=nnx.Rngs(0))
     _, state = init_state(model, adamw(1e-4, 0.1, 1.0), 0)
-    rng = np.random.default_rng(0)  # as after training: what is zero would be compressed away
+    rng = np.random.default_rng(0)  # as after training: zeros would be compressed away
 
     def filled(leaf):
         numbers = leaf.dtype == jnp.float32 and leaf.ndim > 0

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_sources.py [--rows 10000 1000000] [--copies 10000 1000000] [--out build/bench/sources.json]
 
-Each reader has its own process and reads files in the published format, which are made for it and removed after it: a
+Each reader has its own process and reads files in the published format, which are made for it and then deleted: a
 million samples in tars take 3 GB. A row is a caption; for CC12M's tars it is a sample, for Unsplash a row of either
 table. Seconds are processor seconds of that process, which a busy machine changes little. Peak memory is its largest
 resident set, in total and beyond the imports.

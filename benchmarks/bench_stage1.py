@@ -1,8 +1,9 @@
 """Stage 1 on this machine: ViT-B/32's and BERT-base's features of the picture dictionary, and the projections on them.
 
 The towers have random weights, which take as long as trained ones. It measures the seconds for the features of the
-first ROWS pictures and of the captions that are drawn for them, and the examples per second of the projections. Both
-give the minutes for all training pictures of the dictionary; in truth they are fewer, because artists share captions.
+first ROWS pictures and of the captions that are drawn for them, and the examples per second of the projections. From
+these it computes the minutes for all training pictures of the dictionary; the real time is shorter, because artists
+share captions.
 
     python benchmarks/bench_stage1.py [--out build/bench/stage1.json]
 """

@@ -6,8 +6,9 @@ shard_map and pmap; theirs `VisionTextDualEncoderModel` with its default (sdpa) 
 these. The sides alternate in rounds, as turns.py has it.
 
 With `--gpu` the size is ViT-B/32 with BERT-base in bfloat16, batch 1,024, theirs under autocast with fused AdamW and
-torch.compile. There a run is ten steps, and the host waits for the last alone, as `fit` lets it run ahead of the
-device. Memory is then the GPU's, at its peak, and not the host's; of a GPU in PEAK the model FLOP utilisation is told.
+torch.compile. There a run is ten steps, and the host waits only for the last one, as `fit` lets it run ahead of the
+device. Memory is then the GPU's, at its peak, and not the host's; for a GPU in PEAK the model FLOP utilisation is
+printed.
 
     python benchmarks/bench_step.py [--gpu] [--rounds 3] [--sizes mini vit_b32_bert_base] [--sides jit]
 """
@@ -133,7 +134,7 @@ def flops(size: str) -> float:
 
 
 def peak(side: str, size: str) -> int:
-    """The most bytes that were held: of the GPU's memory where it computes, else of the host's."""
+    """The largest number of bytes in use: in the GPU's memory if it computes there, else in the host's."""
     if size not in ON_GPU:
         return turns.resident()
     if side == "torch":

@@ -3,8 +3,8 @@
 Both sides: one model, of opus-mt's size and random weights, one list of token ids, the same beam, and as many steps,
 since the shortest and the longest translation have one length. Ours is CTranslate2 as `Translator` opens it, in int8,
 or in float32 as torch has it; its decoder has the target language's pieces alone (translation/marian.py). Theirs is
-float32, or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end stand hours and cost
-for many captions, from the rate measured here.
+float32, or bfloat16 where the size says so. The sides alternate, as turns.py has it. At the end it prints the hours and
+the cost of many captions, computed from the rate measured here.
 
 With `--gpu` both sides are on a GPU in float16, with the same ids many times over, each in its own best batches.
 
@@ -38,8 +38,8 @@ CONFIG = {  # Helsinki-NLP/opus-mt-en-id's
 }
 PIECES = 32_000  # of each language: opus-mt's vocabulary has both languages; shared pieces are in it once
 CAPTIONS = 12_000_000
-CORE_HOUR = 0.04  # US dollars, about what clouds ask for a core of a large machine on demand; yours may differ
-GPU_HOUR = 4.0  # US dollars, about what clouds ask for an H100 or H200 on demand; yours may differ
+CORE_HOUR = 0.04  # US dollars, about the price of a core of a large machine on demand in a cloud; yours may differ
+GPU_HOUR = 4.0  # US dollars, about the price of an H100 or H200 on demand in a cloud; yours may differ
 EFFICIENCY = {2: 1.0, 16: 0.9, 96: 0.7}  # assumed of each core, beside the two measured: they share memory and clock
 
 
@@ -138,7 +138,7 @@ def costs(tokens_per_second: float, cores: int) -> list[dict]:
 
 
 def add_costs(report: dict) -> None:
-    """Hours and dollars for CAPTIONS, from what was measured."""
+    """Hours and dollars for CAPTIONS, from the measured rate."""
     if "opus_mt_beam4" in report:
         rate = report["opus_mt_beam4"]["ours"]["median"]["ours"]
         report["costs"] = costs(rate, CORES)

@@ -1,9 +1,9 @@
 """Fine-tuning compared: heads, adapters, the last blocks and all, from `mini` to the drawn stamps of Tux Paint.
 
 Each way starts from the shipped `mini` and learns the training stamps with their captions; the validation stamps choose
-the best step, as `clipid train tune --validation` does it. Shown are recall at 1 and MRR on the validation stamps
-before and after, and on the other artists' validation drawings, the old task, what it lost; then the same for the best
-mixture of start and result (`--interpolate`), and the time and the peak of memory.
+the best step, as `clipid train tune --validation` does it. The table shows recall at 1 and MRR before and after, on the
+validation stamps and on the other artists' validation drawings (the old task, on which it may lose). Then it shows the
+same for the best mixture of start and result (`--interpolate`), and the time and the peak of memory.
 
     python benchmarks/bench_tune.py [--ways heads lora blocks all] [--init mini] [--out build/bench/tune.json]
 """

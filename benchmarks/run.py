@@ -2,9 +2,9 @@
 
     python benchmarks/run.py                       # all; figures also go to build/bench/*.json
     python benchmarks/run.py translate cache       # some
-    python benchmarks/run.py translate --record    # and into data/benchmarks.json, beside what it holds of the others
+    python benchmarks/run.py translate --record    # and into data/benchmarks.json, beside the figures of the others
     python benchmarks/run.py translate --rounds 2  # with an option of its own
-    python benchmarks/run.py step --gpu --record --name step_h100  # beside what is recorded of another machine
+    python benchmarks/run.py step --gpu --record --name step_h100  # beside the record of a different machine
 """
 
 import argparse
@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def gpu() -> str | None:
-    """The GPU's name where one is, as its driver has it."""
+    """The GPU's name, as its driver reports it, if there is one."""
     try:
         return subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
                               text=True, check=True).stdout.strip() or None
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SCRIPTS)}; all without one")
     parser.add_argument("--record", action="store_true", help=f"keep the figures in {RECORD.name}")
     parser.add_argument("--name", help="of the record; the benchmark's own without it")
-    options, more = parser.parse_known_args()  # what is not known here goes to the benchmark
+    options, more = parser.parse_known_args()  # unknown options go to the benchmark
     if options.name and len(options.names) != 1:
         parser.error("--name is for one benchmark's record")
     if options.record and "--gpu" in more and not options.name:

@@ -1,4 +1,4 @@
-"""Two libraries in turns: each in a process of its own, so that neither's threads or memory disturb the other's.
+"""Two libraries in turns, each in a process of its own, so that their threads and memory do not disturb each other.
 
 A benchmark names its sides, functions that build what is timed and return a function of one run; its script, called
 with `--worker SIDE NAME`, becomes the process of one side.

@@ -36,7 +36,7 @@ Ray = Annotated[tuple[str, ...] | None, arg(metavar="[ADDRESS]")]
 
 
 def command(function: Callable) -> Callable:
-    """Makes a function a command. Its parameters are the options; the parser gives a call that is made later."""
+    """Makes a command of a function, whose parameters are the options. The parser returns a call to be made later."""
     @functools.wraps(function)
     def prepared(*args, **options):
         return functools.partial(function, *args, **options)
@@ -71,8 +71,8 @@ def check(records: Input, root: Path | None = None, pictures: bool = True) -> No
 
     Args:
         records: captions records: a .jsonl or .parquet file, a folder of part files, or a glob
-        root: folder where relative picture paths start, if not at the folder of the file
-        pictures: do not open the pictures, only look whether their files are there
+        root: folder where relative picture paths start; by default the folder of the file
+        pictures: do not open the pictures, only check that their files exist
     """
     from tqdm.auto import tqdm
 
@@ -94,14 +94,14 @@ def check(records: Input, root: Path | None = None, pictures: bool = True) -> No
 def download(
     rows: Input, folder: Folder, *, contact: str = "", connections: int = 32, per_host: int = 4, interval: float = 0.1
 ) -> None:
-    """Fetch the pictures of a list of URLs. Run it again for those that are not done yet.
+    """Fetch the pictures of a list of URLs. Run it again for those that are missing.
 
     Args:
         rows: list of URLs: a .jsonl or .txt file, a folder of them, or a glob; a line is {"url": …, "captions": […]}
         folder: where the pictures, the manifest and the captions records go
-        contact: mail address or page of yours, for the sites that are asked
-        connections: most connections at once
-        per_host: most connections to one host at once
+        contact: your mail address or page, so that the owners of the sites can write to you
+        connections: largest number of connections at once
+        per_host: largest number of connections to one host at once
         interval: seconds between two requests to one host
     """
     from clipid_utils.data.download.download import count_urls, download, read_urls
@@ -130,19 +130,19 @@ def translate(
         rows: a .jsonl or .parquet file, a folder of part files, or a glob
         folder: where the Parquet shards go
         model: a folder, or a hub id such as Helsinki-NLP/opus-mt-en-id; by default the small model of this project
-        column: the column with the English
+        column: the column with the English texts
         beam: hypotheses of the beam search
         device: where to compute, without Ray
         ray: run on Ray: on this machine, or on the cluster at ADDRESS; write it last
-        workers: processes on Ray; by default as many as there is room for
+        workers: processes on Ray; by default as many as fit
         cores: cores of one process on Ray
         gpus: GPUs of one process on Ray
     """
     from clipid_utils.data.translation.translate import SHIPPED, Translator, translate_rows
 
     if model is None:
-        print("by the small model of data/translator, which is there to try this out: for captions to train on name a "
-              "larger one, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
+        print("the small model of data/translator is only for trying this out: for captions to train on, name a larger "
+              "model, such as --model Helsinki-NLP/opus-mt-en-id", file=sys.stderr)
     if ray is None:
         report = translate_rows(rows, folder, Translator(model or SHIPPED, beam=beam, device=device), column=column)
     else:
@@ -164,7 +164,7 @@ def embed(
         rows: Parquet shards with the column image or image_path: a file, a folder, or a glob
         folder: where shards of the same names go
         ray: run on the cluster at ADDRESS, not on this machine; write it last
-        workers: processes; by default as many as there is room for
+        workers: processes; by default as many as fit
         cores: cores of one process
         gpus: GPUs of one process
     """
@@ -190,7 +190,7 @@ def cluster(ray: tuple[str, ...]) -> str | None:
 @command
 def train(recipe: Annotated[Positional[str], arg(metavar="RECIPE")]) -> None:
     """Train by a recipe; `clipid train --help` lists the recipes."""
-    # `parse` calls run_recipe: the options of a recipe take the whole library
+    # `parse` calls run_recipe: the options of a recipe need the whole library
 
 
 def run_recipe(recipe) -> None:
@@ -236,7 +236,7 @@ def search(
         folder: folder of pictures, with its subfolders
         query: words, such as "kucing tidur"
         image: a picture to find similar ones
-        k: pictures to print, the best first
+        k: number of pictures to print, the best first
         sheet: file for a contact sheet of the results: a web page (.html) or a figure (.png)
     """
     from clipid_utils.inference.command import search_folder
@@ -284,7 +284,7 @@ def demo(folder: Folder = SAMPLES, *, model: Model = MODEL, port: int = 7860) ->
 
 
 def _fetched(folder: Path) -> Path:
-    """The folder, after the sample photographs were fetched if they are meant and missing."""
+    """The folder; the sample photographs are fetched first if the folder is theirs and does not exist."""
     if folder == SAMPLES and not folder.is_dir():
         from clipid_utils.data.photographs import load_sample_photographs
 
@@ -293,7 +293,7 @@ def _fetched(folder: Path) -> Path:
 
 
 def parse(arguments: list[str]) -> Callable[[], None]:
-    """The call that the arguments ask for. Wrong arguments are one line and exit status 2."""
+    """The call that the arguments ask for. Wrong arguments give one line and exit status 2."""
     name, cli, prog, words = next(iter(arguments), ""), COMMANDS.cli, "clipid", __doc__.partition(".")[0]
     if name == "train":
         from clipid_utils.training.command import RECIPES

@@ -62,7 +62,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir():
-            os.replace(path, older)  # quicker than to delete it: a kill in between would leave half of it
+            os.replace(path, older)  # faster than deleting it: a kill in between would leave half of it
         os.replace(partial, path)
     finally:
         if older.is_dir() and not path.is_dir():  # stopped between the two renames
@@ -164,7 +164,7 @@ def input_files(given: str | os.PathLike, suffixes: tuple[str, ...] = (".jsonl",
     found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True))
                    if file.is_file() and file.suffix != PARTIAL)
     if not found:
-        raise ValueError(f"{given}: no such file or folder, and no file fits it as a glob: correct the path")
+        raise ValueError(f"{given}: no such file or folder, and no file matches it as a glob: correct the path")
     return found
 
 
@@ -172,7 +172,7 @@ HEAD = 2**20  # bytes that file_identity reads from the start of a file
 
 
 def file_identity(path: str | os.PathLike, head: int = HEAD) -> str:
-    """16 hexadecimal digits that change when the file's content changes: of its size, time, and first `head` bytes."""
+    """16 hexadecimal digits of a file: a hash of its size, its time and its first `head` bytes."""
     path = Path(path)
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
@@ -222,15 +222,15 @@ def import_transformers() -> ModuleType:
 
 
 def usable_threads() -> int:
-    """A thread for each core, up to 8: more would wait for Python's lock, and each holds a batch."""
+    """A thread for each core, up to 8: more would wait for Python's lock, and each keeps a batch in memory."""
     return min(8, usable_cores())
 
 
 def use_one_arena() -> None:
     """Tells glibc to keep one heap for all threads and to give freed memory back.
 
-    With a heap for each thread, as is usual, a long run of decoding and encoding keeps gigabytes that nothing uses.
-    Elsewhere than on Linux with glibc this does nothing.
+    With a heap for each thread, which is the default, a long run of decoding and encoding keeps gigabytes that nothing
+    uses. On systems other than Linux with glibc this does nothing.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # not glibc

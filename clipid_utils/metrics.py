@@ -1,8 +1,8 @@
 """Retrieval and classification figures with intervals: arrays in, numbers out. NumPy only.
 
-The file rests on one idea: the rank of the best positive. A query is a row of similarities to N candidates; its rank is
-the number of wrong candidates that score at least as high as its best right one, so rank 0 is a hit at 1. Recall@K and
-MRR@K are then one line each. Both accept several right answers for one query (two pictures of one concept, five
+The file is based on one idea: the rank of the best positive. A query is a row of similarities to N candidates; its rank
+is the number of wrong candidates that score at least as high as its best right one, so rank 0 is a hit at 1. Recall@K
+and MRR@K are then one line each. Both accept several right answers for one query (two pictures of one concept, five
 captions of one picture), because a person who searches needs one right answer among the first K.
 """
 
@@ -51,7 +51,8 @@ def recall_at_k(
 ) -> dict[int, float]:
     """Share of the queries with a positive among the first K candidates, for each K: `{1: 0.41, 5: …}`.
 
-    For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Raises as `ranks`.
+    For text to picture the rows are texts; for picture to text pass `similarity.T, positives.T`. Raises the errors of
+    `ranks`.
     """
     return {k: float(np.mean(hits_at_k(ranks(similarity, positives), k))) for k in ks}
 
@@ -171,7 +172,7 @@ def same_key(
 ) -> Bool[np.ndarray, "Q N"]:
     """The positives matrix: True where query and candidate share their key (concept), or a key in `more` (name).
 
-    By `same_key(concepts, concepts, (names, names))` two pictures of one concept, or of one name, are right for each
+    With `same_key(concepts, concepts, (names, names))` two pictures of one concept, or of one name, are right for each
     other. Raises ValueError if the numbers of keys differ.
     """
     matches = np.zeros((len(queries), len(candidates)), np.bool_)
@@ -184,5 +185,6 @@ def same_key(
 
 
 def _numbered(keys: Sequence[object], numbers: dict[object, int]) -> Int[np.ndarray, " N"]:
-    """A number for each key, equal for equal keys, in the order in which they come; `numbers` gets them too."""
+    """A number for each key, in the order of their first occurrence; equal keys get equal numbers, also in
+    `numbers`."""
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

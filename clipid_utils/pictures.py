@@ -1,4 +1,4 @@
-"""Pictures of any kind: opened as a person sees them, and brought to a model's square.
+"""Pictures of any kind: opened as a person sees them, and resized to the square that a model needs.
 
 This is the only code of its kind in the library, so that a broken, turned or transparent picture is handled once.
 """
@@ -128,7 +128,7 @@ def decode_square(
     file: str | os.PathLike | bytes | dict | Image.Image, size: int, *, resize: int | tuple[int, int] | None = None,
     resample: int = Image.Resampling.BICUBIC,
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The middle square of a picture after its short side is brought to `size` pixels, like CLIP.
+    """The middle square of a picture after its short side is resized to `size` pixels, like CLIP.
 
     `resize` is a different length for the short side, or the (height, width) to which the picture is stretched, as for
     ViT; where that is less than `size`, the rest is black. An open RGB picture gives the same bytes as transformers'

@@ -3,12 +3,11 @@
     .venv-bench/bin/python scripts/train_translator.py --without 0 --steps 1500   # and --without 1
     python scripts/added_pictures.py    # about half an hour on 2 cores a seed; writes data/added_pictures.json
 
-The recipe of the shipped checkpoint is trained for so many steps, with each of so many seeds, on four sets: the
-dictionary's human captions; these and Open Clip Art's translated and filtered ones; these and the same without any
-filter; and the dictionary's pictures with captions that machines made of its English. What a machine has learnt by
-heart would not count as translated there, so that each half of the names is translated by a model that was trained
-without that half.
-A run that has ended stays in build/added_pictures, and is not made again.
+The recipe of the shipped checkpoint is trained for `--steps` steps, with each of `--seeds` seeds, on four sets: the
+dictionary's human captions; these and Open Clip Art's translated and filtered captions; these and Open Clip Art's
+translated captions without any filter; and the dictionary's pictures with machine translations of its English. A name
+that the translator learned by heart would not be a real translation, so each half of the names is translated by a model
+that was trained without that half. A run that has ended is kept in build/added_pictures and is not repeated.
 """
 
 import argparse
@@ -63,7 +62,7 @@ def together(*parts: Dataset) -> PicturePairs:
 
 
 def drawings(dictionary: DatasetDict) -> tuple[dict[str, Dataset], dict]:
-    """Open Clip Art in Indonesian, unfiltered and filtered, and the counts of what happened to it."""
+    """Open Clip Art in Indonesian, unfiltered and filtered, and the counts of its reports."""
     whole, read = load_openclipart()
     split, parted = split_openclipart(whole, dictionary)
     rows = in_indonesian(named(split["train"]), Translator())
@@ -95,7 +94,7 @@ def machine_captions(train: Dataset) -> tuple[Dataset, dict]:
 
 
 def trained(name: str, make: Callable[[], PicturePairs], seed: int, steps: int, dictionary) -> tuple[dict, dict]:
-    """The ranks of a run on each split and how it ended; from the folder of ended runs where it is there."""
+    """The ranks of a run on each split and how it ended; read from the folder of ended runs if they are there."""
     train, started = make(), time.time()
     config = dataclasses.replace(MINI, steps=steps, evaluate_every=10**6)
     settings = json.dumps([pairs_checksum(train), seed, dataclasses.asdict(config)], sort_keys=True)

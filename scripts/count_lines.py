@@ -16,7 +16,7 @@ SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 
 
 def code_lines(source: str) -> int:
-    """How many lines hold code that is not a docstring or a comment."""
+    """How many lines have code that is not a docstring or a comment."""
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in SKIPPED:
@@ -29,7 +29,7 @@ def code_lines(source: str) -> int:
 
 
 def too_long(path: Path, source: str) -> list[str]:
-    """The file and those of its functions that are longer than the house allows."""
+    """The file and those of its functions that are longer than the project's limits."""
     count = source.count("\n")
     found = [f"{path}: {count} lines"] if count > MOST_FILE else []
     for node in ast.walk(ast.parse(source)):

@@ -1,6 +1,6 @@
 """Teacher distillation: an Indonesian text tower learns the vectors of an English one from parallel sentences.
 
-No pictures are needed. The teacher's text vectors already lie near its picture vectors, so a student whose vector of
+No pictures are needed. The teacher's text vectors are already near its picture vectors, so a student whose vector of
 "seekor kucing" is the teacher's vector of "a cat" finds the same pictures (Multilingual-CLIP, Carlsson et al. 2022,
 after Reimers & Gurevych 2020). Both papers minimise the squared distance between the features, before normalisation.
 """

@@ -1,4 +1,4 @@
-"""Makes the small wrong changes that tests/mutants/*.json lists, one at a time, and says which of them a test notices.
+"""Makes the small wrong changes that tests/mutants/*.json lists, one at a time, and prints which ones a test notices.
 
     python scripts/mutants.py                # all
     python scripts/mutants.py metrics loss   # those in files whose path contains one of these words

@@ -5,8 +5,8 @@
 For each pair of towers, save_pretrained writes a VisionTextDualEncoderModel of transformers with random weights, and
 load_clip reads it. Both sides run the same batch, forward and backward through the contrastive loss. torch also runs it
 in float64, which shows the rounding of each side: two float32 programs that add in different orders agree no better
-than each agrees with the exact value. Then the way back: transformers' own model and processor, and load_clip, open the
-export of save_clip.
+than each agrees with the exact value. Then it tests the way back: transformers' own model and processor, and load_clip,
+open the export of save_clip.
 
 Writes parity.json and parity.csv (the key table with its errors) to --out. The exit status is 1 if a limit below is
 exceeded.

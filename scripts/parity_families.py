@@ -5,7 +5,7 @@ tiny models CLIP, and dual encoders of ViT or CLIP with BERT, RoBERTa or XLM-R.
 
 Each family's folder has random weights and the files and names of its published checkpoints. load_clip or load_towers
 opens it, and both sides run the same batch: vectors and logits. For two families every gradient is compared. For these
-and the tiny models the way back is tried too: transformers' own class opens the export of save_clip. open_clip and
+and the tiny models the way back is tested too: transformers' own class opens the export of save_clip. open_clip and
 multilingual-clip are not needed: their models are written here, with transformers' towers
 (tests/golden/record_families.py recorded small ones of their own).
 

@@ -6,7 +6,7 @@ In the run of 2021 each of eight devices computed the loss over its own pairs on
 averaged. Here mini is trained twice for each seed: with the loss over the batch of 256, and with the mean of the losses
 of eight shares of 32. Initial weights, batches, augmentation, optimizer and number of steps are the same. Recipe and
 optimizer are those of the shipped checkpoint, with two exceptions: pictures of one concept are not put into one batch,
-and there is no loss between pictures. Both need the whole batch, and the ancestor had neither.
+and there is no loss between pictures. Both need the whole batch, and the ancestor did not have them.
 """
 
 import argparse

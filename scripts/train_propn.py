@@ -4,10 +4,10 @@
 
 Both files are from UD_Indonesian-GSD (Universal Dependencies, CC BY-SA 4.0); column 4 is the part of speech. The sets
 of features are compared by cross-validation on the first file. The second file is only for the final figures. These
-texts name few things, but captions name little else. So the emoji's Indonesian names and keywords in CLDR (Unicode
-License 3.0) are added to the training sentences as words that are not proper nouns. A tenth of the emoji is held out,
-to measure how many names of things the filter would drop. `--only NAME` measures one of TRIED and keeps the figures of
-the others.
+texts have few names of things, but captions have little else. So the emoji's Indonesian names and keywords in CLDR
+(Unicode License 3.0) are added to the training sentences as words that are not proper nouns. A tenth of the emoji is
+held out, to measure how many names of things the filter would drop. `--only NAME` measures one of TRIED and keeps the
+figures of the others.
 """
 
 import argparse

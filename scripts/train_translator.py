@@ -4,7 +4,7 @@
     .venv-bench/bin/python scripts/train_translator.py --reverse  # the other direction, for the round trip check
     .venv-bench/bin/python scripts/train_translator.py --without 0  # without one half of the names; 1 for the other
 
-It is a Marian model of Hugging Face's form, so the code that runs opus-mt converts and runs it. It learns from the
+It is a Marian model of Hugging Face's form, so it is converted and run by the same code as opus-mt. It learns from the
 human pairs of translator_corpus.py and from sentences made of them. The float weights go to build/translator; the
 int8 weights, the card's figures (metrics.json) and the pieces to data/translator.
 """
@@ -33,7 +33,7 @@ from clipid_utils.metrics import bootstrap_interval
 from clipid_utils.paths import DATA
 
 BUILD, HALVES = Path("build/translator"), Path("build/halves")
-# How often each way of the Maker is drawn
+# How often each way of the Maker is chosen
 SHARES = {"name": 0.15, "caption": 0.2, "keyword": 0.05, "template": 0.2, "swap": 0.28, "copied": 0.12}
 
 

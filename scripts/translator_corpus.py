@@ -41,7 +41,7 @@ def bare(text: str) -> str:
 def half_of(name: str) -> int:
     """0 or 1, by a hash of a name: its half of the dictionary.
 
-    A half is translated by the model that has not learnt from it.
+    Each half is translated by the model that was trained without it.
     """
     return int(share(f"half {bare(name)}") < 0.5)
 
@@ -314,8 +314,7 @@ class Maker:
     def copied(self) -> Pair:
         """A caption, a name or a template's sentence with an invented word in place of a noun, the same on both sides.
 
-        From it the model learns to leave a word as it is that it does not know, so that a check finds it (Currey et al.
-        2017).
+        From such pairs the model learns not to change an unknown word, so that a check finds it (Currey et al. 2017).
         """
         word = self.stranger()
         if self.rng.random() < 0.3:
@@ -346,7 +345,8 @@ class Maker:
 
 
 def put(pair: Pair, slot: tuple[str, Pair, bool], new: Pair) -> Pair:
-    """The pair with `new` in place of the two words of a slot of `find_slots`, in their number and with the article."""
+    """The pair with `new` in place of the two words of a slot of `find_slots`, in the same number and with the
+    article."""
     (english, indonesian), (_, (en, ind), many) = pair, slot
     old, word = (plural(en), plural(new[0])) if many else (en, new[0])
     for article in ("an ", "a ", ""):  # the longer form first, as the shorter one is a part of it

@@ -2,8 +2,8 @@
 
     python scripts/try_demo.py SHOTS [FOLDER]   # screenshots go to SHOTS; FOLDER has the pictures to search
 
-It needs playwright and Chromium, which no extra installs; CLIPID_PYTHON names a Python with this package if it is
-not the one that runs this. An assertion that fails says which answer was wrong. No request may leave 127.0.0.1.
+It needs playwright and Chromium, which no extra installs; CLIPID_PYTHON names a Python with this package if it is not
+the one that runs this. If an assertion fails, its message says which answer was wrong. No request may leave 127.0.0.1.
 """
 
 import base64

@@ -2,9 +2,9 @@
 
     python scripts/try_page.py SHOTS [PAGE]   # screenshots go to SHOTS; PAGE is a folder that is there already
 
-It needs playwright and Chromium, which no extra installs; CLIPID_PYTHON names a Python with this package if it is
-not the one that runs this. An assertion that fails says which answer was wrong. The times that it prints are of this
-machine, and nothing depends on them.
+It needs playwright and Chromium, which no extra installs; CLIPID_PYTHON names a Python with this package if it is not
+the one that runs this. If an assertion fails, its message says which answer was wrong. The printed times are those of
+this machine, and nothing depends on them.
 """
 
 import base64

@@ -99,6 +99,7 @@ def lay_out(source: Path, notebooks: Path, front: Path | None) -> None:
     pages |= {f"notebooks/{path.name}": with_setup_folded(path).encode() for path in lessons}
     if front is None:
         pages |= {f"notebooks/id/{path.name}": with_setup_folded(path).encode() for path in INDONESIAN.glob(LESSONS)}
+        pages |= {f"notebooks/id/{path.name}": path.read_bytes() for path in INDONESIAN.glob("*.md")}
     index = (SITE / "index.md").read_text(encoding="utf-8")
     address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     index = index.replace("{{ repository }}", address).replace("{{ folder }}", address.rsplit("/", 1)[1])

@@ -4,7 +4,8 @@
     python site/indonesian.py          # write notebooks/id/*.ipynb from the catalogues
 
 A message is a paragraph, a heading, an item or a cell of a table, as Sphinx's gettext builder extracts it, in Markdown.
-Code cells and outputs are those of the English notebook. A notebook is in the edition if site/locale has its catalogue.
+Code cells and outputs are those of the English notebook. A notebook, or the glossary, is in the edition if site/locale
+has its catalogue.
 """
 
 import json
@@ -29,8 +30,8 @@ FIXED = {"<summary>Answers</summary>": "<summary>Jawaban</summary>"}  # HTML, wh
 
 
 def lessons() -> list[Path]:
-    """The English notebooks that have a catalogue."""
-    return [NOTEBOOKS / f"{path.stem}.ipynb" for path in sorted(CATALOGUES.glob("*.po"))]
+    """The English notebooks, and the glossary, that have a catalogue."""
+    return [path for path in sorted(NOTEBOOKS.iterdir()) if (CATALOGUES / f"{path.stem}.po").is_file()]
 
 
 def catalogue(lesson: Path) -> dict[str, str]:
@@ -99,17 +100,18 @@ def moved(text: str, names: set[str]) -> str:
 
 
 def built(lesson: Path) -> str:
-    """The Indonesian notebook of an English one, as JSON."""
-    notebook, messages = json.loads(lesson.read_text(encoding="utf-8")), catalogue(lesson)
-    names = {path.name for path in lessons()}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown":
-            try:
-                text = moved(translated("".join(cell["source"]), messages), names)
-            except KeyError as error:
-                raise ValueError(f"{CATALOGUES / lesson.stem}.po has no message {error}: python site/indonesian.py "
-                                 "update, then translate it") from None
-            cell["source"] = text.splitlines(keepends=True)
+    """The Indonesian text of an English notebook (JSON) or of the glossary (Markdown)."""
+    text, messages, names = lesson.read_text(encoding="utf-8"), catalogue(lesson), {path.name for path in lessons()}
+    try:
+        if lesson.suffix == ".md":
+            return moved(translated(text, messages), names)
+        notebook = json.loads(text)
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = moved(translated("".join(cell["source"]), messages), names).splitlines(keepends=True)
+    except KeyError as error:
+        raise ValueError(f"{CATALOGUES / lesson.stem}.po has no message {error}: python site/indonesian.py update, "
+                         "then translate it") from None
     return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
 
 

@@ -147,7 +147,7 @@ def test_inputs_are_a_file_a_folder_or_a_glob(tmp_path, monkeypatch):
     assert input_files(tmp_path, (".txt",)) == [tmp_path / "d.txt"]
     with pytest.raises(ValueError, match=r"folder\.jsonl: no file here ends in \.jsonl or \.parquet: name a file"):
         input_files(tmp_path / "folder.jsonl")
-    with pytest.raises(ValueError, match="e*.txt: no such file or folder, and no file fits it as a glob: correct"):
+    with pytest.raises(ValueError, match="e*.txt: no such file or folder, and no file matches it as a glob: correct"):
         input_files(tmp_path / "e*.txt")
 
 

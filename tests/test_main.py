@@ -120,7 +120,7 @@ def test_a_box_in_colour_is_read_too():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("check nowhere", "nowhere: no such file"), ("check nothing/*.jsonl", "no file fits"),
+    ("check nowhere", "nowhere: no such file"), ("check nothing/*.jsonl", "no file matches"),
     ("check {0}", "no file here ends in"), ("download nowhere {0}/out", "nowhere: no such file"),
     ("translate nowhere {0}/out", "nowhere: no such file"), ("embed nowhere {0}/out", "nowhere: no such file"),
     ("translate {0}/in {0}/out --ray a b", "--ray takes one address"), ("evaluate no/where", "no/where"),

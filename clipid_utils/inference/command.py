@@ -23,7 +23,7 @@ def search_folder(
 ) -> None:
     """Prints the scores and paths of the k pictures in a folder that fit words, a picture, or both, the best first.
 
-    Without a query, each line of stdin is one. A line that cannot be answered is one line on stderr. Every answer
+    Without a query, each line of stdin is one. A line that cannot be answered gives one line on stderr. Every answer
     writes the file `sheet` again (see `write_sheet`). Raises the errors of `check_sheet`, `load_clip`, `build_index`
     and `query_embeds`, those about the query and the sheet before the folder is indexed.
     """

@@ -44,7 +44,7 @@ LOOK = {  # of `launch`; the fonts are the browser's, because the page works wit
 
 
 class Mistake(ValueError):
-    """Something that the user of the page can put right; the message says so, in Indonesian."""
+    """A mistake that the user of the page can correct; the message says how, in Indonesian."""
 
 
 def forgiving(answer: Callable) -> Callable:

@@ -28,7 +28,7 @@ class EmbedPictures:
     def __call__(self, table: pa.Table) -> pa.Table:
         name = next((name for name in ("image", "image_path") if name in table.column_names), None)
         if name is None:
-            raise ValueError(f"the rows have the columns {', '.join(table.column_names)}, neither image nor image_path")
+            raise ValueError(f"the rows have the columns {', '.join(table.column_names)}, but not image or image_path")
         pictures = [self._placed(picture) for picture in table[name].to_pylist()]
         paths = [picture for picture in pictures if isinstance(picture, Path)]
         if paths and not any(path.is_file() for path in paths):

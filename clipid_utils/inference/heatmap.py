@@ -1,9 +1,9 @@
 """Heat maps: the squares of a picture that a text describes.
 
 There are two ways, and both need only the encoders. `occlusion` asks the model again with each square covered: it is
-slow, and true to the model. `patch_similarity` compares the text with every patch of one forward pass: it is fast, and
-only as good as the patches' own vectors, which training never compared with a text. Both maps cover the picture's
-middle square, because the model sees no more of it.
+slow, but it shows what the model really does. `patch_similarity` compares the text with every patch of one forward
+pass: it is fast, but only as good as the patches' own vectors, which training never compared with a text. Both maps
+cover the picture's middle square, because the model sees no more of it.
 """
 
 import numpy as np

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
 BATCH_BYTES = 2**22  # the vectors of one request; with their labels it stays far below Milvus' 64 MB
-CARD = "clipid.index"  # the property of a collection by which it knows its index again
-TIMEOUT = 10.0  # seconds until an address counts as one that cannot be reached
+CARD = "clipid.index"  # the property of a collection that identifies its index
+TIMEOUT = 10.0  # seconds after which an address counts as unreachable
 EMBEDDED_INDEX = {"index_type": "FLAT"}
 SERVER_INDEX = {"index_type": "HNSW", "params": {"M": 16, "efConstruction": 200}}
 _users: Counter[str] = Counter()  # of each embedded engine of this process: the last one closes it
@@ -58,7 +58,7 @@ class Milvus:
 
     def _embedded(self, path: str) -> "MilvusClient":
         if not path.endswith(".db"):
-            raise ValueError(f"{self.shown} is neither an address (http://host:19530) nor a path that ends in .db")
+            raise ValueError(f"{self.shown} is not an address (http://host:19530), and not a path that ends in .db")
         pymilvus = need("pymilvus", "milvus")
         need("milvus_lite", "milvus")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ class Milvus:
 
         After an interruption a second call continues, and the batch that was perhaps half written is written again. A
         call for a complete collection changes nothing. While it is being filled, the collection cannot be searched.
-        Raises ValueError if the collection holds a different index.
+        Raises ValueError if the collection has a different index.
         """
         width = index.embeds.shape[1]
         if self.client.has_collection(name):
@@ -127,9 +127,9 @@ class Milvus:
     def finder(self, name: str, index: PictureIndex, label: str | None = None, ef: int = 64) -> Find:
         """A `find` for `search`, over a collection that `fill` has filled from this index; with a label, over its rows.
 
-        A label of fewer than k pictures gives as many results as it has. `ef` is the effort of a server's graph:
-        more is slower and finds more of the nearest. Raises ValueError if the collection is absent or incomplete, if it
-        holds a different index, or if no picture has the label.
+        A label of fewer than k pictures gives as many results as it has. `ef` is the effort of a server's graph: more
+        is slower and finds more of the nearest. Raises ValueError if the collection is absent or incomplete, if it has
+        a different index, or if no picture has the label.
         """
         if not self.client.has_collection(name):
             raise ValueError(f"{self.shown} has no collection {name}: fill it first")
@@ -171,7 +171,7 @@ class Milvus:
         known = json.loads(self.client.describe_collection(name)["properties"].get(CARD, "{}"))
         for part, wanted in _card(index).items():
             if known.get(part) != wanted:
-                raise ValueError(f"collection {name} of {self.shown} holds a different index ({part} "
+                raise ValueError(f"collection {name} of {self.shown} has a different index ({part} "
                                  f"{known.get(part, 'unknown')}, not {wanted}): use a different name, or remove it "
                                  f"with database.client.drop_collection({name!r})")
 

@@ -122,7 +122,8 @@ def label_vectors(
 
 
 def eight_bits(vectors: Float[np.ndarray, "N E"]) -> Int8[np.ndarray, "N E"]:
-    """The vectors as integers from -127 to 127. Each row has a scale of its own, which unit length makes needless."""
+    """The vectors as integers from -127 to 127. Each row has its own scale, which is not stored, because the vectors
+    have unit length."""
     largest = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-12)
     return np.rint(vectors * (127 / largest)).astype(np.int8)
 
@@ -138,7 +139,7 @@ def without_nmt(normalizer: dict | None) -> dict | None:
 
 
 def _pictures(index: PictureIndex, page: Path) -> Iterator[dict]:
-    """Writes the reduced pictures, and gives what the page shows with each."""
+    """Writes the reduced pictures, and returns the texts that the page shows with each."""
     records = _records(index.source)
     for row, key in enumerate(index.keys):
         image = open_picture(index.source / key, draft=2 * SIDE)

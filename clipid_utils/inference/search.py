@@ -40,9 +40,9 @@ def query_embeds(
 
     A query by both is unit(text_weight * text + (1 - text_weight) * picture) of the two unit vectors: 1 is the text
     alone and 0 the picture alone. Pictures are closer to each other than to texts (the modality gap, Liang et al.
-    2022), so the picture mostly wins at 0.5; 0.6 to 0.8 gives the words a say. Warns if the tokenizer knows no part of
-    the text. Raises ValueError if both are missing, the text is empty or no Unicode, or the weight is not between 0
-    and 1.
+    2022), so the picture mostly wins at 0.5; 0.6 to 0.8 gives the words more influence. Warns if the tokenizer knows no
+    part of the text. Raises ValueError if both are missing, the text is empty or no Unicode, or the weight is not
+    between 0 and 1.
     """
     if text is None and image is None:
         raise ValueError("a query needs a text, an image, or both")
@@ -194,7 +194,7 @@ def _controls(ipywidgets, draw: Callable, query: str, first: bytes):
             with warnings.catch_warnings(record=True, action="always") as caught:
                 results.value = _png(draw(text.value, _uploaded(upload.value), weight.value))
             note.value = " ".join(str(found.message) for found in caught if found.category is UserWarning)
-        except Exception as error:  # shown beside the box: nobody sees an exception inside a callback
+        except Exception as error:  # shown beside the box, because nobody sees an exception inside a callback
             note.value = f"Gagal: {error}"
 
     for control in (text, upload, weight):

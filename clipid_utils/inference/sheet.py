@@ -42,7 +42,7 @@ figcaption {{ font-size: .85rem; overflow-wrap: anywhere; text-align: center; }}
 
 
 def check_sheet(path: Path, folder: Path) -> None:
-    """Raises an error if no sheet of a search in `folder` can be written to `path`: to index first takes minutes."""
+    """Raises an error if no sheet of a search in `folder` can be written to `path`, before the minutes of indexing."""
     suffix = path.suffix.lower()
     if suffix not in (".html", ".png"):
         raise ValueError(f"{path}: a sheet ends in .html or .png, not in {suffix!r}: change the name")

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022): beside each matrix of the blocks two thin ones learn, and it stays frozen.
+"""Low-rank adapters (LoRA, Hu et al. 2022): the blocks' matrices stay frozen, and two thin ones beside each learn.
 
     adapted = add_adapters(model, rank=8)     # train the parameters that fit "*.lora_*"
     model = merge_adapters(adapted)           # an ordinary model again; save_clip does this by itself
@@ -10,7 +10,7 @@ from clipid_utils.model import layers
 
 
 def add_adapters(model: nnx.Module, rank: int, *, sides: tuple[str, ...] = ("vision", "text"), seed: int = 0):
-    """A copy of the model with adapters beside the products of attention and MLP in its blocks; it computes the same.
+    """A copy of the model with adapters beside the products of attention and MLP in its blocks; its output is the same.
 
     The second matrix begins at 0, and the arrays of the model are shared, not copied. In EfficientNet the products are
     the convolutions of one pixel. Raises ValueError for a rank below 1.

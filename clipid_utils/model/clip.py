@@ -34,7 +34,7 @@ class CLIPOutput(NamedTuple):
 class HybridCLIP(nnx.Module):
     """An image tower and a text tower with a learned scale between them.
 
-    `logit_scale` is stored as a logarithm, as in CLIP. It takes effect at most at `config.max_logit_scale`, ln 100.
+    `logit_scale` is stored as a logarithm, as in CLIP. The model uses at most `config.max_logit_scale`, ln 100.
     """
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):

@@ -45,7 +45,7 @@ def same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class InvertedBottleneck(nnx.Module):
-    """Wide, filtered channel by channel, and narrow again; with a sum around it where the shape stays."""
+    """Widens, filters channel by channel, and narrows again; adds the input if the shape is the same."""
 
     def __init__(self, kernel: int, stride: int, expansion: int, d_in: int, d_out: int, *, dtype, rngs: nnx.Rngs):
         inner, self.skip = expansion * d_in, stride == 1 and d_in == d_out
@@ -85,7 +85,7 @@ class EfficientNetLite(nnx.Module):
             raise ValueError("keep_patches needs a vision transformer; EfficientNet computes the whole picture")
         side = self.config.image_size
         if pixel_values.shape[1:] != (side, side, 3):
-            raise ValueError(f"pixel_values have shape {pixel_values.shape}; this model wants [B, {side}, {side}, 3]: "
+            raise ValueError(f"pixel_values have shape {pixel_values.shape}; the model expects [B, {side}, {side}, 3]: "
                              "use the checkpoint's own processor")
         x = jax.nn.relu6(self.stem(jnp.asarray(pixel_values, self.dtype)))
         x = layers.through_blocks(self.blocks, x, (), keys, drop_path, remat)

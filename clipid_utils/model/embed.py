@@ -27,7 +27,7 @@ from clipid_utils.model.processor import CLIPProcessor
 from clipid_utils.pictures import PictureError, picture_source
 
 RULES = 2  # part of each fingerprint: raise it when the same weights and pictures start to give different vectors
-CHUNK = 256  # pictures between two writes to a cache: the most that an interruption costs
+CHUNK = 256  # pictures between two writes to a cache: an interruption loses at most so many
 HEAD = 2**14  # bytes of a picture file that its identity reads
 WHOLE = 2**30  # rows of a batch that are computed together: all of them
 MOST_NAMED = 5  # unreadable pictures that the one line about them names
@@ -117,7 +117,7 @@ def embed_texts(
 
 
 def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | None = None) -> str:
-    """16 hexadecimal digits that change with any weight, setting or dtype and with the processor's way with pictures.
+    """16 hexadecimal digits that change with any weight, setting or dtype and with how the processor prepares pictures.
 
     `model` may be one tower; its part named `without`, such as "projection", is left out.
     """
@@ -134,7 +134,7 @@ def fingerprint(model: nnx.Module, processor: CLIPProcessor, *, without: str | N
 
 
 def text_fingerprint(processor: CLIPProcessor) -> str:
-    """16 hexadecimal digits that change with anything in the processor's way with texts."""
+    """16 hexadecimal digits that change with anything in how the processor prepares texts."""
     tokenizer = processor.tokenizer and processor.tokenizer.to_str()
     rest = [getattr(processor, name, None) for name in
             ("max_length", "fixed_length", "padding_side", "truncation_side", "pad_id")]

@@ -1,4 +1,4 @@
-"""The operations whose form matters for speed. Everything else in the towers is written plainly.
+"""The operations whose form matters for speed. Everything else in the towers is written in the simplest way.
 
 - `attention` multiplies arrays [B, H, L, K], which XLA's CPU code does faster than the einsum over [B, L, H, K]. On an
   NVIDIA GPU, half precision takes cuDNN's flash attention.

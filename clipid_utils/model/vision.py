@@ -49,7 +49,7 @@ class VisionTransformer(nnx.Module):
         size, grid = self.config.patch_size, self.config.grid
         if pixel_values.shape[1:] != (self.config.image_size, self.config.image_size, 3):
             side = self.config.image_size
-            raise ValueError(f"pixel_values have shape {pixel_values.shape}; this model wants [B, {side}, {side}, 3]: "
+            raise ValueError(f"pixel_values have shape {pixel_values.shape}; the model expects [B, {side}, {side}, 3]: "
                              "use the checkpoint's own processor")
         x = pixel_values[:, : grid * size, : grid * size]
         x = x.reshape(-1, grid, size, grid, size, 3).transpose(0, 1, 3, 2, 4, 5)

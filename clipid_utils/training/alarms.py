@@ -11,21 +11,22 @@ from statistics import fmean
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# One batch says little about a loss, and one slow read little about a disk: both are judged by the mean of some lines.
+# One batch says little about a loss, and one slow read says little about a disk. So the alarms use means of several
+# lines.
 LINES = 5
-# Of log(batch), the loss of a model that guesses, whatever the positives are: a target spread over several columns
-# costs the same with equal logits. The shipped run begins at 100.1% of it, and is at 94% before the first third of its
-# warm-up is over (step 60).
+# Share of log(batch), which is the loss of a model that guesses. It does not depend on the positives: with equal
+# logits, a target spread over several columns costs the same. The shipped run begins at 100.1% of log(batch), and is at
+# 94% before the first third of its warm-up is over (step 60).
 STUCK = 0.98
 # Steps after the warm-up before a loss or embeddings are judged: a tenth of the run, within these bounds. A small batch
 # needs that many steps to be better than a guess.
 PATIENCE = (50, 200)
 # 1 - cosine, averaged over the pairs of a batch. Random weights have more; texts may come near it early in the warm-up.
-# Towers with less after the warm-up have lost in training what random weights can tell apart.
+# Towers with less after the warm-up tell fewer inputs apart than random weights do.
 COLLAPSED = 0.01
-# Of the captions since the start. The shipped run cuts 0.4%: the longest lists of keywords.
+# Share of the captions since the start. The shipped run cuts 0.4%: the longest lists of keywords.
 TRUNCATED = 0.01
-# Of the time between two lines.
+# Share of the time between two lines.
 WAITING = 0.1
 
 

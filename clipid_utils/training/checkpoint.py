@@ -1,4 +1,4 @@
-"""Training states on disk, through Orbax: written behind the training, whole or not at all, for any devices.
+"""Training states on disk, through Orbax: written while the training runs, whole or not at all, for any devices.
 
 A checkpoint is the folder `<folder>/<step>`. It gets that name only when everything is written, so a kill, a full disk
 or an error leaves the earlier ones as they were. Orbax writes the arrays, each process its own part. Beside them are
@@ -133,7 +133,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_no_traceback)
 
     def save(self, step: int, state, *, data: DatasetIterator | None = None, extra: dict | None = None) -> None:
-        """Copies the state, and writes it behind the training; `extra` is JSON, which `restore` returns.
+        """Copies the state, and writes it while the training runs; `extra` is JSON, which `restore` returns.
 
         The state's memory may be reused at once. Raises OSError if the save before this one failed, or if the folder
         has this step already.

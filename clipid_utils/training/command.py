@@ -72,9 +72,9 @@ class Recipe:
     train: str = "dictionary"
     # Captions records to measure recall on; the dictionary has its own
     validation: str | None = None
-    # Ending of the pictures in tars, such as input.jpg; none: found by itself
+    # Ending of the pictures in tars, such as input.jpg; none: found automatically
     image_column: str | None = None
-    # Ending of the captions in tars, such as outputs.txt; none: found by itself
+    # Ending of the captions in tars, such as outputs.txt; none: found automatically
     caption_column: str | None = None
     # Folder or hub id of the image tower; none: a mini model with random weights
     vision: str | None = "openai/clip-vit-base-patch32"
@@ -82,13 +82,13 @@ class Recipe:
     text: str = "indobenchmark/indobert-base-p2"
     # Factor on the cosines at the start; none: the one of CLIP
     logit_scale: float | None = None
-    # One after the other
+    # Stages, one after the other
     stages: tuple[Stage, ...] = ()
     # Type in which the towers compute; parameters are float32
     dtype: Literal["float32", "bfloat16"] = "float32"
     # How the step runs on several devices
     form: Literal["jit", "shard_map", "pmap"] = "jit"
-    # Mesh axis along which parameters are cut (only with jit; the optimizer's state is always cut along data)
+    # Mesh axis along which parameters are split (only with jit; the optimizer's state is always split along data)
     shard: Literal["none", "data", "model"] = "none"
     # Devices along the mesh axis model
     model_devices: int = 1
@@ -96,11 +96,11 @@ class Recipe:
     hosts: bool = False
     # Processes that decode the pictures of captions records; 0: threads
     workers: int = 0
-    # Most validation records that recall is measured on: the first ones
+    # Largest number of validation records to measure recall on; the first ones are used
     validation_pictures: int = 2000
-    # Queries; the first pictures found for them are kept at each evaluation
+    # Queries; at each evaluation the first pictures found for them are saved
     samples: tuple[str, ...] = ("kucing", "gunung", "makanan", "orang di pantai")
-    # Of everything that is drawn: order of the data, captions, augmentations, first weights of a mini model
+    # Seed of all random choices: order of the data, captions, augmentations, first weights of a mini model
     seed: int = 0
     # Continue the run in the folder, if there is one
     resume: bool = False

@@ -24,7 +24,7 @@ SMALL = 2**14  # numbers: for smaller leaves a copy on each device costs less th
 
 
 class Placed(NamedTuple):
-    """A compiled step on a mesh, and the ways in and out of it."""
+    """A compiled step on a mesh, and the functions that bring states and batches in and out."""
 
     step: Callable[[TrainState, dict], tuple[TrainState, dict]]
     place: Callable[[TrainState], TrainState]  # from a state of `init_state` to a state for `step`
@@ -41,7 +41,7 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """
     count = jax.device_count()
     if model < 1 or (count % model if data is None else not 0 < data * model <= count):
-        raise ValueError(f"{count} devices cannot be cut into {data or 'some'} groups of {model}: set model to a "
+        raise ValueError(f"{count} devices cannot be divided into {data or 'some'} groups of {model}: set model to a "
                          f"divisor of {count}, or set data too, and data x model to at most {count}")
     if jax.process_count() > 1 and jax.local_device_count() % model:
         raise ValueError(f"the {model} devices of a group share their rows, and would be in several processes with "

@@ -27,7 +27,7 @@ from clipid_utils.model.clip import HybridCLIP
 from clipid_utils.model.embed import Batches, embed_pictures, embed_resumably, encoder, fingerprint, picture_identity
 from clipid_utils.model.processor import CLIPProcessor
 
-CHUNK = 4096  # rows between two writes: the most that an interruption costs
+CHUNK = 4096  # rows between two writes: an interruption loses at most so many
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _is_done(folder: Path, manifest: dict) -> bool:
 
 
 def _reserved(path: Path, shape: tuple[int, int], dtype) -> np.memmap:
-    """A memory map of a new file that has its place on the disk: on a full disk, filling a hole kills the process."""
+    """A memory map of a new file with space reserved on the disk: otherwise a full disk would kill the process."""
     mapped = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:

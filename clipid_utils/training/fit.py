@@ -34,7 +34,7 @@ class TrainingConfig:
 
     epochs: int = 10  # passes over the data
     batch_size: int = 256  # pairs a step, of all devices together; a smaller set of pictures is one batch
-    learning_rate: float = 1e-3  # its peak, after the warm-up; then half a cosine down to 0
+    learning_rate: float = 1e-3  # the peak, after the warm-up; then half a cosine down to 0
     weight_decay: float = 0.1  # share of each matrix that a step takes away, times the learning rate
     warmup: float = 0.05  # share of all steps in which the learning rate rises from 0
     clip_norm: float = 1.0  # largest norm of the gradient; for adabelief: against its weights' norm, unit by unit
@@ -47,15 +47,15 @@ class FitConfig(TrainingConfig):
     """Settings of `fit`."""
 
     caption_tokens: int = 24  # longest caption in tokens; longer ones are cut, and counted
-    drop_path: float = 0.0  # chance that the image tower's last layer is skipped, less before it; half for the text's
+    drop_path: float = 0.0  # chance to skip the image tower's last layer; less for earlier ones, half for the text's
     keep_patches: int | None = None  # patches of each picture that go through the tower, drawn each time; none: all
     image_image: float = 0.0  # weight of the loss between pictures of one concept
     group_concepts: bool = False  # pictures of one concept are in one batch
-    average_decay: float = 0.999  # of the weights' running average, a step; it is evaluated and kept; 0: no average
+    average_decay: float = 0.999  # of the weights' running average, which is evaluated and kept; 0: no average
     evaluate_every: int = 10  # epochs; steps of a stream, which has none
     augmentation: AugmentConfig | None = field(default_factory=AugmentConfig)
     steps: int | None = None  # in place of epochs; a stream needs it
-    # Not a dict: of a dict with entries tyro makes one option for each of them, and other patterns could not be given
+    # Not a dict: tyro would make one option for each entry of a dict, and other patterns could not be given
     rates: MutableMapping[str, float] = field(default_factory=dict)
     """Patterns, each with a factor on the learning rate; the first that fits counts."""
     layer_decay: float = 1.0  # factor on the learning rate, for each layer further from a tower's end
@@ -92,7 +92,7 @@ def check_batch(size: int, chunks: int, mesh: Mesh) -> None:
     """Raises ValueError for a batch that the devices cannot share."""
     devices = mesh.shape["data"]
     if size < 2 or size % (devices * chunks):
-        raise ValueError(f"batch_size {size} cannot be cut over {devices} devices in {chunks} chunks: choose a "
+        raise ValueError(f"batch_size {size} cannot be divided over {devices} devices in {chunks} chunks: choose a "
                          f"multiple of {devices * chunks} that is at least 2, or mesh=make_mesh(…) of fewer devices")
 
 
@@ -192,7 +192,7 @@ def _train(
     if folder.start is not None:
         state, start = folder.restore(placed, state, data)
     for line in folder.lines.history:
-        alarms(line)  # an alarm from before the run was stopped does not ring again
+        alarms(line)  # an alarm from before the run was stopped is not repeated
 
     def model(state: TrainState) -> HybridCLIP:
         parts = {part: placed.collect(getattr(state, part)) for part in ("average", "frozen")}

@@ -129,8 +129,8 @@ class Clock:
 def interruptible():
     """Yields a function of the step that says whether to stop: after Ctrl-C, or SIGTERM, which ends a cloud machine.
 
-    The signals do not break into a step, which has given away the memory of its old state. Several processes all stop
-    after the same step. Outside the main thread no signal arrives, and only the other processes are asked.
+    The signals do not interrupt a step, because it has already given up the memory of its old state. Several processes
+    all stop after the same step. Outside the main thread no signal arrives, and only the other processes are asked.
     """
 
     def ask(*_) -> None:

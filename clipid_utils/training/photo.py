@@ -1,9 +1,9 @@
 """The recipe of the shipped model `photo`: two frozen towers from packages, and heads that learn from their features.
 
 Both heads go through ImageNet's 1,000 classes (`layers.ClassMixture`). A picture is described by the classes that
-EfficientNet-Lite sees in it, and a text by the classes whose Indonesian and English names are near it for e5. So the
-towers meet before any training (ConSE, Norouzi et al. 2014). Training then moves the class vectors and the class names.
-data/checkpoints/README.md has the choices and all that was tried.
+EfficientNet-Lite sees in it, and a text by the classes whose Indonesian and English names are near it for e5. So
+pictures and texts can be compared before any training (ConSE, Norouzi et al. 2014). Training then moves the class
+vectors and the class names. data/checkpoints/README.md describes the choices and everything that was tried.
 """
 
 import dataclasses
@@ -64,13 +64,13 @@ class PhotoRecipe:
     image_scale: float = 0.33
     # Factor on the similarities of a text to the class names
     text_scale: float = 17.0
-    # Rows of each class beside the drawings, each with its own noise
+    # Artificial pictures of each class beside the drawings, each with its own noise
     copies: int = 8
-    # Leave Tux Paint's drawings out and print their recall: choices are made on them, the shipped model has them
+    # Train without Tux Paint's drawings and print their recall: choices are made so; the shipped model has them
     hold_out_stamps: bool = False
-    # Of everything that is drawn
+    # Seed of all random choices
     seed: int = 0
-    # Go on with the features in the folder
+    # Continue with the features in the folder
     resume: bool = False
     # Name of the recipe
     name: Suppress[str] = "photo"
@@ -165,7 +165,8 @@ def class_similarity(kernel: Float[np.ndarray, "D K"]) -> Float[np.ndarray, "K K
 
 
 def class_vectors(kernel: Float[np.ndarray, "D K"], embed_dim: int) -> Float[np.ndarray, "K E"]:
-    """Vectors of the classes with nearly right angles between them; classes that look alike share what has no room.
+    """Vectors of the classes with nearly right angles between them; if there is no room, classes that look alike share
+    a direction.
 
     They are the first right singular vectors of the classes' probabilities for a picture of each class.
     """
@@ -187,7 +188,7 @@ def name_classifier(
 ) -> tuple[Float[np.ndarray, "W K"], Float[np.ndarray, " K"]]:
     """Kernel and bias of a classifier of texts: about the cosine to the names of each class, all languages alike.
 
-    e5's vectors share a large part, which says nothing: their mean is subtracted from both sides.
+    e5's vectors have a large part in common, which carries no information: their mean is subtracted from both sides.
     """
     mean = np.mean(languages, axis=(0, 1))
     sizes = [np.linalg.norm(names - mean, axis=1, keepdims=True) for names in languages]
@@ -224,7 +225,7 @@ def drawings(hold_out_stamps: bool) -> Dataset:
 def class_features(
     model: HybridCLIP, processor: CLIPProcessor, classes: list[ClassTexts], copies: int, seed: int
 ) -> tower_features.Features:
-    """Features of pictures of each class that nobody took: the classifier sees this class, those like it, and noise.
+    """Features of artificial pictures of each class: the classifier sees this class, similar classes, and noise.
 
     ImageNet's pictures are in no package, and its classifier knows them: a feature vector with the wanted logits is
     found by least squares.

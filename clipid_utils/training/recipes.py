@@ -1,6 +1,6 @@
 """The recipe of the shipped checkpoint.
 
-data/checkpoints/README.md explains the choices, and what else was tried.
+data/checkpoints/README.md explains the choices, and describes the alternatives that were tried.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ WEIGHTS = ("best", "last")  # subfolders with a model
 class RunFolder:
     """The files of a run in `path`; None leaves nothing, and the log and the best model are in memory.
 
-    Raises FileExistsError for a folder that has the model of an earlier run, if the caller says neither `resume` nor
+    Raises FileExistsError for a folder that has the model of an earlier run, if the caller does not say `resume` or
     `overwrite`, which deletes it; ValueError for a run that began with different settings.
     """
 
@@ -71,7 +71,7 @@ class RunFolder:
                                   "from: replace it (overwrite=True), or use a different folder")
 
     def close(self) -> None:
-        """Waits for all that is still being written."""
+        """Waits until everything is written."""
         try:
             self.lines.close()
         finally:
@@ -93,7 +93,7 @@ class RunFolder:
             save_clip(model, self.processor, self.path / name)
 
     def save_state(self, placed: Placed, state: TrainState, data: Iterator, progress: dict) -> None:
-        """Keeps all that the run needs to resume from here."""
+        """Saves everything that the run needs to resume from here."""
         extra = progress | {"best_recall": self.best_recall if self.best else None}
         self.states.save(progress["step"], placed.pack(state), data=data, extra=extra)
 

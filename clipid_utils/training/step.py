@@ -15,7 +15,7 @@ from clipid_utils.training.optimizers import check_patterns, matching
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and `frozen`, which it does not change."""
+    """Everything that a step changes, and `frozen`, which it does not change."""
 
     params: nnx.State  # the trained parameters
     average: nnx.State  # their exponential moving average, in float32
@@ -121,7 +121,7 @@ def _in_chunks(embed: Callable, contrast: Callable, chunks: int) -> Callable:
     def gradients_of(params, frozen, batch, keys):
         share = len(batch["images"])
         if share % chunks:
-            raise ValueError(f"a device's {share} pairs cannot be cut into {chunks} chunks of one size")
+            raise ValueError(f"a device's {share} pairs cannot be divided into {chunks} chunks of equal size")
 
         def cut(x):  # every chunk takes from all over the batch, so that each device keeps its rows
             return x.reshape(share // chunks, chunks, *x.shape[1:]).swapaxes(0, 1)

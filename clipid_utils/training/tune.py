@@ -1,10 +1,10 @@
-"""Fine-tuning: from any model that `load_clip` opens to one for pictures and captions of one's own.
+"""Fine-tuning: trains any model that `load_clip` opens on your own pictures and captions.
 
     clipid train tune --init photo --train captions.jsonl
 
-The defaults do no harm. A part of the records is held out, the starting point is measured on it first, and the result
+The defaults are safe. A part of the records is held out, the starting point is measured on it first, and the result
 is the best model on it: the starting point itself if no step was better. `--interpolate` also tries the models between
-the start and the result (WiSE-FT, Wortsman et al. 2022), which lose less of what the start knew.
+the start and the result (WiSE-FT, Wortsman et al. 2022), which keep more of what the start could do.
 """
 
 import contextlib
@@ -52,12 +52,12 @@ EVALUATIONS = 20  # in a run
 MIXTURES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 GENTLE = AugmentConfig(degrees=3.0, shear=0.02, translate=0.05, scale=(0.95, 1.25), stretch=0.05, brightness=0.1,
                        contrast=0.1, saturation=0.1, hue=0.0, grey=0.0, shading=0.0)
-MEASURE = "MRR"  # by which the best model is chosen; recall at 1 is too coarse for a few pictures
+MEASURE = "MRR"  # it decides which model is best; recall at 1 is too coarse for a few pictures
 
 
 @dataclass(frozen=True)
 class TuneRecipe:
-    """Fine-tuning of a model on captions records of one's own."""
+    """Fine-tuning of a model on your own captions records."""
 
     # Captions records: a .jsonl or .parquet file, a folder of part files, or a glob
     train: str = ""
@@ -68,7 +68,7 @@ class TuneRecipe:
     out: Annotated[Path, arg(aliases=("-o",), help="folder of the run")] = Path("runs/tune")
     # Captions records to choose on; none: a part of `train` is held out
     validation: str | None = None
-    # What learns: the heads on cached features (minutes), low-rank adapters in the towers, the last blocks, or all
+    # Parts that learn: the heads on cached features (minutes), low-rank adapters in the towers, last blocks, or all
     learn: Literal["heads", "lora", "blocks", "all"] = "heads"
     # A tower that does not learn: with vision it is LiT (Zhai et al. 2022)
     freeze: Literal["none", "vision", "text"] = "none"
@@ -78,9 +78,9 @@ class TuneRecipe:
     rank: int = 8
     # Peak of the learning rate; none: one that fits `learn` and the towers' width
     learning_rate: float | None = None
-    # Pairs a step; fewer pictures are one batch
+    # Pairs a step; a smaller set of pictures is one batch
     batch_size: int = 256
-    # Steps at most; none: 20 passes, and between 100 and 2,000. A run ends early when it stops improving
+    # Largest number of steps; none: 20 passes, between 100 and 2,000. A run ends early when it stops improving
     steps: int | None = None
     # Parts in which a batch goes through the towers, to save memory
     chunks: int = 1
@@ -92,7 +92,7 @@ class TuneRecipe:
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Processes that decode pictures; 0: threads
     workers: int = 0
-    # Of everything that is drawn
+    # Seed of all random choices
     seed: int = 0
     # Continue the run in the folder
     resume: bool = False
@@ -138,7 +138,7 @@ def matches(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
 
 
 def trainable(model: HybridCLIP, learn: str, freeze: str = "none", blocks: int = 2) -> tuple[str, ...]:
-    """Patterns of the parameters that learn. Raises ValueError if nothing of the towers is left."""
+    """Patterns of the parameters that learn. Raises ValueError if no parameter is left to learn."""
     sides = [side for side in ("vision", "text") if side != freeze]
     names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     patterns = ["logit_*"]
@@ -171,7 +171,7 @@ def mixture(start: HybridCLIP, tuned: HybridCLIP, share: float) -> HybridCLIP:
 
 
 class Tuning:
-    """A run: its data, its judge, and the models that are compared. `run` does it."""
+    """A run: its data, its score, and the models that are compared. `run` does the work."""
 
     def __init__(self, recipe: TuneRecipe):
         self.recipe, self.out = recipe, Path(recipe.out).expanduser()

@@ -251,7 +251,7 @@ def test_cut_captions_are_marked(tokenize, records):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"batch_size": 5, "process_count": 2}, "batch_size 5 does not divide among 2 processes"),
+    ({"batch_size": 5, "process_count": 2}, "batch_size 5 cannot be divided among 2 processes"),
     ({"batch_size": 24}, "batch_size 24 is more than the 23 pictures"),
 ])
 def test_what_does_not_fit_is_refused(tokenize, records, options, message):

@@ -67,7 +67,7 @@ def test_flickr30k_translated(tmp_path, pictures):
 
 @pytest.mark.parametrize("text, message", [
     ('{"images": [{"id": 1}]}', "key images: .*different format: this reads"), ('{"a": ', r"flickr:1: not valid JSON"),
-    ("a,b,c", "neither the header"), ("", "neither the header"),
+    ("a,b,c", "not the header"), ("", "not the header"),
 ])
 def test_another_file_is_refused_at_once(tmp_path, pictures, text, message):
     (tmp_path / "flickr").write_text(text)

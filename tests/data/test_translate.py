@@ -639,4 +639,4 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
         run(tmp_path / "a.jsonl", tmp_path / "other", "--model", folder, "--column", "title")
     monkeypatch.setattr(sys, "argv", ["clipid_utils", "translate", str(tmp_path / "a.jsonl"), str(tmp_path / "ours")])
     main()
-    assert "by the small model of data/translator, which is there to try this out" in capsys.readouterr().err
+    assert "the small model of data/translator is only for trying this out" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def test_pictures_by_path_start_at_the_root(checkpoint):
     assert [vector is None for vector in table["image_embeds"].to_pylist()] == [False, True, True]
     with pytest.raises(ValueError, match=r"none of 2 pictures is there, the first of them .*/b/a.png'.*root="):
         EmbedPictures(checkpoint, root=checkpoint / "b")(pa.table({"image_path": ["a.png", None, "gone.png"]}))
-    with pytest.raises(ValueError, match="columns x, neither image nor image_path"):
+    with pytest.raises(ValueError, match="columns x, but not image or image_path"):
         embed(pa.table({"x": [1]}))
 
 

@@ -160,7 +160,7 @@ def test_a_collection_of_a_different_index_is_refused(filled, index):
     }
     for message, other in others.items():
         for call in (filled.fill, filled.finder):
-            with pytest.raises(ValueError, match=f"holds a different index .{message}"):
+            with pytest.raises(ValueError, match=f"has a different index .{message}"):
                 call("foto", other)
 
 

@@ -285,7 +285,7 @@ def test_a_tower_without_tokens_leaves_no_patches_out(tower):
 
 @pytest.mark.parametrize("shape", [(1, 36, 37, 3), (1, 37, 36, 3), (1, 74, 74, 3)])
 def test_pictures_of_another_size_are_refused(tower, shape):
-    with pytest.raises(ValueError, match=r"this model wants \[B, 37, 37, 3\]: use the checkpoint's own processor"):
+    with pytest.raises(ValueError, match=r"the model expects \[B, 37, 37, 3\]: use the checkpoint's own processor"):
         tower(np.zeros(shape, np.float32))
 
 

@@ -144,14 +144,14 @@ def test_a_checkpoint_is_loaded_by_its_id(hub, tmp_path):
 # Errors
 
 @pytest.mark.parametrize("name, error, message", [
-    ("a/unknown", FileNotFoundError, "neither a folder nor a repository that the hub shows: correct the name"),
+    ("a/unknown", FileNotFoundError, "is not a folder, and the hub shows no such repository: correct the name"),
     ("a/private", FileNotFoundError, "if it is private, set HF_TOKEN to a token"),
     ("a/gated", PermissionError, "only to people who have access: ask for access"),
     ("a/empty", FileNotFoundError, "'a/empty' has no config.json at revision 'main'"),
     ("a/no-weights", FileNotFoundError, "'a/no-weights' has no model.safetensors or .*: name a different revision"),
-    ("./nowhere", FileNotFoundError, "neither a folder nor a repository that the hub shows: correct the name"),
-    ("runs/of/mine", FileNotFoundError, "neither a folder nor a repository"),
-    ("", FileNotFoundError, "neither a folder nor a repository"),
+    ("./nowhere", FileNotFoundError, "is not a folder, and the hub shows no such repository: correct the name"),
+    ("runs/of/mine", FileNotFoundError, "is not a folder, and the hub shows no such repository"),
+    ("", FileNotFoundError, "is not a folder, and the hub shows no such repository"),
 ])
 def test_what_is_not_there_is_said_with_the_remedy(hub, name, error, message):
     for name_there, files in {"a/gated": SMALL | SINGLE, "a/empty": NOISE, "a/no-weights": SMALL}.items():

@@ -175,7 +175,7 @@ def test_a_run_resumes_with_the_same_data_only(train, place, tmp_path):
 
 def test_a_batch_that_does_not_fit_is_an_error_before_the_first_stage(place, tmp_path):
     recipe = dataclasses.replace(small("indobert-base", place, tmp_path / "run", batch_size=6), model_devices=1)
-    with pytest.raises(ValueError, match="batch_size 6 cannot be cut over 8 devices in 1 chunks"):
+    with pytest.raises(ValueError, match="batch_size 6 cannot be divided over 8 devices in 1 chunks"):
         run(recipe)
     assert not (tmp_path / "run" / "stage-1").exists()
 
@@ -209,7 +209,7 @@ def test_tars_have_no_epochs_and_the_options_to_give_are_named(capsys, tmp_path)
     named = "--stages.0.fit.steps N --stages.0.fit.evaluate-every N --stages.1.fit.steps N"
     with pytest.raises(SystemExit, match=f"none-.*no epochs: give {named} --stages.1.fit.evaluate-every N,"):
         main([*command_line, "--vision", "no-such-folder"])
-    with pytest.raises(SystemExit, match="no file fits|no-such-folder"):
+    with pytest.raises(SystemExit, match="no file matches|no-such-folder"):
         main([*command_line, *f"{named} --stages.1.fit.evaluate-every N".replace("N", "9").split(),
               "--vision", "no-such-folder", "--text", "no-such-folder"])
 
@@ -335,7 +335,7 @@ def test_the_ancestors_settings_are_those_of_2021(name, text):
 
 @pytest.mark.parametrize("options, message", [
     (["--train", "missing.jsonl"], "missing.jsonl"),
-    (["--train", "none-*.tar", "--stages.0.fit.steps", "9", "--stages.1.fit.steps", "9"], "no file fits"),
+    (["--train", "none-*.tar", "--stages.0.fit.steps", "9", "--stages.1.fit.steps", "9"], "no file matches"),
     (["--model-devices", "3"], "divisor of 8"), (["--form", "pmap", "--shard", "data"], "--form jit"),
     (["--stages.0.fit.epochs", "0"], "nothing to train"),
 ])

@@ -206,7 +206,7 @@ def test_chunks_must_divide_a_devices_share():
     graph, state = init_state(model, optax.sgd(0.1), seed=0)
     update = make_update(graph, optax.sgd(0.1), image_mean=processor.image_mean, image_std=processor.image_std,
                          augmentation=None, chunks=3)
-    with pytest.raises(ValueError, match="a device's 32 pairs cannot be cut into 3 chunks"):
+    with pytest.raises(ValueError, match="a device's 32 pairs cannot be divided into 3 chunks"):
         jax.eval_shape(update, state, batch_of(0))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from clipid_utils.pictures import picture_source
 
-MOST_UNREADABLE = 1000  # bad rows one after the other: then a folder or a column is missing, not a few pictures bad
+MOST_UNREADABLE = 1000  # bad rows one after the other: so many mean that a folder or a column is missing
 
 Picture = str | bytes | dict | None  # a path, the bytes of a file, or {"bytes", "path"} as `datasets` stores pictures
 

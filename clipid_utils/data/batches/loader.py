@@ -115,7 +115,7 @@ def dictionary_feed(
 
     `tokenize(texts, length, mark_truncated=True)` is the processor's. With `group_concepts`, concepts are shuffled, and
     the pictures of each stay together. Process p of P gets the p-th share of every batch. The rest of an epoch that
-    does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or does not divide
+    does not fill a batch is left out. Raises ValueError if `batch_size` is larger than the data, or cannot be divided
     among the processes.
     """
     share, steps = _share(batch_size, process_index, process_count, len(pairs)), len(pairs) // batch_size
@@ -145,13 +145,14 @@ def _share(batch_size: int, process_index: int, process_count: int, pictures: fl
     if batch_size > pictures:
         raise ValueError(f"batch_size {batch_size} is more than the {pictures} pictures: choose a smaller one")
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple")
+        raise ValueError(f"batch_size {batch_size} cannot be divided among {process_count} processes: "
+                         "choose a multiple")
     part = batch_size // process_count
     return slice(process_index * part, (process_index + 1) * part)
 
 
 def _rng(seed: int, epoch: int, row: int | np.integer) -> np.random.Generator:
-    """A generator for each row, so that its draws do not depend on the process that draws for the others."""
+    """A random generator for each row, so that its numbers do not depend on the process that makes the other rows."""
     return np.random.default_rng([seed, epoch, 1 + int(row)])  # a last 0 would be the same as none
 
 
@@ -165,8 +166,8 @@ def records_feed(
     `decode_square` to `image_size`. It runs in `workers` processes or, if 0, in threads; the batches are the same. In a
     script, workers need the guard `if __name__ == "__main__":`. `concepts` are checksums of the pictures' paths or
     bytes: records of one picture are positives of each other. A picture that cannot be read is skipped and counted, and
-    the next record takes its place; a thousand of them one after the other raise ValueError. For the rest see
-    `dictionary_feed`.
+    the next record takes its place; a thousand of them one after the other raise ValueError. For the other arguments
+    see `dictionary_feed`.
     """
     share, steps = _share(batch_size, process_index, process_count, len(records)), len(records) // batch_size
     decode = decode or functools.partial(decode_square, size=image_size)
@@ -186,7 +187,7 @@ def _record_batch(records, decode, tokenize, length, batch_size, seed, share, st
     """The batch of a step; its `troubles` are one line about each picture that cannot be read."""
     epoch, place = divmod(step, len(records) // batch_size)
     rows = _order(len(records), seed, epoch)[place * batch_size : (place + 1) * batch_size][share].copy()
-    draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is far slower
+    draws = np.random.default_rng([seed, step, 1]).random(batch_size)[share]  # a generator for each is much slower
     images, captions, concepts, troubles = [], [], [], []
     for place, (picture, texts) in enumerate(zip(*records[rows].values(), strict=True)):
         tries = 1

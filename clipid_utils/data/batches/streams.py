@@ -32,11 +32,11 @@ def _tar_rows(files: list[str]) -> Iterator[dict]:
 
 
 def picture_and_captions(row: dict, columns: Sequence[str | None] = (None, None)) -> tuple[object, list[str]]:
-    """The picture and the captions of a row, from the two `columns`, or for None from those that the lists above name.
+    """The picture and the captions of a row, from the two `columns`; the lists above find a column that is None.
 
     A column fits if its name, or the part after its last dot, is in the list. The picture is a path, bytes, {"bytes",
-    "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of JSON
-    its "captions", "caption" or "text".
+    "path"} or None. The captions are a list without blank ones and nulls: each line of a text file in a tar, or of a
+    JSON file its "captions", "caption" or "text".
     """
     pictures, captions = ([name] if name else known for name, known in zip(
         columns, (PICTURE_COLUMNS, CAPTION_COLUMNS), strict=True))

@@ -26,8 +26,8 @@ from clipid_utils.data.report import Report
 from clipid_utils.files import need
 from clipid_utils.pictures import PictureError, open_picture
 
-# The languages that a caption is recognised among. Among all 97 of the library a short caption is often recognised as
-# a rare language.
+# The languages from which a caption's language is chosen. Among all 97 of the library, a rare language is often chosen
+# for a short caption.
 LANGUAGES = ("id", "ms", "en", "nl", "de", "fr", "es", "it", "pt")
 HASHES = 64  # of a caption's MinHash
 SHOWN = 100  # characters of a caption in a report's example

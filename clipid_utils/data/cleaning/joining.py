@@ -4,9 +4,9 @@
     rows = join(["cc3m.jsonl", "coco.jsonl", "wit.jsonl"], "train.jsonl", "validation.jsonl", report, work="work",
                 weights={"wit": 2, "cc3m": 0.5}, held_out=["xflickrco.jsonl", "xm3600.jsonl"])
 
-The side of a picture depends only on its bytes (SHA-256) and on whether it has a near copy. So it is the same for every
-set that the picture comes in, for every order of the sets and for all captions. One more set, to train on or to hold
-out, can move a picture from validation to training, if it has a near copy of the picture. It never moves one back.
+The side of a picture depends only on its bytes (SHA-256) and on whether it has a near copy. So a picture is on the same
+side in every set, for every order of the sets and for all its captions. A new set, to train on or to hold out, can move
+a picture from validation to training, if the set has a near copy of it. A new set never moves a picture back.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def sides(
     out = held_out[among]
     for _, found in copies(np.flatnonzero(out)):
         out[found] = True
-    # Near copies that are held out count too: else to hold out more would move pictures back to validation
+    # Near copies that are held out count too: otherwise holding out more would move pictures back to validation
     for number, _ in copies(np.flatnonzero(drawn[among] & ~out), one_is_enough=True):
         copied[number] = True
     side = np.full(len(first), UNREADABLE)

@@ -33,7 +33,7 @@ CHUNK = 512  # pictures or thumbnails in memory at once
 
 @dataclass(frozen=True)
 class Signatures:
-    """The hashes and thumbnails that pictures are compared by; row i belongs to picture i."""
+    """The hashes and thumbnails that are compared in place of pictures; row i belongs to picture i."""
 
     hashes: UInt64[np.ndarray, " N"]
     thumbnails: UInt8[np.ndarray, "N 32 32 3"]
@@ -59,7 +59,7 @@ def signatures(images: Sequence[Image.Image], mirrored: bool = False, desc: str 
 def near_copies(left: Signatures, right: Signatures) -> Int[np.ndarray, "pairs 2"]:
     """The near copies as pairs (row of left, row of right), in order.
 
-    The hash alone takes different simple shapes for copies (a red and a blue circle, two arrows). So each pair that it
+    By the hash alone, different simple shapes are copies (a red and a blue circle, two arrows). So each pair that it
     proposes is also compared pixel by pixel.
     """
     index = NearIndex(right.thumbnails.__getitem__)
@@ -69,7 +69,7 @@ def near_copies(left: Signatures, right: Signatures) -> Int[np.ndarray, "pairs 2
 
 
 class NearIndex:
-    """Hashes by number, from 0, to find the near copies of pictures among them: 8 bytes a picture in memory.
+    """An index of hashes, numbered from 0, which finds near copies of pictures: 8 bytes a picture in memory.
 
     `thumbnails` gives the thumbnails of any numbers; they can be on the disk.
     """
@@ -84,7 +84,7 @@ class NearIndex:
     def find(
         self, sought: Signatures, own: Int[np.ndarray, " N"] | None = None, one_is_enough: bool = False
     ) -> Iterator[tuple[int, Int[np.ndarray, " found"]]]:
-        """(row of `sought`, numbers of near copies in order): none for a row without any, several for one with many.
+        """(row of `sought`, numbers of its near copies in order); a row without any gives none, one with many several.
 
         `own` are the numbers that the sought pictures have here themselves; they are left out. With `one_is_enough`
         a row may come with only some of its near copies, the lowest numbers first.

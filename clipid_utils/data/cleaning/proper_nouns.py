@@ -29,8 +29,8 @@ def split_words(caption: str) -> list[str]:
 def capitals(words: Sequence[str], i: int) -> list[str]:
     """Features of the shapes of a word and of its neighbours.
 
-    Each feature has the manner of writing of the whole text too: in a text without capitals, or with a capital on
-    every word, a capital says nothing.
+    Each feature also names the writing style of the whole text: in a text without capitals, or with a capital on every
+    word, a capital says nothing.
     """
     manner = writing(words)
     before, after = (shape(words[j]) if 0 <= j < len(words) else "." for j in (i - 1, i + 1))
@@ -52,7 +52,8 @@ PARTS = (capitals, spelling)
 
 
 def writing(words: Sequence[str]) -> str:
-    """The manner of a text: "l" without capitals, "U" all in capitals, "T" with one on each long word, else "m"."""
+    """The writing style of a text: "l" without capitals, "U" all in capitals, "T" with one on each long word, else
+    "m"."""
     long = [word for word in words if len(word) > 3 and word[0].isalpha()] or words
     if not any(word != word.lower() for word in words):
         return "l"

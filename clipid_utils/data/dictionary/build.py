@@ -69,7 +69,7 @@ def recipe_number(*names: str) -> str:
 
 
 def prepare(folder: Path, cache: Path) -> None:
-    """Fills the folder with the prepared dictionary; what is fetched and drawn on the way stays in `cache`."""
+    """Fills the folder with the prepared dictionary; the fetched packages and the drawings stay in `cache`."""
     sources, groups = read_json(DATA / "sources.json"), read_json(DATA / "groups.json")
     packages = fetch_packages(sources, cache)
     rows = []

@@ -49,7 +49,7 @@ def fetch_npm(name: str, pin: dict, cache: Path) -> Path:
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as downloads:
-        # One quick retry: npm's own patience, minutes for each package, only delays the error without a network.
+        # One quick retry: npm itself tries for minutes for each package, which without a network only delays the error.
         patience = ["--prefer-offline", "--fetch-retries=1", "--fetch-retry-mintimeout=2000"]
         done = _run([*npm_command(), "pack", f"{name}@{pin['version']}", *patience], downloads)
         archives = list(Path(downloads).glob("*.tgz"))
@@ -132,8 +132,8 @@ def fetch_debian(name: str, pin: dict, cache: Path) -> Path | None:
 def _apt_download(name: str, pin: dict, downloads: Path, cache: Path) -> Path | None:
     """Downloads a pinned version of a package, else the newest. Returns the .deb.
 
-    If apt has no package lists (a fresh container), or none that help, own lists are fetched into the cache, which
-    needs no root. apt checks their signatures too.
+    If apt has no package lists (a fresh container), or does not find the package in them, new lists are fetched into
+    the cache, which needs no root. apt checks their signatures too.
     """
     wanted = [f"{name}={version}" for version in pin["versions"]] + [name]
     for options in ([], _own_lists(cache)):
@@ -174,7 +174,7 @@ def _unpack(path: Path, patterns: list[str], folder: Path) -> None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with archive.extractfile(member) as content, file.open("wb") as copy:
                         shutil.copyfileobj(content, copy)
-            # tarfile takes an archive that is cut off between two members for a whole one: a whole one ends in zeros
+            # tarfile does not notice that an archive is cut off between two members: a whole one ends in zeros
             archive.fileobj.seek(archive.offset)
             end = archive.fileobj.read(2**20)  # to the end of the file: gzip then checks its checksum
             if len(end) < 1024 or any(end):

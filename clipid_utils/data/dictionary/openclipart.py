@@ -63,7 +63,7 @@ def load_openclipart(cache: Path | None = None) -> tuple[Dataset, Report]:
 
 
 def prepare(folder: Path, pin: dict, cache: Path, number: str) -> None:
-    """Fills the folder with the prepared set; what is fetched and drawn on the way stays in `cache`."""
+    """Fills the folder with the prepared set; the fetched package and the drawings stay in `cache`."""
     package = fetch_debian(PACKAGE, pin, cache)
     if package is None:
         raise FetchError(f"Open Clip Art comes as the Debian package {PACKAGE}, which is not available here: prepare "
@@ -95,7 +95,7 @@ def read_drawings(package: Path, report: Report) -> Iterator[dict]:
             report.drop("no title", source)
         elif OTHER_LANGUAGE.match(language):  # not "en-GB", "English", "All", "N/A"
             report.drop("a title in another language, as its author says", f"{source}: {language} {row['title_en']}")
-        elif not PUBLIC_DOMAIN.search(row["licence"] or "public domain"):  # without one, the package's holds
+        elif not PUBLIC_DOMAIN.search(row["licence"] or "public domain"):  # without one: the package's licence
             report.drop("not in the public domain", f"{source}: {row['licence']}")
         else:
             folder = source.rpartition("/")[0]

@@ -18,7 +18,7 @@ from clipid_utils.files import usable_cores, whole_file
 
 SIZE = 128  # pixels; more than any model of the course looks at
 MARGIN = 4  # white pixels around a stamp; emoji have margins of their own
-PART = 400  # drawings kept at a time: an interrupted run draws at most these again
+PART = 400  # drawings that are saved together: an interrupted run repeats at most so many
 FEW = 50  # drawings that one process draws alone
 
 
@@ -43,7 +43,7 @@ def draw_rows(rows: list[dict], render: Callable[[str | Path], Image.Image], fol
 
 def _draw_all(render: Callable[[str | Path], Image.Image], drawings: list[str | Path]) -> list[bytes | None]:
     """The PNGs of some drawings: many are drawn on all cores, in processes, since resvg keeps Python's lock."""
-    if len(drawings) < FEW:  # to start processes would take longer
+    if len(drawings) < FEW:  # starting processes would take longer
         return [draw(render, drawing) for drawing in drawings]
     pool = loky.get_reusable_executor(usable_cores())
     return list(pool.map(functools.partial(draw, render), drawings, chunksize=20))

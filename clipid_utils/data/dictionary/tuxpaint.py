@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipid_utils.data.dictionary.artists import look_up
 
-FLAT_SHARE = 0.5  # the least of a drawing: see stamp_kind
+FLAT_SHARE = 0.5  # a drawing has at least this share: see stamp_kind
 
 
 def read_stamps(package: Path, groups: dict, kinds: dict) -> list[dict]:
@@ -54,7 +54,8 @@ def as_name(caption: str, english: str) -> str:
 
 
 def stamp_kind(path: Path, source: str, kinds: dict) -> str:
-    """ "photograph" or "drawing". The package does not say; a rule does, corrected by eye in data/stamp_kinds.json.
+    """ "photograph" or "drawing". The package does not say. A rule decides, with corrections by eye in
+    data/stamp_kinds.json.
 
     SVGs, files in a folder `cartoon`, and symbols other than coins are drawings. Another PNG is a photograph if less
     than FLAT_SHARE of its pairs of neighbouring opaque pixels have exactly the same colour: a camera leaves noise

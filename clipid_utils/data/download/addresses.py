@@ -45,7 +45,7 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
     """Connects httpcore to public addresses only.
 
     A connection resolves its name once and goes to an address of that answer, so a name that leads elsewhere a moment
-    later (DNS rebinding) gains nothing. The Host header and the name that TLS verifies stay those of the URL. Raises
+    later (DNS rebinding) has no effect. The Host header and the name that TLS verifies stay those of the URL. Raises
     NotPublic for a name without a public address. Tests pass their own `resolve` and `inner` network.
     """
 

@@ -31,7 +31,7 @@ from clipid_utils.data.sources.tables import SURROGATE
 from clipid_utils.files import PARTIAL, input_files, numbered_lines, parse_line
 
 AGENT = "clip-indonesian/{version} (+https://github.com/galuhsahid/clip-indonesian{contact})"
-ROWS_AHEAD = 2000  # rows in work or waiting for their host's turn, so that a slow host delays the others less
+ROWS_AHEAD = 2000  # rows in progress or waiting for their host, so that a slow host delays the others less
 FOLDER_SIZE = 10_000  # pictures: a folder with more is slow to list
 LISTS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 
@@ -46,9 +46,9 @@ def download(
     A row is `{"url", "captions", "source", "split", "row"}`; `row` is its number from 0, which names its picture. Rows
     are read as they are needed and may be millions. Called again with the same rows, after Ctrl-C or a kill or for
     transient failures, it asks only for rows that are not kept or refused yet; kept rows keep their first captions. A
-    URL is fetched once, however many rows have it. A kill loses the rows in work; a power cut may also leave some of
-    the newest pictures empty. Sites like to know whom to write to: `contact` (a mail address or a page) is added to the
-    User-Agent. Raises ValueError for a row whose number has a different URL in the manifest.
+    URL is fetched once, however many rows have it. A kill loses the rows in progress; a power cut may also leave some
+    of the newest pictures empty. `contact` (a mail address or a page) is added to the User-Agent, so that the owners of
+    sites can write to you. Raises ValueError for a row whose number has a different URL in the manifest.
     """
     folder = Path(folder).expanduser()
     agent = AGENT.format(version=clipid_utils.__version__, contact=f"; {contact}" if contact else "")

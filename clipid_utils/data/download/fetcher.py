@@ -26,7 +26,7 @@ SHORT_SIDE = 512  # pixels; larger pictures are reduced to it, as the ancestor d
 QUALITY = 90
 MAX_REDIRECTS = 5
 MAX_SILENCES = 10  # failed connections in a row, after which a host's other rows are left for a later run
-MAX_HOSTS = 20_000  # whose state is remembered: several times the rows that are in work at once
+MAX_HOSTS = 20_000  # hosts whose state is remembered: several times the rows that are in progress at once
 MAX_SCANS = 100  # of a progressive JPEG; each decodes the whole picture again
 TRANSIENT = {408, 425, 429, *range(500, 600)}  # answers that may be different at a later try
 # Without SVG, which needs a renderer, and without formats that start other programs (EPS) or are rare
@@ -92,7 +92,7 @@ def parse_url(text: object, base: httpx2.URL | None = None) -> httpx2.URL:
 class Fetcher:
     """Fetches URLs through one pool of connections, within `async with fetcher.pool`.
 
-    It uses httpcore, which sends httpx's requests and accepts a network of one's own. httpx's client would add cookies,
+    It uses httpcore, which sends httpx's requests and accepts a network of our own. httpx's client would add cookies,
     proxies from the environment (which resolve names themselves) and unpacking without limits, all unwanted here.
     """
 
@@ -183,7 +183,7 @@ class Fetcher:
             raise TransientFailure(reason, details, again=True) from error
 
     def _check(self, status: int, headers: httpx2.Headers, host: Host) -> None:
-        """Raises the failure that an answer's status stands for, and notes how long to leave the host alone."""
+        """Raises the failure that an answer's status means, and notes how long to leave the host alone."""
         details = responses.get(status, "unknown")
         if status not in TRANSIENT and not 200 <= status < 300:
             raise PermanentFailure(f"HTTP {status}", details)

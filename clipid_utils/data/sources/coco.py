@@ -5,8 +5,8 @@
     write_captions(records, "coco_train.jsonl")
     print(report)
 
-COCO 2017's training pictures include most of 2014's validation pictures, on which others evaluate (Karpathy's test
-split, xFlickrCO). `joining.join` leaves out pictures that are held out.
+COCO 2017's training pictures include most of 2014's validation pictures, which others use for evaluation (Karpathy's
+test split, xFlickrCO). `joining.join` leaves out pictures that are held out.
 """
 
 from collections.abc import Iterator, Sequence

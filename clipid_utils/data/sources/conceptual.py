@@ -29,7 +29,7 @@ SBU_FILES = ("SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_datase
 
 
 def read_conceptual(path: PathLike, report: Report, *, source: str) -> Iterator[dict]:
-    """Rows of pictures to download, of the TSV of CC3M, CC12M or a translation.
+    """Rows of pictures to download, from the TSV of CC3M, CC12M or a translation.
 
     The columns are `caption` and `url` in either order, with the translations' header or, as published, without one. A
     row is `{"url", "captions", "source", "split", "row"}`, with `row` from 0 after the header. SVG, repeated addresses
@@ -39,7 +39,7 @@ def read_conceptual(path: PathLike, report: Report, *, source: str) -> Iterator[
 
 
 def read_sbu(folder: PathLike, report: Report) -> Iterator[dict]:
-    """Rows as `read_conceptual` gives them, of SBU's two text files, whose lines belong together by number.
+    """Rows in the form of `read_conceptual`, from SBU's two text files, whose lines belong together by number.
 
     SBU's translation is a TSV for `read_conceptual`. Raises ValueError if one file has more lines.
     """

@@ -19,7 +19,8 @@ def temporary_database() -> sqlite3.Connection:
 def gathered(rows: Iterable[tuple[str, int | str, str]]) -> Iterator[tuple[str, int | str, list[str]]]:
     """Groups (key, place, text) rows by key: each key, the place of its first row, and its texts.
 
-    Keys and texts keep the order in which they came. All rows are read, onto the disk, before the first key is given.
+    Keys and texts keep the order in which they came. All rows are read and stored on the disk before the first key is
+    given.
     """
     with contextlib.closing(temporary_database()) as database:
         database.execute("create table rows (key text, place, text text)")

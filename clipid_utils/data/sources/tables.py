@@ -1,7 +1,7 @@
 """Published caption files as they are: tables, JSON lines and large JSON, read piece by piece.
 
 Memory does not grow with the file. A report counts the captions: each is kept, or dropped for a reason. duckdb reads
-such tables too, but it knows the line of a rejected row only, joins rows at a stray quote, and stops at a quote that
+such tables too, but it knows only the line of a rejected row, joins rows at a stray quote, and stops at a quote that
 never closes without naming its line.
 """
 
@@ -161,7 +161,7 @@ def _columns(path: Path, number: int, fields: list[str], key: str) -> tuple[list
         return names, True
     found = [column for column, field in enumerate(fields) if LOOKS[key].match(_unquoted(field).strip())]
     if len(fields) < 2 or len(found) != 1 or found[0] not in (0, len(fields) - 1):
-        raise ValueError(f"{path}:{number}: {' | '.join(fields)[:80]!r} is neither the header caption<TAB>{key} nor a "
+        raise ValueError(f"{path}:{number}: {' | '.join(fields)[:80]!r} is not the header caption<TAB>{key}, and not a "
                          f"row with a caption and one {key}: take the published table, with tabs between its columns")
     return ["caption", key] if found[0] else [key, "caption"], False
 
@@ -235,7 +235,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def refused(url: str, mime_type: str = "") -> str | None:
-    """The reason not to ask for an address, or None."""
+    """The reason not to request an address, or None."""
     if not LOOKS["url"].match(url):
         return "not an http(s) address"
     return "SVG" if "svg" in mime_type or SVG.match(url) else None

@@ -13,7 +13,7 @@ CONFIDENCE = 60  # of 100, that a machine gives a keyword
 
 
 def read_unsplash(folder: PathLike, report: Report) -> Iterator[dict]:
-    """Rows of pictures to download, of the folder with photos.tsv000 and keywords.tsv000.
+    """Rows of pictures to download, from the folder with photos.tsv000 and keywords.tsv000.
 
     A row is `{"url", "captions", "source", "split", "row"}`. The English captions are the photographer's, a machine's,
     and the keywords as one caption: those that a user gave or that a machine is sure of (CONFIDENCE). The address

@@ -11,7 +11,7 @@ CAPTION = "caption_reference_description"  # under the picture on the page
 
 
 def read_wit(paths: Paths, report: Report, *, language: str = "id") -> Iterator[dict]:
-    """Rows of pictures to download, of wit_v1.train.all-*.tsv.gz, packed or not.
+    """Rows of pictures to download, from wit_v1.train.all-*.tsv.gz, packed or not.
 
     A row is `{"url", "captions", "source", "split", "row"}`: an address with all captions that pages in the language
     give it. `row` is the address's first row, from 0 over all files. Rows in a different language, most of a published

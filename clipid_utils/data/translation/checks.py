@@ -1,4 +1,4 @@
-"""Checks of translated captions: each stops pairs of English and Indonesian that probably do not say the same.
+"""Checks of translated captions: each stops pairs of English and Indonesian that probably do not mean the same.
 
 A check takes the pairs and returns a text for each: what is wrong with the pair, or "" if it passes. No check needs a
 reference translation, and none proves that a translation is right. They find the mistakes of machines that can be
@@ -36,7 +36,7 @@ def words(text: str) -> list[str]:
 
 
 def loops(text: str, source: str = "") -> bool:
-    """Whether a translation repeats one thing over and over, as a model does that is stuck, and its source does not.
+    """Whether a translation repeats one thing over and over, as a stuck model does, and its source does not.
 
     That is one to four words three times in a row, or a few letters five times ("kukukukuku").
     """

@@ -18,7 +18,7 @@ from clipid_utils.data.report import Report
 from clipid_utils.data.translation.checks import CHECKS, PairCheck, filter_pairs
 from clipid_utils.data.translation.translate import Translation
 
-# Folders of Open Clip Art whose drawings read wrong in a mirror: letters, flags, maps, keys
+# Folders of Open Clip Art whose drawings are wrong when they are mirrored: letters, flags, maps, keys
 HAVE_TEXT = frozenset({"signs_and_symbols", "logos", "buttons", "geography", "computer", "education"})
 MAX_OF_A_TITLE = 20  # drawings with one title; a title of more is that of a series, such as "AIGA Symbol Signs"
 

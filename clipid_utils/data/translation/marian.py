@@ -2,8 +2,8 @@
 
 CTranslate2's own converter builds the model in torch to read its weights. Here the weights come out of their file as
 NumPy arrays. Two things differ. A model that `transformers` trained may start from an embedding other than zero; that
-converter drops it, and the first word with it, and this one keeps it. The decoder gets only the embeddings of the
-target language's pieces: the vocabulary has the pieces of both languages, and the other half would cost time.
+converter drops it and so loses the first word; this one keeps it. The decoder gets only the embeddings of the target
+language's pieces: the vocabulary has the pieces of both languages, and the other half would cost time.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def _spec(folder: Path) -> "ctranslate2.specs.TransformerSpec":
     if from_zero:
         embedding, bias, tokens = embedding[:-1], bias[:-1], tokens[:-1]
     else:
-        bias = np.append(bias[:-1], np.float32(-1e9))  # so that it is never said
+        bias = np.append(bias[:-1], np.float32(-1e9))  # so that the model never produces it
     spec.encoder.embeddings[0].weight = embedding
     scale = float(np.sqrt(config["d_model"])) if config.get("scale_embedding") else 1.0
     for part, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):

@@ -121,7 +121,7 @@ def map_shards(
 
 
 def _most_workers(shards: int, cluster: dict, cores: int, gpus: float | int) -> int:
-    """As many as there are shards and room for; but one if there is no room, for which Ray then waits."""
+    """As many as there are shards and as fit; at least one, for which Ray waits if there is no room."""
     room = [int(cluster.get(name, 0) / size + 1e-6) for name, size in (("CPU", cores), ("GPU", gpus)) if size]
     return max(1, min([shards, *room]))  # 1e-6: ten tenths of a GPU are a whole one, also as floats
 

@@ -213,10 +213,10 @@ def translate_rows(
     becomes what `translate_table` makes of it. Everything else stays; but a relative `image_path` of a file then starts
     at `out`. The rows keep their order.
 
-    A run that was killed at any moment resumes after the last whole shard when it is called again, and neither loses
-    nor repeats a row. The Report counts the texts, those of earlier runs too: translated texts are kept, texts that
-    stayed English are dropped. Raises ValueError for rows that do not fit, or if the model, its settings or rows that
-    are done have changed; OSError if a different process writes to `out`.
+    A run that was killed at any moment resumes after the last whole shard when it is called again, and does not lose or
+    repeat a row. The Report counts the texts, those of earlier runs too: translated texts are kept, texts that stayed
+    English are dropped. Raises ValueError for rows that do not fit, or if the model, its settings or rows that are done
+    have changed; OSError if a different process writes to `out`.
     """
     out, report, schema, start = Path(out).expanduser(), Report(), shards.parquet_schema(source), 0
     model = shards.with_content(translator.name, model_identity(translator.folder))

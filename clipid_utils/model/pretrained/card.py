@@ -3,8 +3,8 @@
     write_model_card("data/checkpoints/mini", license="apache-2.0")   # README.md, as the Hugging Face hub reads it
 
 Every number comes from the folder's files: `config.json`, `metrics.json` (written by `clipid evaluate`), `recipe.json`
-and `fit.json` (written by the training). The text is in `card_template.md`. Words about the data are there for the
-project's own recipe; for other data they come from the caller.
+and `fit.json` (written by the training). The text is in `card_template.md`. It describes the data of the project's own
+recipe; for other data the caller gives the description.
 """
 
 import os

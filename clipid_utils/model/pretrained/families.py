@@ -1,7 +1,7 @@
 """The families of towers: from the configs of transformers and open_clip to ours, and back.
 
-A family is a row of `VISION` or `TEXT`: the sizes under its own names, and what sets it apart. The names of its weights
-are in `keys.py`.
+A family is a row of `VISION` or `TEXT`: the sizes under its own names, and its special settings. The names of its
+weights are in `keys.py`.
 """
 
 import dataclasses
@@ -195,7 +195,7 @@ _POOLERS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_stat
 _OPEN_CLIP_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _OPEN_CLIP_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "hf_tokenizer_name",
                    "tokenizer_kwargs", "no_causal_mask"}
-_HARMLESS = {  # settings whose only values that fit are these
+_HARMLESS = {  # settings for which only these values are supported
     "ls_init_value": None, "attentional_pool": False, "attn_pooler_queries": 256, "attn_pooler_heads": 8,
     "patch_dropout": 0.0, "no_ln_pre": False, "pos_embed_type": "learnable", "final_ln_after_pool": False,
     "pool_type": ("tok", "argmax"), "output_tokens": False, "act_kwargs": None, "norm_kwargs": None, "embed_cls": False,

@@ -35,11 +35,11 @@ def fetch_checkpoint(path_or_id: str | os.PathLike, *, revision: str | None = No
     """The folder of a checkpoint.
 
     `path_or_id` is a folder (`~` is expanded), a training run's folder, which has the checkpoint in `model`, the name
-    of a shipped checkpoint ("mini"), or the id of a repository on the Hugging Face hub. A folder wins over a shipped
-    name, and both win over the hub. From the hub come the configs, the tokenizer and, unless `weights` is False, the
-    first form of weights that `read_weights` takes; `revision` is a branch, tag or commit. Without a network the cached
-    copy is used. Raises FileNotFoundError if there is no such checkpoint, PermissionError for a gated repository,
-    ConnectionError if the hub cannot be reached, and ValueError for a folder with a revision.
+    of a shipped checkpoint ("mini"), or the id of a repository on the Hugging Face hub. A folder has priority over a
+    shipped name, and both have priority over the hub. From the hub come the configs, the tokenizer and, unless
+    `weights` is False, the first form of weights that `read_weights` takes; `revision` is a branch, tag or commit.
+    Without a network the cached copy is used. Raises FileNotFoundError if there is no such checkpoint, PermissionError
+    for a gated repository, ConnectionError if the hub cannot be reached, and ValueError for a folder with a revision.
     """
     name = os.fspath(path_or_id)
     if name and (folder := _local(Path(name).expanduser(), name)):
@@ -83,7 +83,7 @@ def snapshot(name: str, revision: str | None, files: list[str]) -> Path:
         raise PermissionError(f"the hub gives {where} only to people who have access: ask for access on the "
                               "repository's page, then set HF_TOKEN to your token") from error
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a repository that the hub shows: correct the name "
+        raise FileNotFoundError(f"{name!r} is not a folder, and the hub shows no such repository: correct the name "
                                 "or, if it is private, set HF_TOKEN to a token that may read it") from error
     except (hub_errors.HTTPError, OSError) as error:
         if getattr(error, "errno", None) is not None:

@@ -1,4 +1,4 @@
-"""The way in: `load_clip` opens a whole checkpoint, `load_towers` joins two towers into a new model."""
+"""Opens checkpoints: `load_clip` opens a whole one, and `load_towers` joins two towers into a new model."""
 
 import os
 from pathlib import Path

@@ -16,8 +16,8 @@ give them: `batch["input_ids"].astype("int64")` from ours.
 The graphs are built from the config, node by node, with the `onnx` package (`onnx_towers`, `onnx_graph`): all towers
 together need about forty kinds of node, all standard in opset 20 (2024), for which runtimes have fast kernels. Tracing
 the program with jax2onnx (0.13.0) was tried: the image tower of the mini had 349 nodes, not 140, and was not faster;
-the text tower failed: its number of tokens is free. The price: each new part of the towers must be added there. A
-parameter that no node reads is an error, and the tests compare every variant of the config with JAX.
+the text tower failed: its number of tokens is free. The disadvantage is that each new part of the towers must be added
+there. A parameter that no node reads is an error, and the tests compare every variant of the config with JAX.
 
 onnxruntime makes float32 matrices of the int8 ones in each call, which takes longer than a short text itself. With a
 session option it does so once, when it loads the file. Then calls are as fast as with a float32 file, and the weights

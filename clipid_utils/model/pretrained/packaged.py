@@ -145,7 +145,8 @@ class E5:
 
 
 def read_e5(path: Path) -> E5:
-    """Reads the file `e5-small-q4.bin`; the C source beside it documents the format. Raises ValueError for another."""
+    """Reads the file `e5-small-q4.bin`; the C source beside it documents the format. Raises ValueError for a different
+    file."""
     try:
         return _read_e5(path.read_bytes())
     except (struct.error, KeyError, UnicodeDecodeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Parameters on their way from files into a model: each one is used, is new, or is named in an error.
+"""Brings parameters from files into a model: each one is used, is new, or is named in an error.
 
     Source: a folder's weights under the names of `keys.key_table`
     Leaf: one array for one parameter; made when it is needed, so that only one is in memory twice
@@ -81,7 +81,7 @@ class Source:
             self.names[known_as] = (name, flax)
 
     def take(self, table: Iterable[Key]) -> dict[str, Leaf]:
-        """The table's weights that are here, by nnx path. They are not here any more then."""
+        """Takes the table's weights that are here out of this source, by nnx path."""
         found = [key for key in table if key.hf_name in self.names]
         stored = {name: self.names.pop(name) for name in dict.fromkeys(key.hf_name for key in found)}
         made = {name: self._dequantized(stored[name][0]) for name in stored}  # one array can have several parameters
@@ -167,7 +167,7 @@ def fill(model_class: type, config: CLIPConfig, leaves: dict[str, Leaf], unknown
         raise ValueError(f"the weights in {where} do not fit config.json: missing {missing}, unknown "
                          f"{unknown}, wrong shape {wrong}")
     filled = {}
-    # The largest first: while an array is copied it is in memory twice, and then little else is there
+    # The largest first: an array is in memory twice while it is copied, and then there is little else in memory
     for path, variable in sorted(flat, key=lambda item: -math.prod(item[1].shape)):
         leaf = leaves.pop(dotted(path))  # so that a file's array is freed when it is copied
         kind = jnp.float32 if dotted(path) in FLOAT32 else param_dtype

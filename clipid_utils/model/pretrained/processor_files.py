@@ -1,7 +1,7 @@
 """Reads how a checkpoint folder, of this project, of transformers or of open_clip, prepares pictures and texts.
 
-The results are CLIPProcessor's arguments. Known are the image processors of CLIP, ViT, DINOv2 and SigLIP, new and old,
-and the tokenizers that transformers has as one of `tokenizers`, and SigLIP's.
+The results are CLIPProcessor's arguments. It knows the image processors of CLIP, ViT, DINOv2 and SigLIP, new and old,
+the tokenizers that transformers has as one of `tokenizers`, and SigLIP's.
 """
 
 import json
@@ -38,9 +38,9 @@ NO_RULES = TextRules()
 
 
 def read_preprocessor(folder: Path, image_size: int | None) -> dict:
-    """How pictures are resized and normalised; without preprocessor_config.json like CLIP's, to `image_size`.
+    """How pictures are resized and normalised. Without preprocessor_config.json, this is as in CLIP, to `image_size`.
 
-    Raises FileNotFoundError if that is None too, and ValueError for pictures that would not be square.
+    Raises FileNotFoundError if `image_size` is None too, and ValueError for pictures that would not be square.
     """
     path, newest = folder / "preprocessor_config.json", folder / "processor_config.json"
     images = read_json(path)

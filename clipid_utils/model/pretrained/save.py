@@ -1,4 +1,4 @@
-"""The way out: `save_clip` writes a checkpoint folder of this project, or one that transformers opens.
+"""Saves models: `save_clip` writes a checkpoint folder of this project, or one that transformers opens.
 
 A folder of this project has `config.json`, `model.safetensors` (float32 or int8, one key for each parameter, which is
 its nnx path with dots), the tokenizer's files and the image processor's config.

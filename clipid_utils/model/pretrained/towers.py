@@ -45,7 +45,7 @@ class FoundTower:
         return self.leaves[kernels[0]].array().shape[-1] if kernels else None
 
     def drop_projection(self) -> None:
-        """Leaves the common space to a new matrix."""
+        """Drops the tower's own projection, so that it gets a new one."""
         self.leaves = {path: leaf for path, leaf in self.leaves.items() if ".projection." not in path}
         self.config = dataclasses.replace(self.config, projection="linear")
 
@@ -121,7 +121,7 @@ def _kind(module: dict) -> str:
 def _with_modules(
     folder: Path, modules: list[dict], config: TextConfig
 ) -> tuple[TextConfig, dict[str, Leaf], int | None]:
-    """The config with what follows the transformer, the parameters of Dense layers, and the size of the last one."""
+    """The config with the parts after the transformer, the parameters of Dense layers, and the size of the last one."""
     leaves, size, pooled = {}, None, False
     for module in modules:
         kind, values = _kind(module), read_json(folder / module["path"] / "config.json")

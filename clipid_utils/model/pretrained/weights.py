@@ -62,7 +62,7 @@ def read_torch(path: Path) -> Weights:
 
 
 def _read(path: Path, reader: Callable[[Path], Arrays]) -> Arrays:
-    """Turns all that a bad file makes its reader raise into a ValueError that names the file."""
+    """Turns every error that a reader raises for a bad file into a ValueError that names the file."""
     try:
         with open(path, "rb") as file:
             if file.read(24) == b"version https://git-lfs.":
@@ -201,7 +201,7 @@ def _torch_old(file: BinaryIO, head: bytes) -> tuple[dict[str, Tensor], _StartOf
         dtype, _, numel = storages[key]
         file.seek(at)
         if int.from_bytes(file.read(8), "little", signed=True) != numel:
-            raise ValueError(f"storage {key!r} has not the {numel} elements that its tensors expect")
+            raise ValueError(f"storage {key!r} does not have the {numel} elements that its tensors expect")
         starts[storages[key]] = at + 8
         at += 8 + numel * _DTYPES[dtype].itemsize
     if at != file.seek(0, io.SEEK_END):
