@@ -149,8 +149,8 @@ class CLIPProcessor:
         if long and not self.truncated:
             longest = max(map(len, ids))
             warnings.warn_explicit(  # with the file's path in the repository, not on this machine, for the notebooks
-                f"{len(long)} of {len(ids)} texts are cut to {limit} tokens (the longest has {longest}); further cuts "
-                "are counted in processor.truncated", UserWarning, "clipid_utils/model/processor.py", 0)
+                f"{len(long)} of {len(ids)} texts are cut to {limit} tokens (longest: {longest}); "
+                "see processor.truncated", UserWarning, "clipid_utils/model/processor.py", 0)
         self.truncated += len(long)
         for row in long:
             ids[row] = self._cut(texts[row], limit)

@@ -212,8 +212,8 @@ def _train(
         line |= {"log_batch": math.log(feed.batch_size)} | truncated()
         folder.lines.log(line)
         if any(shared) and line["step"] == min(config.log_every, steps):
-            say(f"{sum(shared)} of the {len(shared) * feed.batch_size} pairs in the first batches share their caption "
-                "with a different pair of the batch: they count as right answers for each other")
+            say(f"{sum(shared)} of the first {len(shared) * feed.batch_size} pairs share their caption with a pair of "
+                "their batch: both are right answers")
         for alarm in alarms(line):
             # The file as the repository names it, so that no notebook shows the path of a machine
             warnings.warn_explicit(f"step {alarm['step']}: {alarm['message']}", UserWarning,

@@ -188,7 +188,7 @@ def test_addresses_that_cannot_be_opened(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match="no Milvus server answers at http://127.0.0.1:1 within 1 s") as error:
         milvus.Milvus("http://user:secret@127.0.0.1:1")
     assert "secret" not in str(error.value)
-    with pytest.raises(ValueError, match="nor a path that ends in .db"):
+    with pytest.raises(ValueError, match="and not a path that ends in .db"):
         milvus.Milvus(tmp_path / "foto")
     (tmp_path / "file.db").write_text("an older engine's file")
     with pytest.raises(ConnectionError, match="file.db cannot be opened"):

@@ -332,8 +332,7 @@ def test_shared_captions_are_counted_once(capsys):
     clip, feed = captions_feed([[1, 1, 2, 3], [1, 2, 2, 1], [1, 2, 3, 4], [1, 1, 1, 1]])
     fit(*clip, feed, None, FitConfig(**QUICK), seed=0, progress=False, mesh=make_mesh(1))
     said = [line for line in capsys.readouterr().out.splitlines() if "share" in line]
-    assert said == ["6 of the 12 pairs in the first batches share their caption with a different pair of the batch: "
-                    "they count as right answers for each other"]
+    assert said == ["6 of the first 12 pairs share their caption with a pair of their batch: both are right answers"]
 
 
 def test_a_small_set_is_one_batch(tmp_path, capsys):
