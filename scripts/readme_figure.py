@@ -73,7 +73,8 @@ def results_table(reports: dict[str, dict]) -> str:
         f"to the training pictures, has R@1 {cell(pixels['R@1'])} and R@10 {cell(pixels['R@10'])}.", "",
         f"Zero-shot on `unseen_artist` by `mini`, with Indonesian templates: the right one of {group['classes']} "
         f"groups is found for {cell(group['top1'])} of the pictures. If the group is known, the right concept is found "
-        f"for {cell(within['top1'])}; a group has {within['classes']:.0f} concepts on average.",
+        f"among those of the group for {cell(within['top1'])}; for a picture, its group has {within['classes']:.0f} "
+        "concepts on average.",
     ])
 
 

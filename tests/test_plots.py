@@ -138,6 +138,12 @@ def test_a_few_long_captions_do_not_stretch_the_axis_and_are_counted():
     assert "not shown: 3 longer than 5, up to 100" in [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def test_the_axis_of_lengths_includes_the_limit():
+    axis = plots.caption_lengths({"nama": [2] * 999 + [40]}, limit=20).axes[0]
+    assert axis.get_xlim()[1] > 21 > axis.get_lines()[0].get_xdata()[0] > 20
+    assert "not shown: 1 longer than 21, up to 40" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
 def test_the_attention_of_all_heads_has_one_colour_scale():
     weights = {"one": np.full(4, 0.25), "two": np.array([0.7, 0.3, 0.0, 0.0])}
     panels = plots.attention_over_picture(PICTURES[0], weights).axes[1:3]

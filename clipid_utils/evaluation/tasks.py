@@ -263,8 +263,8 @@ SOURCES = {
     "xm3600": Source(_from_source(read_xm3600), "captions.jsonl,FOLDER",
                      "google.github.io/crossmodal-3600 has both (CC BY 4.0)."),
     "xflickrco": Source(_from_source(read_xflickrco), "test.jsonl,FLICKR30K,COCO",
-                        "The captions are in IGLUE's repository, xFlickrCO/annotations/id (CC BY 4.0); the pictures "
-                        "are those of Flickr30k (research only) and COCO (Flickr's terms)."),
+                        "The captions are in IGLUE's repository (MIT), xFlickrCO/annotations/id; the pictures are "
+                        "those of Flickr30k (research only) and COCO (Flickr's terms)."),
     "coco": Source(_from_source(read_coco), "captions,FOLDER[,FOLDER]",
                    "Pictures and English captions: cocodataset.org (CC BY 4.0; pictures under Flickr's terms); for "
                    "Indonesian name the translated TSV (notebook 02)."),

@@ -42,10 +42,11 @@ def caption_lengths(
 ) -> Figure:
     """Histogram of caption lengths, an outline for each kind of caption; `limit` marks where the tokenizer cuts.
 
-    The axis ends where at most 1 in 200 captions of each kind is longer; the legend counts these few.
+    The axis includes `limit`, and ends where at most 1 in 200 captions of each kind is longer; the legend counts these.
     """
     figure, axis = plt.subplots(figsize=(8, 3.2))
     longest = int(max(np.ceil(np.quantile(list(values), 0.995)) for values in lengths.values()))
+    longest = max(longest, 0 if limit is None else limit + 1)
     beyond = [value for values in lengths.values() for value in values if value > longest]
     step = max(1, longest // 60)
     edges = np.arange(0.5, longest + step + 0.5, step)
