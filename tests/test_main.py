@@ -406,7 +406,8 @@ def test_ctrl_c_is_one_line_at_any_moment(module, tmp_path):
         line = [sys.executable, "-c", code]
     else:
         line = [sys.executable, "-X", "importtime", "-m", "clipid_utils", "train", "--help"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job ignores it
     for text in process.stdout:
         if text.strip() and text.split()[-1].startswith(module or "working"):
             process.send_signal(signal.SIGINT)

@@ -100,7 +100,7 @@ def test_patchify_is_the_double_loop(clip, batch):
 
 @pytest.mark.parametrize("shape", [(2, SIZE, SIZE + 8, 3), (2, SIZE + 8, SIZE + 8, 3)])
 def test_another_picture_size_is_refused(clip, shape):
-    with pytest.raises(ValueError, match=rf"wants \[B, {SIZE}, {SIZE}, 3\].*processor"):
+    with pytest.raises(ValueError, match=rf"expects \[B, {SIZE}, {SIZE}, 3\].*processor"):
         clip[0].encode_image(jnp.zeros(shape))
 
 
