@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = "notebooks/*.ipynb", "notebooks/solutions/*.ipynb"
+NOTEBOOKS = "notebooks/**/*.ipynb", "site/locale/id/LC_MESSAGES/notebooks/*.po"
 
 
 def release() -> tuple[str, str]:

@@ -66,7 +66,7 @@ def update(lesson_files: list[Path]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         extract(lesson_files, Path(folder))
-        update_catalogues(str(LOCALE), folder, ["id"])
+        update_catalogues(str(LOCALE), folder, ["id"], line_width=0)  # addresses stay whole for scripts/release.py
 
 
 def translated(text: str, messages: dict[str, str]) -> str:

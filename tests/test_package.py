@@ -27,6 +27,8 @@ def test_another_release_reaches_every_place(monkeypatch):
     assert {"README.md", "CITATION.cff", "notebooks/07_picture_search.ipynb"} <= set(found)
     assert found["notebooks/tpu.md"].count("git clone https://github.com/owner/name") == 3
     first = found["notebooks/00_start_here.ipynb"]
+    assert "/owner/name/blob/v9.9.9/notebooks/id/00_" in found["notebooks/id/00_start_here.ipynb"]
+    assert found["site/locale/id/LC_MESSAGES/notebooks/00_start_here.po"].count("/owner/name/blob/v9.9.9/") == 2
     for place in ("github/owner/name/blob/v9.9.9/", "gh/owner/name/v9.9.9?", 'RELEASE = \\"v9.9.9\\"',
                   "https://github.com/owner/name /content"):
         assert place in first
