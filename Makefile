@@ -11,6 +11,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1310
 QUICK_COMPILER := XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
 test test-slow: export PYTHONDONTWRITEBYTECODE :=
 ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+NOTEBOOKS := $(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
+	-p no:cacheprovider
 GPU := $(shell command -v nvidia-smi)
 # Compiling all installed modules took a quarter of the installation; Python compiles those that are imported.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
@@ -27,11 +29,13 @@ test: .venv/installed  ## ruff, the unit tests except the slow ones, and every n
 	$(RUN) -m ruff check
 	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval -m "not slow"
 	rm -rf build/compiled
-	$(ONE_CACHE) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env -p no:cacheprovider --ignore notebooks/id notebooks
+	$(NOTEBOOKS) notebooks/*.ipynb
 
-test-slow: .venv/installed  ## runs that are killed and resumed, several processes, the true networks
+test-slow: .venv/installed  ## runs that are killed and resumed, several processes, true networks, the solutions
 	$(RUN) -m clipid_utils prepare
 	$(QUICK_COMPILER) $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:nbval -m slow
+	rm -rf build/compiled
+	$(NOTEBOOKS) notebooks/solutions
 
 site: .venv/installed  ## the course as a book, to read in build/site/index.html; every link inside it is checked
 	rm -rf build/site build/page

@@ -334,7 +334,7 @@ def main() -> None:
         server, address = serve(target.parent)
         address += f"/{target.name}/"
         with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
             page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="id-ID")
             errors: list[str] = []
             page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))

@@ -338,6 +338,7 @@ def small(packages, tmp_path, monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_a_whole_run(small, tmp_path, packages, monkeypatch, capsys):
     recipe = dataclasses.replace(RECIPE, out=tmp_path / "run")
     assert photo.run_photo(recipe)

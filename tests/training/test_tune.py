@@ -77,6 +77,7 @@ def report(out) -> dict:
 
 # It learns
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["heads", "lora", "blocks", "all"])
 def test_it_learns_from_captions_that_repeat(things, start, tmp_path, learn, capsys):
     """Pictures with the same caption must not be each other's negatives."""
